@@ -1,0 +1,167 @@
+"""Running class means and covariances of features, and the learned correction that MetaSAug adds to them.
+
+Shape suffixes: N samples, C classes, A features, U the distinct classes of a batch.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from training.errors import TrainingError
+
+Kind = Literal["full", "diagonal"]
+Fidelity = Literal["fixed", "reference"]
+
+# A full S larger than this is a mistake on any machine: 8142 classes of 2048 features would take 137 GB.
+_LARGEST_FULL_BYTES = 16e9
+
+
+class RunningCovariance:
+    """The biased covariance of each class over every feature seen so far, from one batch after another.
+
+        S_c = 1/n_c sum_i (f_i - m_c)(f_i - m_c)^T        (diagonal: its diagonal only)
+
+    whatever the split into batches (Chan et al. 1979; the authors' EstimatorCV is the same recurrence). A class with
+    no feature or one has S_c = 0. An update touches the rows of the classes present and no other.
+
+    covariance  (C, A, A) or (C, A)       mean  (C, A)       counts  (C,) int64
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        num_features: int,
+        kind: Kind = "full",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        if num_classes < 2:
+            raise TrainingError(f"{num_classes} class: the augmentation is between classes; it needs at least 2.")
+        shape: tuple[int, ...] = (num_classes, num_features)
+        if kind == "full":
+            size = num_classes * num_features**2 * dtype.itemsize
+            if size > _LARGEST_FULL_BYTES:
+                raise TrainingError(
+                    f"Full covariances of {num_classes} classes with {num_features} features would take "
+                    f"{size / 1e9:.0f} GB. Use the diagonal form (--covariance diagonal): "
+                    f"{num_classes * num_features * dtype.itemsize / 1e6:.0f} MB."
+                )
+            shape = (num_classes, num_features, num_features)
+        self.kind = kind
+        self.covariance = torch.zeros(shape, dtype=dtype, device=device)
+        self.mean = torch.zeros(num_classes, num_features, dtype=dtype, device=device)
+        self.counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, features_NA: Tensor, labels_N: Tensor) -> None:
+        """Takes in a batch of features (any float type; detached here)."""
+        classes_U, index_N = labels_N.unique(return_inverse=True)
+        features_NA = features_NA.detach().to(self.mean.dtype)
+        counts_U = torch.bincount(index_N, minlength=len(classes_U))
+        mean_UA = features_NA.new_zeros(len(classes_U), features_NA.shape[1])
+        mean_UA.index_add_(0, index_N, features_NA).div_(counts_U[:, None])
+        away_NA = features_NA - mean_UA[index_N]
+        if self.kind == "diagonal":
+            scatter_U = torch.zeros_like(mean_UA).index_add_(0, index_N, away_NA * away_NA)
+        else:
+            order_N = index_N.argsort()
+            parts = away_NA[order_N].split(counts_U.tolist())
+            scatter_U = torch.stack([part_NA.T @ part_NA for part_NA in parts])
+        self._absorb(classes_U, counts_U, mean_UA, scatter_U)
+
+    @torch.no_grad()
+    def merge(self, other: "RunningCovariance") -> None:
+        """Takes in everything that `other` has seen: what one estimator over both streams would hold."""
+        classes_U = other.counts.nonzero()[:, 0]
+        counts_U = other.counts[classes_U]
+        n_U = _as_column(counts_U, other.covariance)
+        self._absorb(classes_U, counts_U, other.mean[classes_U], other.covariance[classes_U] * n_U)
+
+    def _absorb(self, classes_U: Tensor, counts_U: Tensor, mean_UA: Tensor, scatter_U: Tensor) -> None:
+        total_U = self.counts[classes_U] + counts_U
+        share_U = counts_U.to(self.mean.dtype) / total_U
+        away_UA = mean_UA - self.mean[classes_U]
+        between_U = away_UA * away_UA if self.kind == "diagonal" else away_UA[:, :, None] * away_UA[:, None, :]
+        w_U = _as_column(share_U, self.covariance)
+        within_U = scatter_U / _as_column(counts_U, self.covariance)
+        old_U = self.covariance[classes_U]
+        self.covariance[classes_U] = old_U * (1 - w_U) + within_U * w_U + between_U * (w_U * (1 - w_U))
+        self.mean[classes_U] += share_U[:, None] * away_UA
+        self.counts[classes_U] = total_U
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"covariance": self.covariance, "mean": self.mean, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, mine in self.state_dict().items():
+            if state[name].shape != mine.shape:
+                raise TrainingError(
+                    f"The saved {name} has shape {tuple(state[name].shape)}, this run needs {tuple(mine.shape)}: "
+                    "another architecture, class list or --covariance."
+                )
+            mine.copy_(state[name])
+
+
+class LearnedCovariance:
+    """S = running estimate + delta: delta is what the meta steps have learned so far, zero at the start.
+
+    fidelity   fixed: delta is kept from step to step, and S is kept positive semi-definite (`nearest_semidefinite`)
+               wherever it is used. reference: as in the authors' code S' = running - meta_rate * grad serves one
+               step and is forgotten, and nothing is projected.
+    meta_rate  eta
+    """
+
+    def __init__(self, covariance: RunningCovariance, fidelity: Fidelity = "fixed", meta_rate: float = 0.1):
+        self.fidelity, self.meta_rate = fidelity, meta_rate
+        self.delta = torch.zeros_like(covariance.covariance) if fidelity == "fixed" else None
+
+    def rows(self, covariance: RunningCovariance, classes_U: Tensor) -> Tensor:
+        """S of these classes -> (U, A, A) or (U, A)."""
+        running_U = covariance.covariance[classes_U]
+        return running_U if self.delta is None else nearest_semidefinite(running_U + self.delta[classes_U])
+
+    def moved(self, S_U: Tensor, grad_U: Tensor) -> Tensor:
+        """S' = S - eta grad."""
+        new_U = S_U - self.meta_rate * grad_U
+        return new_U if self.delta is None else nearest_semidefinite(new_U)
+
+    def keep(self, covariance: RunningCovariance, classes_U: Tensor, new_U: Tensor) -> None:
+        """S of these classes is `new_U` from now on, until the running estimate moves under it."""
+        if self.delta is not None:
+            self.delta[classes_U] = new_U - covariance.covariance[classes_U]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {} if self.delta is None else {"delta": self.delta}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if self.delta is None:
+            return
+        if "delta" not in state or state["delta"].shape != self.delta.shape:
+            raise TrainingError("The saved run has no such learned covariance: other --covariance or --fidelity.")
+        self.delta.copy_(state["delta"])
+
+
+def nearest_semidefinite(covariance_U: Tensor) -> Tensor:
+    """The nearest positive semi-definite matrices in Frobenius norm, or variances >= 0 for the diagonal form.
+
+    Only matrices that need it are decomposed: a Cholesky factorisation, a twentieth of the cost, finds them. It is
+    tried a rounding error above (1e-6 of the mean variance), so an eigenvalue may stay that little below zero.
+    """
+    if covariance_U.ndim == 2:
+        return covariance_U.clamp_min(0)
+    num_features = covariance_U.shape[-1]
+    ridge_U = covariance_U.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0) * 1e-6
+    eye = torch.eye(num_features, dtype=covariance_U.dtype, device=covariance_U.device)
+    failed_U = torch.linalg.cholesky_ex(covariance_U + ridge_U[:, None, None] * eye).info != 0
+    if not failed_U.any():
+        return covariance_U
+    values, vectors = torch.linalg.eigh(covariance_U[failed_U])
+    projected = (vectors * values.clamp_min(0)[:, None, :]) @ vectors.mT
+    covariance_U = covariance_U.clone()
+    covariance_U[failed_U] = (projected + projected.mT) / 2
+    return covariance_U
+
+
+def _as_column(values_U: Tensor, like: Tensor) -> Tensor:
+    return values_U.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,245 @@
+"""The MetaSAug step: one look ahead on balanced data tells in which direction each class should be augmented.
+
+With Theta the parameters, S the class covariances, alpha the inner and eta the meta rate (paper, algorithm 1):
+
+    1. g = grad_Theta L(Theta, S) on the long-tailed batch
+    2. v = gradient of the plain cross entropy at Theta - alpha g on the balanced meta batch
+    3. grad_S = -alpha d/dS <grad_Theta L(Theta, S), v>
+    4. S' = S - eta grad_S; the gradient of L(Theta, S') is left in `.grad`, the optimizer's step is the caller's
+
+The mixed derivative of 3 needs no second backward pass through the network: S enters only the last layer, so the
+backbone's share is <grad_f L, f_dot>, where f_dot = J_f v_backbone is how the features move along v, one forward-mode
+pass. What remains is a second derivative of the last layer alone. Exact, not an approximation (docs/method.md).
+
+    figures = metasaug_step(module, pictures, labels, meta_pictures, meta_labels, covariance=running, learned=learned,
+                            head_loss=head_loss, strength=..., inner_rate=..., lookahead="classifier")
+    optimizer.step()
+
+`module` is any torch module with timm's interface: forward_features, forward_head(pre_logits=True) and
+get_classifier() -> nn.Linear. Shape suffixes: N samples, C classes, A features, U the distinct classes of the batch.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from training.covariance import LearnedCovariance, RunningCovariance
+from training.errors import DivergenceError
+from training.losses import HeadLoss
+
+Lookahead = Literal["network", "classifier"]
+
+
+def metasaug_step(
+    module: nn.Module,
+    pictures: Tensor,
+    labels_N: Tensor,
+    meta_pictures: Tensor,
+    meta_labels: Tensor,
+    *,
+    covariance: RunningCovariance,
+    learned: LearnedCovariance,
+    head_loss: HeadLoss,
+    strength: float,
+    inner_rate: float,
+    lookahead: Lookahead = "classifier",
+    class_weights: Tensor | None = None,
+) -> dict[str, float]:
+    """One MetaSAug step but for the optimizer's, formulas at the top of this file.
+
+    module         in train mode; batch norm's running statistics see the training batch once, the meta batch never
+    meta_pictures  a class-balanced batch
+    covariance     running estimate, takes in the batch's features at the end, after their use (as the authors' code)
+    learned        what the meta steps have added to it, and how (fidelity, meta rate)
+    strength       lambda_t of this epoch
+    inner_rate     alpha, of a plain SGD step: the optimizer's current rate
+    lookahead      through the whole network, or through the last layer only
+
+    Sets `.grad` and returns figures of the batch: loss (the one whose gradient is left), meta_loss (after the look
+    ahead), wrong (count of wrong answers), shift |S' - S| / |S| over the classes present (0 while S is 0), and
+    loss_change, L(Theta, S') - L(Theta, S): what the learned change of S did to the loss.
+    Raises DivergenceError before anything is updated (batch norm's statistics aside).
+    """
+    batch = TrainBatch(module, pictures, labels_N, head_loss, strength, class_weights)
+    S_U = learned.rows(covariance, batch.classes_U)
+    grad_U, loss_before, meta_loss = meta_gradient(batch, S_U, meta_pictures, meta_labels, inner_rate, lookahead)
+    new_U = learned.moved(S_U, grad_U)
+    loss, grads = batch.gradient(new_U)
+
+    check_finite(loss=[loss], meta_loss=[meta_loss], covariance_gradient=[grad_U], gradient=grads)
+    for p, g in zip(batch.trained, grads, strict=True):
+        p.grad = g
+    learned.keep(covariance, batch.classes_U, new_U)
+    covariance.update(head_loss.estimated_features(batch.features_NA.detach()), labels_N)
+
+    size = torch.linalg.vector_norm(S_U)
+    shift = torch.where(size > 0, torch.linalg.vector_norm(new_U - S_U) / size, 0.0)
+    figures = {"loss": loss, "meta_loss": meta_loss, "wrong": batch.count_wrong(), "shift": shift,
+               "loss_change": loss - loss_before}  # fmt: skip
+    return {name: value.item() for name, value in figures.items()}
+
+
+class TrainBatch:
+    """The one forward pass of a step: its graph serves the inner gradient and, once S' is known, the real one."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        pictures: Tensor,
+        labels_N: Tensor,
+        head_loss: HeadLoss,
+        strength: float = 0.0,
+        class_weights: Tensor | None = None,
+    ):
+        self.module, self.pictures, self.labels_N = module, pictures, labels_N
+        self.head_loss, self.strength, self.class_weights = head_loss, strength, class_weights
+        self.classes_U, self.index_N = labels_N.unique(return_inverse=True)
+        fc = module.get_classifier()
+        self.W, self.b = fc.weight, fc.bias
+        self.trained = [p for p in module.parameters() if p.requires_grad]
+        self.head = [p for p in (self.W, self.b) if p is not None]
+        own = {id(p) for p in self.head}
+        self.body = {n: p for n, p in module.named_parameters() if p.requires_grad and id(p) not in own}
+        self.random_state = _random_state(pictures.device)
+        self.features_NA = features_of(module, pictures)
+
+    def loss(self, features_NA: Tensor, head: Sequence[Tensor], S_U: Tensor) -> Tensor:
+        W_CA, b_C = head[0], head[1] if len(head) > 1 else None
+        spread_NC = self.head_loss.spread(W_CA, self.classes_U, S_U)[self.index_N]
+        return self.head_loss.with_spread(
+            features_NA, W_CA, b_C, self.labels_N, spread_NC, self.strength, self.class_weights
+        )
+
+    def gradient(self, S_U: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """L(Theta, S) and its gradient in every trained parameter; frees the graph."""
+        loss = self.loss(self.features_NA, self.head, S_U)
+        grads = torch.autograd.grad(loss, self.trained, materialize_grads=True)
+        return loss.detach(), list(grads)
+
+    def tangent(self, directions: dict[str, Tensor]) -> Tensor:
+        """f_dot (N, A): the derivative of the features as the body's parameters move along `directions`."""
+        with (
+            torch.no_grad(),
+            _running_statistics_untouched(self.module),
+            _replayed(self.random_state, self.pictures.device),
+            forward_ad.dual_level(),
+        ):
+            moving = {n: forward_ad.make_dual(self.body[n].detach(), d) for n, d in directions.items()}
+            features = features_of(self.module, self.pictures, moving)
+            tangent_NA = forward_ad.unpack_dual(features).tangent
+        return torch.zeros_like(features) if tangent_NA is None else tangent_NA
+
+    def count_wrong(self) -> Tensor:
+        with torch.no_grad():
+            logits_NC = self.head_loss.logits(self.features_NA.detach(), *self.head)
+        return (logits_NC.argmax(1) != self.labels_N).sum()
+
+
+def meta_gradient(
+    batch: TrainBatch,
+    S_U: Tensor,
+    meta_pictures: Tensor,
+    meta_labels: Tensor,
+    inner_rate: float,
+    lookahead: Lookahead = "classifier",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps 1 to 3 -> (grad_S for the batch's classes, L(Theta, S), meta loss after the look ahead)."""
+    # 1. The last layer's gradient, kept differentiable in S; through the network it goes on as a plain backward pass.
+    f_NA, S_U, *head = (t.detach().requires_grad_() for t in (batch.features_NA, S_U, *batch.head))
+    network = lookahead == "network" and bool(batch.body)
+    inputs = [*head, f_NA] if network else head
+    loss = batch.loss(f_NA, head, S_U)
+    grads = torch.autograd.grad(loss, inputs, create_graph=True, materialize_grads=True)
+    steps = dict(zip(batch.body, _backward(batch, grads[-1].detach()), strict=True)) if network else {}
+
+    # 2. One plain SGD step, and the gradient of the meta loss there.
+    ahead = [(p - inner_rate * g).detach().requires_grad_() for p, g in zip(head, grads, strict=False)]
+    with _running_statistics_untouched(batch.module), torch.set_grad_enabled(network):
+        ahead_body = {
+            n: (batch.body[n] - inner_rate * g).detach().requires_grad_() for n, g in steps.items()
+        }
+        meta_features = features_of(batch.module, meta_pictures, ahead_body)
+    meta_loss = F.cross_entropy(batch.head_loss.logits(meta_features, *ahead), meta_labels)
+    v = torch.autograd.grad(meta_loss, [*ahead, *ahead_body.values()], materialize_grads=True)
+
+    # 3. <grad_Theta L, v>: its S-dependent part is all in the last layer.
+    directions = [*v[: len(head)]]
+    if network:
+        directions.append(batch.tangent(dict(zip(ahead_body, v[len(head) :], strict=True))))
+    along_v = sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
+    (grad_U,) = torch.autograd.grad(along_v, S_U, materialize_grads=True)
+    return -inner_rate * grad_U, loss.detach(), meta_loss.detach()
+
+
+def _backward(batch: TrainBatch, features_grad_NA: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(
+        batch.features_NA, list(batch.body.values()), features_grad_NA, retain_graph=True, materialize_grads=True
+    )
+
+
+def check_finite(**tensors: Sequence[Tensor]) -> None:
+    """Raises DivergenceError naming the first of these that holds a NaN or an infinity; one look at the device."""
+    norms = torch.stack([torch.stack(torch._foreach_norm(list(group))).sum() for group in tensors.values()])
+    for name, norm in zip(tensors, norms.tolist(), strict=True):
+        if not abs(norm) < float("inf"):
+            raise DivergenceError(
+                f"The {name.replace('_', ' ')} is not finite ({norm}); nothing was updated. Try a smaller learning "
+                "rate, --strength or --meta-rate."
+            )
+
+
+def features_of(module: nn.Module, pictures: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
+    """What enters the last layer, (N, A); with some of the parameters (by name) in other values."""
+    body = _Body(module)
+    if not parameters:
+        return body(pictures)
+    return functional_call(body, {f"module.{n}": p for n, p in parameters.items()}, (pictures,))
+
+
+class _Body(nn.Module):
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.module.forward_head(self.module.forward_features(pictures), pre_logits=True)
+
+
+@contextlib.contextmanager
+def _running_statistics_untouched(module: nn.Module) -> Iterator[None]:
+    """Batch norm in train mode goes on using the batch's statistics, but no longer writes its running ones."""
+    norms = [
+        m for m in module.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.track_running_stats
+    ]  # fmt: skip
+    for m in norms:
+        m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for m in norms:
+            m.track_running_stats = True
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+@contextlib.contextmanager
+def _replayed(states: list[Tensor], device: torch.device) -> Iterator[None]:
+    """Dropout draws again what it drew when `states` were taken."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        torch.set_rng_state(states[0])
+        if cuda:
+            torch.cuda.set_rng_state(states[1], device)
+        yield
