@@ -53,10 +53,8 @@ def test_meta_step_equals_double_backward(num_classes, kind, lookahead):
     grad = torch.zeros_like(S)
     grad[batch.classes_U] = grad_U
     assert (grad - twin_grad).norm() <= 1e-10 * twin_grad.norm()
-    metasaug_step(
-        net, x, y, x_meta, y_meta, covariance=running, learned=LearnedCovariance(running, "reference"),
-        head_loss=HeadLoss("ce"), strength=0.5, inner_rate=0.1, lookahead=lookahead, class_weights=w,
-    )  # fmt: skip
+    metasaug_step(net, x, y, x_meta, y_meta, LearnedCovariance(running), HeadLoss("ce"), strength=0.5,
+                  inner_rate=0.1, lookahead=lookahead, fidelity="reference", class_weights=w)
     ours = torch.cat([p.grad.flatten() for p in net.parameters()])
     twin = torch.cat([g.flatten() for g in twin_real(S - 0.1 * twin_grad)])
     assert (ours - twin).norm() <= 1e-10 * twin.norm()

@@ -11,7 +11,6 @@ from torch import Tensor
 from training.errors import TrainingError
 
 Kind = Literal["full", "diagonal"]
-Fidelity = Literal["fixed", "reference"]
 
 # A full S larger than this is a mistake on any machine: 8142 classes of 2048 features would take 137 GB.
 _LARGEST_FULL_BYTES = 16e9
@@ -94,52 +93,32 @@ class RunningCovariance:
         return {"covariance": self.covariance, "mean": self.mean, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, mine in self.state_dict().items():
-            if state[name].shape != mine.shape:
-                raise TrainingError(
-                    f"The saved {name} has shape {tuple(state[name].shape)}, this run needs {tuple(mine.shape)}: "
-                    "another architecture, class list or --covariance."
-                )
-            mine.copy_(state[name])
+        _load(self.state_dict(), state)
 
 
 class LearnedCovariance:
     """S = running estimate + delta: delta is what the meta steps have learned so far, zero at the start.
 
-    fidelity   fixed: delta is kept from step to step, and S is kept positive semi-definite (`nearest_semidefinite`)
-               wherever it is used. reference: as in the authors' code S' = running - meta_rate * grad serves one
-               step and is forgotten, and nothing is projected.
-    meta_rate  eta
+    S is kept positive semi-definite wherever it is used: `nearest_semidefinite`, of the classes in the batch.
     """
 
-    def __init__(self, covariance: RunningCovariance, fidelity: Fidelity = "fixed", meta_rate: float = 0.1):
-        self.fidelity, self.meta_rate = fidelity, meta_rate
-        self.delta = torch.zeros_like(covariance.covariance) if fidelity == "fixed" else None
+    def __init__(self, running: RunningCovariance):
+        self.running = running
+        self.delta = torch.zeros_like(running.covariance)
 
-    def rows(self, covariance: RunningCovariance, classes_U: Tensor) -> Tensor:
+    def rows(self, classes_U: Tensor) -> Tensor:
         """S of these classes -> (U, A, A) or (U, A)."""
-        running_U = covariance.covariance[classes_U]
-        return running_U if self.delta is None else nearest_semidefinite(running_U + self.delta[classes_U])
+        return nearest_semidefinite(self.running.covariance[classes_U] + self.delta[classes_U])
 
-    def moved(self, S_U: Tensor, grad_U: Tensor) -> Tensor:
-        """S' = S - eta grad."""
-        new_U = S_U - self.meta_rate * grad_U
-        return new_U if self.delta is None else nearest_semidefinite(new_U)
-
-    def keep(self, covariance: RunningCovariance, classes_U: Tensor, new_U: Tensor) -> None:
-        """S of these classes is `new_U` from now on, until the running estimate moves under it."""
-        if self.delta is not None:
-            self.delta[classes_U] = new_U - covariance.covariance[classes_U]
+    def keep(self, classes_U: Tensor, covariance_U: Tensor) -> None:
+        """S of these classes is `covariance_U` from now on, until the running estimate moves under it."""
+        self.delta[classes_U] = covariance_U - self.running.covariance[classes_U]
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {} if self.delta is None else {"delta": self.delta}
+        return {"delta": self.delta}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if self.delta is None:
-            return
-        if "delta" not in state or state["delta"].shape != self.delta.shape:
-            raise TrainingError("The saved run has no such learned covariance: other --covariance or --fidelity.")
-        self.delta.copy_(state["delta"])
+        _load(self.state_dict(), state)
 
 
 def nearest_semidefinite(covariance_U: Tensor) -> Tensor:
@@ -165,3 +144,14 @@ def nearest_semidefinite(covariance_U: Tensor) -> Tensor:
 
 def _as_column(values_U: Tensor, like: Tensor) -> Tensor:
     return values_U.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _load(into: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    for name, tensor in into.items():
+        if name not in state or state[name].shape != tensor.shape:
+            saved = tuple(state[name].shape) if name in state else "nothing"
+            raise TrainingError(
+                f"The saved {name} of the class covariances is {saved}, this run needs {tuple(tensor.shape)}: another "
+                "architecture, list of classes or --covariance."
+            )
+        tensor.copy_(state[name])

@@ -11,8 +11,8 @@ The mixed derivative of 3 needs no second backward pass through the network: S e
 backbone's share is <grad_f L, f_dot>, where f_dot = J_f v_backbone is how the features move along v, one forward-mode
 pass. What remains is a second derivative of the last layer alone. Exact, not an approximation (docs/method.md).
 
-    figures = metasaug_step(module, pictures, labels, meta_pictures, meta_labels, covariance=running, learned=learned,
-                            head_loss=head_loss, strength=..., inner_rate=..., lookahead="classifier")
+    result = metasaug_step(module, pictures, labels, meta_pictures, meta_labels, learned, head_loss,
+                           strength=..., inner_rate=..., lookahead="classifier")      # or plain_step, isda_step
     optimizer.step()
 
 `module` is any torch module with timm's interface: forward_features, forward_head(pre_logits=True) and
@@ -20,7 +20,9 @@ get_classifier() -> nn.Linear. Shape suffixes: N samples, C classes, A features,
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -29,11 +31,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from training.covariance import LearnedCovariance, RunningCovariance
+from training.covariance import LearnedCovariance, RunningCovariance, nearest_semidefinite
 from training.errors import DivergenceError
 from training.losses import HeadLoss
 
 Lookahead = Literal["network", "classifier"]
+Fidelity = Literal["fixed", "reference"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves behind beside the gradients in `.grad`; detached."""
+
+    loss: Tensor  # the loss whose gradient is in .grad: L(Theta, S')
+    features_NA: Tensor
+    logits_NC: Tensor  # plain evaluation logits of the training batch, before the update
+    meta_loss: Tensor | None = None  # plain cross entropy of the meta batch after the look ahead
+    loss_before: Tensor | None = None  # L(Theta, S): loss - loss_before is what the change of S did
+    shift: Tensor | None = None  # |S' - S| / |S| over the classes of the batch; 0 where S is 0
+
+
+def plain_step(
+    module: nn.Module,
+    pictures: Tensor,
+    labels_N: Tensor,
+    head_loss: HeadLoss,
+    class_weights: Tensor | None = None,
+) -> StepResult:
+    """The loss without augmentation: its gradient is left in `.grad`. DivergenceError before that."""
+    batch = TrainBatch(module, pictures, labels_N, head_loss, 0.0, class_weights)
+    return batch.leave_gradient(None)
+
+
+def isda_step(
+    module: nn.Module,
+    pictures: Tensor,
+    labels_N: Tensor,
+    running: RunningCovariance,
+    head_loss: HeadLoss,
+    strength: float,
+    class_weights: Tensor | None = None,
+) -> StepResult:
+    """The loss augmented by the running covariances as they stand; they then take in the batch, as MetaSAug's do."""
+    batch = TrainBatch(module, pictures, labels_N, head_loss, strength, class_weights)
+    result = batch.leave_gradient(running.covariance[batch.classes_U])
+    running.update(head_loss.estimated_features(result.features_NA), labels_N)
+    return result
 
 
 def metasaug_step(
@@ -42,47 +85,46 @@ def metasaug_step(
     labels_N: Tensor,
     meta_pictures: Tensor,
     meta_labels: Tensor,
-    *,
-    covariance: RunningCovariance,
     learned: LearnedCovariance,
     head_loss: HeadLoss,
+    *,
     strength: float,
     inner_rate: float,
+    meta_rate: float = 0.1,
     lookahead: Lookahead = "classifier",
+    fidelity: Fidelity = "fixed",
     class_weights: Tensor | None = None,
-) -> dict[str, float]:
-    """One MetaSAug step but for the optimizer's, formulas at the top of this file.
+) -> StepResult:
+    """One MetaSAug step but for the optimizer's; formulas at the top of this file.
 
     module         in train mode; batch norm's running statistics see the training batch once, the meta batch never
     meta_pictures  a class-balanced batch
-    covariance     running estimate, takes in the batch's features at the end, after their use (as the authors' code)
-    learned        what the meta steps have added to it, and how (fidelity, meta rate)
+    learned        S = running estimate + delta. Both are updated here, last; the running estimate with the features
+                   of this batch only after their use, as in the authors' code
     strength       lambda_t of this epoch
-    inner_rate     alpha, of a plain SGD step: the optimizer's current rate
+    inner_rate     alpha, of a plain SGD step: the optimizer's current rate          meta_rate  eta
     lookahead      through the whole network, or through the last layer only
-
-    Sets `.grad` and returns figures of the batch: loss (the one whose gradient is left), meta_loss (after the look
-    ahead), wrong (count of wrong answers), shift |S' - S| / |S| over the classes present (0 while S is 0), and
-    loss_change, L(Theta, S') - L(Theta, S): what the learned change of S did to the loss.
-    Raises DivergenceError before anything is updated (batch norm's statistics aside).
+    fidelity       fixed: delta is kept from step to step, and S stays positive semi-definite. reference: as in the
+                   authors' code S' = running - eta grad_S serves this step only, and nothing is projected
+    raises         DivergenceError before anything is updated (batch norm's statistics aside)
     """
     batch = TrainBatch(module, pictures, labels_N, head_loss, strength, class_weights)
-    S_U = learned.rows(covariance, batch.classes_U)
+    fixed = fidelity == "fixed"
+    S_U = learned.rows(batch.classes_U) if fixed else learned.running.covariance[batch.classes_U]
     grad_U, loss_before, meta_loss = meta_gradient(batch, S_U, meta_pictures, meta_labels, inner_rate, lookahead)
-    new_U = learned.moved(S_U, grad_U)
-    loss, grads = batch.gradient(new_U)
+    check_finite(loss=[loss_before], meta_loss=[meta_loss], meta_gradient=[grad_U])
 
-    check_finite(loss=[loss], meta_loss=[meta_loss], covariance_gradient=[grad_U], gradient=grads)
-    for p, g in zip(batch.trained, grads, strict=True):
-        p.grad = g
-    learned.keep(covariance, batch.classes_U, new_U)
-    covariance.update(head_loss.estimated_features(batch.features_NA.detach()), labels_N)
+    new_U = S_U - meta_rate * grad_U
+    if fixed:
+        new_U = nearest_semidefinite(new_U)
+    result = batch.leave_gradient(new_U)
+    if fixed:
+        learned.keep(batch.classes_U, new_U)
+    learned.running.update(head_loss.estimated_features(result.features_NA), labels_N)
 
     size = torch.linalg.vector_norm(S_U)
     shift = torch.where(size > 0, torch.linalg.vector_norm(new_U - S_U) / size, 0.0)
-    figures = {"loss": loss, "meta_loss": meta_loss, "wrong": batch.count_wrong(), "shift": shift,
-               "loss_change": loss - loss_before}  # fmt: skip
-    return {name: value.item() for name, value in figures.items()}
+    return dataclasses.replace(result, meta_loss=meta_loss, loss_before=loss_before, shift=shift)
 
 
 class TrainBatch:
@@ -109,18 +151,26 @@ class TrainBatch:
         self.random_state = _random_state(pictures.device)
         self.features_NA = features_of(module, pictures)
 
-    def loss(self, features_NA: Tensor, head: Sequence[Tensor], S_U: Tensor) -> Tensor:
+    def loss(self, features_NA: Tensor, head: Sequence[Tensor], S_U: Tensor | None) -> Tensor:
         W_CA, b_C = head[0], head[1] if len(head) > 1 else None
-        spread_NC = self.head_loss.spread(W_CA, self.classes_U, S_U)[self.index_N]
+        spread_NC = None
+        if S_U is not None:
+            spread_NC = self.head_loss.spread(W_CA, self.classes_U, S_U)[self.index_N]
         return self.head_loss.with_spread(
             features_NA, W_CA, b_C, self.labels_N, spread_NC, self.strength, self.class_weights
         )
 
-    def gradient(self, S_U: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """L(Theta, S) and its gradient in every trained parameter; frees the graph."""
+    def leave_gradient(self, S_U: Tensor | None) -> StepResult:
+        """Leaves the gradient of L(Theta, S) in `.grad`, in place of what was there; frees the graph."""
         loss = self.loss(self.features_NA, self.head, S_U)
         grads = torch.autograd.grad(loss, self.trained, materialize_grads=True)
-        return loss.detach(), list(grads)
+        check_finite(loss=[loss.detach()], gradient=grads)
+        for p, g in zip(self.trained, grads, strict=True):
+            p.grad = g
+        features_NA = self.features_NA.detach()
+        with torch.no_grad():
+            logits_NC = self.head_loss.logits(features_NA, *self.head)
+        return StepResult(loss.detach(), features_NA, logits_NC)
 
     def tangent(self, directions: dict[str, Tensor]) -> Tensor:
         """f_dot (N, A): the derivative of the features as the body's parameters move along `directions`."""
@@ -134,11 +184,6 @@ class TrainBatch:
             features = features_of(self.module, self.pictures, moving)
             tangent_NA = forward_ad.unpack_dual(features).tangent
         return torch.zeros_like(features) if tangent_NA is None else tangent_NA
-
-    def count_wrong(self) -> Tensor:
-        with torch.no_grad():
-            logits_NC = self.head_loss.logits(self.features_NA.detach(), *self.head)
-        return (logits_NC.argmax(1) != self.labels_N).sum()
 
 
 def meta_gradient(
@@ -188,10 +233,7 @@ def check_finite(**tensors: Sequence[Tensor]) -> None:
     norms = torch.stack([torch.stack(torch._foreach_norm(list(group))).sum() for group in tensors.values()])
     for name, norm in zip(tensors, norms.tolist(), strict=True):
         if not abs(norm) < float("inf"):
-            raise DivergenceError(
-                f"The {name.replace('_', ' ')} is not finite ({norm}); nothing was updated. Try a smaller learning "
-                "rate, --strength or --meta-rate."
-            )
+            raise DivergenceError(f"The {name.replace('_', ' ')} is not finite ({norm}).")
 
 
 def features_of(module: nn.Module, pictures: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
