@@ -1,0 +1,113 @@
+"""Fixtures that every area shares: real data (skipped, or failed in CI, where absent) and a small model folder."""
+
+import fcntl
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("METASAUG_DATA", ROOT.parent / "shared" / "data"))
+
+
+def _unpacked(name: str) -> Path:
+    """The archive's folder, unpacked once into an ignored place; two test processes wait for each other."""
+    archive = DATA / f"{name}.tar"
+    if not archive.is_file():
+        reason = f"the real data is not here: {archive.name} in ../shared/data (or METASAUG_DATA)"
+        if os.environ.get("METASAUG_REQUIRE_DATA") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    folder = ROOT / ".test-data" / name
+    folder.parent.mkdir(exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = folder / ".whole"
+        if not done.exists():
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder, filter="data")
+            done.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10_jpeg() -> Path:
+    """CIFAR-10 as JPEG: train/CLASS/*.jpg and test/CLASS/*.jpg."""
+    return _unpacked("cifar10-jpeg")
+
+
+@pytest.fixture(scope="session")
+def plankton() -> Path:
+    """A natural long tail: train/CLASS/*.jpg."""
+    return _unpacked("plankton")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory) -> Path:
+    """A whole model folder, ONNX and card included, around random weights: it knows nothing, and is fast."""
+    torch = pytest.importorskip("torch")
+    from export.card import write_card
+    from export.to_onnx import export_folder
+    from zoo.architectures import create
+    from zoo.labels import assign_groups
+    from zoo.model_folder import write_model_folder
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    counts = [400, 220, 120, 90, 60, 30, 22, 12, 8, 4]
+    names = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay"]
+    groups, groups_by = assign_groups(counts)
+    tested, right = [20] * 10, [19, 18, 18, 16, 15, 12, 11, 8, 6, 3]
+
+    def share(group: str) -> dict:
+        from training.metrics import wilson_interval
+
+        members = [c for c in range(10) if groups[c] == group]
+        correct, images = sum(right[c] for c in members), sum(tested[c] for c in members)
+        return {"classes": len(members), "images": images, "correct": correct, "accuracy": correct / images,
+                "interval": list(wilson_interval(correct, images))}
+
+    by_group = {group: share(group) for group in ("head", "medium", "tail")}
+    config = {
+        "architecture": "resnet32", "num_classes": 10, "num_features": 64, "label_names": names,
+        "pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.49, 0.48, 0.45], "std": [0.25, 0.24, 0.26],
+                           "interpolation": "bilinear", "crop_pct": 1.0, "num_classes": 10, "classifier": "fc"},
+        "metasaug": {
+            "format": 1, "name": "tiny", "method": "metasaug", "loss": "ce", "augment": "metasaug",
+            "recipe": {"dataset": "animals", "epochs": 1, "seed": 0}, "dataset": "Made-up animals", "imbalance": 100.0,
+            "class_counts": counts, "groups": list(groups), "groups_by": groups_by,
+            "group_accuracy": {group: figures["accuracy"] for group, figures in by_group.items()}, "seed": 0,
+            "schedule": "no training: random weights for tests", "command": "pytest", "code_version": "test",
+            "versions": {"torch": torch.__version__}, "hardware": "none", "seconds": 0, "published_error": None,
+            "results": {
+                "split": "test", "epoch": 1, "images": 200, "error": 1 - sum(right) / 200, "top5_error": 0.1,
+                "macro_error": 1 - sum(right) / 200, "worst_class_error": 0.85, "groups": by_group,
+                "per_class": [{"label": names[c], "train_images": counts[c], "test_images": tested[c],
+                               "correct": right[c]} for c in range(10)],
+            },
+        },
+    }
+    torch.manual_seed(0)
+    weights = {name: tensor.numpy() for name, tensor in create("resnet32", 10).state_dict().items()}
+    rng = np.random.default_rng(0)
+    spread = rng.normal(size=(10, 64, 64)).astype(np.float32) / 8
+    covariance = {"running": spread @ spread.transpose(0, 2, 1), "learned": np.zeros((10, 64, 64), np.float32)}
+    write_model_folder(folder, config, weights, covariance)
+    export_folder(folder)
+    write_card(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder of five small drawn pictures, of several modes, formats and sizes."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    for mode, size, name in [("RGB", (32, 32), "a.png"), ("L", (64, 48), "b.jpg"), ("RGBA", (20, 90), "c.png"),
+                             ("RGB", (200, 100), "d.jpg"), ("P", (33, 31), "e.gif")]:
+        noise = rng.integers(0, 256, (size[1] // 4 + 1, size[0] // 4 + 1, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode).save(folder / name)
+    return folder

@@ -1,0 +1,273 @@
+"""Whole small runs: they learn, they resume to the same bits, and they stop where they must."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from training import loop  # noqa: E402
+from training.datasets import LongTailed, Split  # noqa: E402
+from training.errors import DivergenceError, Interrupted, TrainingError  # noqa: E402
+from training.recipes import Cifar10LT  # noqa: E402
+
+CPU = torch.device("cpu")
+TINY = Cifar10LT(epochs=5, batch_size=16, lr=0.05, imbalance=4, meta_per_class=4)
+
+
+def coloured_stripes(n_per_class: list[int], seed: int, shuffled=False) -> Split:
+    """Pictures of 16 x 16 whose class is the slope of their stripes; noise on top."""
+    rng = np.random.default_rng(seed)
+    pictures, labels = [], []
+    y, x = np.mgrid[:16, :16]
+    for c, n in enumerate(n_per_class):
+        angle = np.pi * c / len(n_per_class)
+        for _ in range(n):
+            wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 0.9 + rng.uniform(0, 6))
+            noisy = wave[..., None] * rng.uniform(0.4, 1, 3) + rng.normal(0, 0.3, (16, 16, 3))
+            pictures.append(np.clip(127 + 90 * noisy, 0, 255).astype(np.uint8))
+            labels.append(c)
+    labels = np.array(labels)
+    return Split(np.stack(pictures), rng.permutation(labels) if shuffled else labels)
+
+
+def small_data(shuffled=False) -> LongTailed:
+    return LongTailed(coloured_stripes([40, 20, 10], 0, shuffled), coloured_stripes([6] * 3, 1, shuffled),
+                      coloured_stripes([30] * 3, 2), ("a", "b", "c"), "stripes", (0.5,) * 3, (0.25,) * 3)
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_after(steps: int):
+    taken = iter(range(steps))
+
+    def on_progress(_):
+        if next(taken, None) is None:
+            raise Killed
+
+    return on_progress
+
+
+def bits(state) -> dict[str, torch.Tensor]:
+    """Everything that a run carries, flat."""
+    optimizer = {f"momentum {i}": s["momentum_buffer"] for i, s in state.optimizer.state_dict()["state"].items()}
+    return {**state.module.state_dict(), **optimizer,
+            **{f"covariance {k}": v for k, v in state.covariance.state_dict().items()},
+            **{f"learned {k}": v for k, v in state.learned.state_dict().items()}}
+
+
+def assert_same_bits(one, other):
+    one, other = bits(one), bits(other)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def log_without_times(folder) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+METHODS = {
+    "plain": {"augment": "none"},
+    "isda": {"augment": "isda"},
+    "metasaug": {},
+    "metasaug through the network": {"lookahead": "network"},
+    "metasaug, diagonal, ldam": {"covariance": "diagonal", "loss": "ldam"},
+    "metasaug, reference": {"fidelity": "reference", "loss": "focal"},
+}
+
+
+def test_a_run_learns_and_with_shuffled_labels_the_gain_is_gone(tmp_path):
+    # Given three classes told apart by their stripes, and the same pictures with labels shuffled,
+    recipe = dataclasses.replace(TINY, epochs=15)
+    # when the same recipe trains on both,
+    state, results = loop.run(recipe, small_data(), tmp_path / "real", CPU)
+    _, shuffled = loop.run(recipe, small_data(shuffled=True), tmp_path / "shuffled", CPU)
+    # then the real one learns what chance (67 % error) cannot, and the other does not.
+    assert results["error"] < 0.3, results
+    assert shuffled["error"] > 0.5
+    log = log_without_times(tmp_path / "real")
+    assert [line["epoch"] for line in log] == list(range(1, 16))
+    assert log[-1]["loss"] < log[0]["loss"]
+    # The result is that of the last epoch, and the learned correction has moved.
+    assert log[-1]["test"]["error"] == results["error"]
+    assert results["epoch"] == 15
+    assert state.learned.delta.abs().sum() > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_killed_anywhere_resumes_to_the_same_bits(tmp_path, method):
+    # Given a run of each method that nobody disturbs,
+    recipe = dataclasses.replace(TINY, **METHODS[method])
+    whole, results = loop.run(recipe, small_data(), tmp_path / "whole", CPU)
+    # when the same run is killed in stage 1 and twice in stage 2, each time going on from its last checkpoint,
+    steps = loop.Batches(small_data().train, small_data(), 0, 16, CPU).steps
+    for after in (steps + 2, 3 * steps - 1, steps):
+        with pytest.raises(Killed):
+            loop.run(recipe, small_data(), tmp_path / "killed", CPU, resume=True, on_progress=kill_after(after))
+    resumed, again = loop.run(recipe, small_data(), tmp_path / "killed", CPU, resume=True)
+    # then weights, momentum, covariances, results and log are bit for bit those of the undisturbed run.
+    assert_same_bits(whole, resumed)
+    assert again == results
+    assert log_without_times(tmp_path / "killed") == log_without_times(tmp_path / "whole")
+
+
+def test_a_stop_signal_in_the_middle_of_an_epoch_loses_nothing(tmp_path):
+    # Given a run that receives SIGTERM in the middle of its fifth epoch, in stage 2,
+    whole, _ = loop.run(TINY, small_data(), tmp_path / "whole", CPU)
+
+    def stop(state):
+        if (state.epoch, state.step) == (4, 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    # when it stops, then it says so with 143, and that step is saved: no step is taken twice.
+    with pytest.raises(Interrupted, match="after step 2") as caught:
+        loop.run(TINY, small_data(), tmp_path / "stopped", CPU, on_progress=stop)
+    assert caught.value.exit_code == 143
+    first = []
+    resumed, _ = loop.run(TINY, small_data(), tmp_path / "stopped", CPU, resume=True,
+                          on_progress=lambda state: first.append((state.epoch, state.step)))
+    assert first[0] == (4, 3)
+    assert_same_bits(whole, resumed)
+    assert log_without_times(tmp_path / "stopped") == log_without_times(tmp_path / "whole")
+
+
+def test_a_shared_stage_1_is_the_same_as_training_it_oneself(tmp_path):
+    # Given a plain run whose stage 1 is kept,
+    plain = dataclasses.replace(TINY, augment="none")
+    loop.run(plain, small_data(), tmp_path / "plain", CPU)
+    # when MetaSAug starts from it, then it ends as if it had trained stage 1 itself.
+    shared, _ = loop.run(TINY, small_data(), tmp_path / "shared", CPU, stage1=tmp_path / "plain")
+    own, _ = loop.run(TINY, small_data(), tmp_path / "own", CPU)
+    assert_same_bits(shared, own)
+    # A stage 1 of another recipe is refused, and the difference named.
+    with pytest.raises(TrainingError, match="seed 0, not 1"):
+        loop.run(dataclasses.replace(TINY, seed=1), small_data(), tmp_path / "other", CPU, stage1=tmp_path / "plain")
+    with pytest.raises(TrainingError, match="no stage-1 checkpoint"):
+        loop.run(TINY, small_data(), tmp_path / "none", CPU, stage1=tmp_path / "nowhere")
+
+
+def test_a_run_folder_is_never_overwritten(tmp_path):
+    loop.run(dataclasses.replace(TINY, epochs=1, augment="none"), small_data(), tmp_path, CPU)
+    with pytest.raises(TrainingError, match="--resume"):
+        loop.run(dataclasses.replace(TINY, epochs=1, augment="none"), small_data(), tmp_path, CPU)
+    with pytest.raises(TrainingError, match="lr 0.05"):
+        loop.run(dataclasses.replace(TINY, epochs=1, augment="none", lr=0.1), small_data(), tmp_path, CPU, resume=True)
+
+
+@pytest.mark.parametrize("method", ["plain", "metasaug"])
+def test_divergence_stops_before_the_update(tmp_path, method):
+    # Given a learning rate that must blow up,
+    recipe = dataclasses.replace(TINY, **METHODS[method], lr=1e18)
+    seen = []
+    # when it trains, then it stops by name, and every weight that was seen after a step was finite.
+    with pytest.raises(DivergenceError, match="epoch 1, step"):
+        loop.run(recipe, small_data(), tmp_path, CPU,
+                 on_progress=lambda s: seen.append(all(p.isfinite().all() for p in s.module.parameters())))
+    assert all(seen)
+
+
+def test_the_schedule_is_the_papers_at_200_epochs_and_scales():
+    paper = Cifar10LT()
+    assert [paper.lr_at(e) for e in (0, 159, 160, 179, 180, 199)] == pytest.approx([0.1, 0.1, 1e-3, 1e-3, 1e-5, 1e-5])
+    assert (paper.stage2_epoch, paper.strength_at(160)) == (160, pytest.approx(0.8 * 0.75))
+    short = Cifar10LT(epochs=60)
+    assert (short.stage2_epoch, short.lr_at(53), short.lr_at(54)) == (48, pytest.approx(1e-3), pytest.approx(1e-5))
+
+
+@pytest.mark.parametrize("flags", [{"epochs": 0}, {"batch_size": 1}, {"lr": float("nan")}, {"meta_per_class": 0}])
+def test_senseless_flags_are_refused(flags):
+    with pytest.raises(TrainingError, match="--"):
+        Cifar10LT(**flags)
+
+
+# ---- the command line ----
+
+
+def run_command(*words, **options):
+    return subprocess.run([sys.executable, "-m", "training", *map(str, words)], capture_output=True, text=True,
+                          timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def class_folders(tmp_path_factory):
+    from tests.test_datasets import write_class_folders
+
+    root = tmp_path_factory.mktemp("small-cifar")
+    write_class_folders(root / "train", {f"c{i}": 24 for i in range(10)})
+    write_class_folders(root / "test", {f"c{i}": 3 for i in range(10)}, seed=1)
+    return root
+
+
+def test_the_command_ends_in_a_model_folder_that_the_zoo_loads(class_folders, tmp_path):
+    # Given ten class folders, when the training command runs for one epoch,
+    done = run_command("cifar10-lt", "--imbalance", 4, "--epochs", 1, "--meta-per-class", 4, "--data", class_folders,
+                       "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    # then its model folder opens in the zoo, says what it is, and predicts by ONNX.
+    import zoo
+
+    model = zoo.load(str(tmp_path / "run" / "model"))
+    assert model.folder.config["metasaug"]["dataset"] == "CIFAR-10 (PNG)"
+    assert model.folder.results["images"] == 30
+    picture = next((class_folders / "test" / "c0").iterdir())
+    assert len(model.predict(picture).top) == 5
+    assert (tmp_path / "run" / "model" / "README.md").is_file()
+    assert "macro error" in done.stdout
+
+
+def test_missing_data_and_wrong_flags_end_in_one_line(tmp_path):
+    missing = run_command("cifar10-lt", "--data", tmp_path / "nowhere", cwd=tmp_path)
+    assert missing.returncode == 2
+    assert "--data" in missing.stderr
+    wrong = run_command("cifar10-lt", "--loss", "cosine")
+    assert wrong.returncode == 2
+    assert "balanced-softmax" in wrong.stderr + wrong.stdout
+    for shown in (missing, wrong):
+        assert "Traceback" not in shown.stderr
+
+
+@pytest.mark.long
+def test_fifty_kills_at_random_resume_to_the_same_bits(class_folders, tmp_path):
+    """kill -9 of the real command at random moments, inside checkpoint writes too."""
+    recipe = ["cifar10-lt", "--imbalance", 4, "--epochs", 30, "--meta-per-class", 4, "--data", class_folders]
+    whole = run_command(*recipe, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    rng = np.random.default_rng(0)
+    kills = 0
+    while kills < 50:
+        process = subprocess.Popen([sys.executable, "-m", "training", *map(str, recipe), "--out", tmp_path / "killed",
+                                    "--resume"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        time.sleep(rng.uniform(2.5, 6))
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.wait()
+        kills += 1
+    assert kills >= 5
+    done = run_command(*recipe, "--out", tmp_path / "killed", "--resume")
+    assert done.returncode == 0, done.stderr
+    from training import checkpoints
+
+    states = [checkpoints.load_newest(tmp_path / name / "checkpoints")[1] for name in ("whole", "killed")]
+
+    def flat(value, prefix=""):
+        if isinstance(value, dict):
+            return {k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}/{key}").items()}
+        return {prefix: value}
+
+    one, other = map(flat, states)
+    for name in one:
+        if name not in ("/seconds", "/log_bytes"):
+            same = torch.equal(one[name], other[name]) if torch.is_tensor(one[name]) else one[name] == other[name]
+            assert same, name
+    assert log_without_times(tmp_path / "killed") == log_without_times(tmp_path / "whole")

@@ -1,0 +1,1 @@
+"""Training long-tailed recognition models; stages meet as model folders (zoo.model_folder)."""

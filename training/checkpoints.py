@@ -1,0 +1,88 @@
+"""Resume state: files that are whole or not there.
+
+A checkpoint is one file, step-EPOCH-STEP-DIGEST.pt, the digest being the first 16 hex digits of the sha256 of its
+bytes: content and check arrive by the same rename, so a torn write can never look good. It opens with
+`weights_only=True`; nothing in it can run.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+import re
+import warnings
+from pathlib import Path
+
+import torch
+
+from training.errors import TrainingError
+
+NAME = re.compile(r"step-(\d+)-(\d+)-([0-9a-f]{16})\.pt")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """All of `content` under `path`, or what was there before: temporary file, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise TrainingError(f"{path} could not be written ({error.strerror or error}); what stood there before is "
+                            "whole. Make room or choose another --out, then go on with --resume.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(folder: Path, state: dict, epoch: int, step: int, keep: int = 2) -> Path:
+    """Write a checkpoint and drop all but the newest `keep`."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    path = folder / f"step-{epoch:05d}-{step:07d}-{digest}.pt"
+    write_atomically(path, content)
+    for _, _, old in _newest_first(folder)[keep:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict:
+    """The state in one file; TrainingError where its bytes are not those that were written."""
+    match = NAME.fullmatch(path.name)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise TrainingError(f"checkpoint {path} cannot be read: {error.strerror or error}.") from error
+    if match is None or hashlib.sha256(content).hexdigest()[:16] != match[3]:
+        raise TrainingError(f"checkpoint {path} is damaged: its bytes do not match the digest in its name.")
+    try:
+        return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise TrainingError(f"checkpoint {path} is refused: it holds more than tensors and numbers.") from error
+
+
+def load_newest(folder: Path, device: torch.device | str = "cpu") -> tuple[Path, dict] | None:
+    """The newest whole checkpoint, or None; a damaged one is named in a warning and passed over."""
+    for _, _, path in _newest_first(folder):
+        try:
+            return path, load(path, device)
+        except TrainingError as error:
+            warnings.warn(f"{error} Falling back to the one before.", stacklevel=2)
+    return None
+
+
+def _newest_first(folder: Path) -> list[tuple[int, int, Path]]:
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := NAME.fullmatch(path.name):
+            found.append((int(match[1]), int(match[2]), path))
+    return sorted(found, reverse=True)

@@ -1,0 +1,23 @@
+"""What training raises for the person at the keyboard; all of it is a `zoo.ZooError`."""
+
+from zoo.errors import ZooError
+
+
+class TrainingError(ZooError):
+    """A run that cannot start or cannot go on; the message says what to do."""
+
+
+class DataError(TrainingError):
+    """Training pictures that are missing, unreadable or contradict each other."""
+
+
+class DivergenceError(TrainingError):
+    """A NaN or an infinity, found before the update that would have spread it."""
+
+
+class Interrupted(TrainingError):  # noqa: N818  (it is a request that was honoured, not a fault)
+    """SIGINT or SIGTERM arrived; the state is saved. `exit_code` is 130 or 143."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
