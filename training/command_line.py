@@ -105,7 +105,7 @@ def train(job: Annotated[Job, tyro.conf.arg(name="")], /) -> Path | None:
 
 
 def load_data(recipe: Recipe, options: RunOptions):
-    from training.datasets import load_cifar
+    from training.cifar import load_cifar
 
     return load_cifar(recipe.dataset, options.data, recipe.imbalance, recipe.meta_per_class, recipe.subset_seed,
                       recipe.meta_in_training, options.download)
@@ -169,7 +169,7 @@ def write_model(model: Path, recipe: Recipe, data, state, results: dict) -> None
             "group_accuracy": {group: figures["accuracy"] for group, figures in results["groups"].items()},
             "seed": recipe.seed,
             "schedule": schedule_in_words(recipe),
-            "command": "metasaug " + " ".join(sys.argv[1:]),
+            "command": command_in_words(),
             "code_version": code_version(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__.split("+")[0],
                          "numpy": version("numpy")},
@@ -185,6 +185,19 @@ def write_model(model: Path, recipe: Recipe, data, state, results: dict) -> None
         covariance = {name: tensor.cpu().contiguous().numpy() for name, tensor in
                       {"running": state.covariance.covariance, "learned": state.learned.delta}.items()}
     write_model_folder(model, config, weights, covariance)
+
+
+def command_in_words() -> str:
+    """The command as another person would type it: without where this machine keeps things."""
+    words, kept = iter(sys.argv[1:]), []
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag in ("--data", "--out", "--stage1"):
+            value or next(words, None)
+            kept += ["--data", "DIR"] if flag == "--data" else []
+        elif flag != "--resume":
+            kept.append(word)
+    return " ".join(["metasaug", *(kept if kept[:1] == ["train"] else ["train", *kept])])
 
 
 def schedule_in_words(recipe: Recipe) -> str:

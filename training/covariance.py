@@ -124,14 +124,14 @@ class LearnedCovariance:
 def nearest_semidefinite(covariance_U: Tensor) -> Tensor:
     """The nearest positive semi-definite matrices in Frobenius norm, or variances >= 0 for the diagonal form.
 
-    Only matrices that need it are decomposed: a Cholesky factorisation, a twentieth of the cost, finds them. It is
-    tried a rounding error above (1e-6 of the mean variance), so an eigenvalue may stay that little below zero.
+    Only matrices that need it are decomposed: a Cholesky factorisation, much cheaper, finds them. It is tried a
+    rounding error (4 eps of the trace) above, so an eigenvalue may stay that little below zero.
     """
     if covariance_U.ndim == 2:
         return covariance_U.clamp_min(0)
-    num_features = covariance_U.shape[-1]
-    ridge_U = covariance_U.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0) * 1e-6
-    eye = torch.eye(num_features, dtype=covariance_U.dtype, device=covariance_U.device)
+    eye = torch.eye(covariance_U.shape[-1], dtype=covariance_U.dtype, device=covariance_U.device)
+    trace_U = covariance_U.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0)
+    ridge_U = 4 * torch.finfo(covariance_U.dtype).eps * trace_U
     failed_U = torch.linalg.cholesky_ex(covariance_U + ridge_U[:, None, None] * eye).info != 0
     if not failed_U.any():
         return covariance_U

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-
 import zoo
+
 from training.datasets import list_class_folders
 from training.errors import DataError
 from training.metrics import results_table, test_results

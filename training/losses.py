@@ -3,12 +3,14 @@
 Shape suffixes: N samples, C classes, A features (the input width of the last layer), U the distinct classes of a
 batch. Covariances are full, (C, A, A), or diagonal, (C, A); everything here takes either.
 
-`HeadLoss` is the one object that training uses: the loss of a last layer as a function of its features, weight and
-bias, so that the training loop and the meta step differentiate the very same thing.
+Pure functions first. `HeadLoss` composes them into the one object that training uses: the loss of a last layer as a
+function of its features, weight and bias, so that the loop and the meta step differentiate the very same thing.
+Which combination is which published method: docs/method.md.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -22,15 +24,16 @@ LossName = Literal["ce", "focal", "ldam", "ldam-published", "balanced-softmax", 
 _CHUNK_NUMBERS = 4_000_000
 
 
+# ---- class weights, margins, priors ----
+
+
 def class_balanced_weights(class_counts: Sequence[int] | Tensor, beta: float = 0.9999) -> Tensor:
     """w_c = (1 - beta) / (1 - beta^n_c), scaled to sum to C (Cui et al. 2019, eq. 4) -> (C,) float64.
 
     class_counts  pictures of each class, >= 1 (a class without pictures has no weight: ValueError)
     beta          in [0, 1); 0 gives all ones
     """
-    counts_C = torch.as_tensor(class_counts, dtype=torch.float64)
-    if counts_C.numel() == 0 or (counts_C < 1).any():
-        raise ValueError("class_counts: every class needs at least one picture to be weighted.")
+    counts_C = _counts(class_counts)
     if not 0 <= beta < 1:
         raise ValueError(f"beta {beta}: must be in [0, 1).")
     weights_C = (1 - beta) / (1 - beta**counts_C)
@@ -38,9 +41,25 @@ def class_balanced_weights(class_counts: Sequence[int] | Tensor, beta: float = 0
 
 
 def ldam_margins(class_counts: Sequence[int] | Tensor, max_margin: float = 0.5) -> Tensor:
-    """m_c = max_margin * (min n / n_c)^(1/4) (Cao et al. 2019, eq. 13) -> (C,) float64."""
-    counts_C = torch.as_tensor(class_counts, dtype=torch.float64)
+    """m_c = max_margin * (min n / n_c)^(1/4): the rarest class has the widest (Cao et al. 2019, eq. 13) -> (C,)."""
+    counts_C = _counts(class_counts)
     return max_margin * (counts_C.min() / counts_C) ** 0.25
+
+
+def log_prior(class_counts: Sequence[int] | Tensor) -> Tensor:
+    """log(n_c / sum n) -> (C,) float64."""
+    counts_C = _counts(class_counts)
+    return (counts_C / counts_C.sum()).log()
+
+
+def _counts(class_counts: Sequence[int] | Tensor) -> Tensor:
+    counts_C = torch.as_tensor(class_counts, dtype=torch.float64)
+    if counts_C.ndim != 1 or len(counts_C) < 2 or (counts_C < 1).any():
+        raise ValueError("class_counts: one count a class, at least two classes, each with at least one picture.")
+    return counts_C
+
+
+# ---- losses of logits ----
 
 
 def cross_entropy(logits_NC: Tensor, labels_N: Tensor, class_weights_C: Tensor | None = None) -> Tensor:
@@ -56,22 +75,35 @@ def focal(
 ) -> Tensor:
     """sum_n w_yn * (1 - p_n)^gamma * ce_n / sum_n w_yn, p_n = exp(-ce_n) (Lin et al. 2017, eq. 5).
 
-    The same weighted mean as `cross_entropy`, and equal to it at gamma 0.
+    The same weighted mean as `cross_entropy`, and equal to it at gamma 0. LDAM's code, and what derives from it,
+    weighs ce before the power is taken, and so makes p_n^w of p_n; this is the paper's formula.
     """
-    ce_N = F.cross_entropy(logits_NC, labels_N, reduction="none")
-    # 1 - p as -expm1(-ce): exact for easy samples. The floor keeps the slope of x^gamma, gamma < 1, finite at 0.
-    wrong_N = (-torch.expm1(-ce_N)).clamp_min(torch.finfo(ce_N.dtype).tiny)
-    focal_N = wrong_N**gamma * ce_N
+    focal_N = focal_of_log_probability(-F.cross_entropy(logits_NC, labels_N, reduction="none"), gamma)
     if class_weights_C is None:
         return focal_N.mean()
     weights_N = _like(class_weights_C, logits_NC)[labels_N]
     return (weights_N * focal_N).sum() / weights_N.sum()
 
 
+def focal_of_log_probability(log_p_N: Tensor, gamma: float) -> Tensor:
+    """-(1 - p)^gamma log p."""
+    # 1 - p as -expm1(log p): exact for easy samples. The floor keeps the slopes of x^gamma, gamma < 2, finite at 0.
+    wrong_N = (-torch.expm1(log_p_N)).clamp_min(torch.finfo(log_p_N.dtype).eps)
+    return -(wrong_N**gamma) * log_p_N
+
+
 def less_margin(logits_NC: Tensor, labels_N: Tensor, margins_C: Tensor) -> Tensor:
     """z_ny - m_y at the true class, z elsewhere (Cao et al. 2019, eq. 12, without the scale)."""
     margin_N = _like(margins_C, logits_NC)[labels_N]
     return logits_NC.scatter_add(1, labels_N[:, None], -margin_N[:, None])
+
+
+def cosine_logits(features_NA: Tensor, weight_CA: Tensor, scale: float) -> Tensor:
+    """scale * cos(f_n, w_c), the last layer of LDAM as published."""
+    return scale * F.linear(F.normalize(features_NA), F.normalize(weight_CA))
+
+
+# ---- the augmentation ----
 
 
 def augmented_logits(
@@ -109,7 +141,7 @@ def class_spread(weight_CA: Tensor, classes_U: Tensor, covariance_U: Tensor) -> 
     chunk = max(1, _CHUNK_NUMBERS // weight_CA.numel())
     if chunk >= len(classes_U):
         return _full_spread(weight_CA, own_UA, covariance_U)
-    # Checkpointed: what the backward pass needs is made anew a chunk at a time, not kept for all U.
+    # Checkpointed: what the backward passes need is made anew a chunk at a time, not kept for all U.
     return torch.cat([
         checkpoint(_full_spread, weight_CA, own_UA[i : i + chunk], covariance_U[i : i + chunk], use_reentrant=False)
         for i in range(0, len(classes_U), chunk)
@@ -121,8 +153,11 @@ def _full_spread(weight_CA: Tensor, own_UA: Tensor, covariance_UAA: Tensor) -> T
     return (torch.bmm(away_UCA, covariance_UAA) * away_UCA).sum(2)
 
 
-def _like(values: Tensor | None, example: Tensor) -> Tensor | None:
+def _like(values, example: Tensor):
     return None if values is None else values.to(device=example.device, dtype=example.dtype)
+
+
+# ---- the loss of a last layer ----
 
 
 @dataclass(frozen=True)
@@ -130,15 +165,15 @@ class HeadLoss:
     """The loss of a last layer, as a function of its inputs.
 
         loss = HeadLoss("ldam", class_counts=counts)
-        loss(features_NA, weight_CA, bias_C, labels_N)                                   # plain
-        loss(..., covariance=S, strength=lam)                                            # ISDA, MetaSAug
-        loss(..., class_weights=class_balanced_weights(counts))                          # re-weighted
-        loss.logits(features_NA, weight_CA, bias_C)                                      # for evaluation
+        loss(features_NA, weight_CA, bias_C, labels_N)                          # plain
+        loss(..., covariance=S, strength=lam)                                   # ISDA, MetaSAug
+        loss(..., class_weights=class_balanced_weights(counts))                 # re-weighted
+        loss.logits(features_NA, weight_CA, bias_C)                             # for evaluation
 
     loss            ce, focal, ldam (margins only, as MetaSAug's authors use it), ldam-published (cosine logits times
-                    a scale, margins), balanced-softmax, logit-adjustment
-    class_counts    training pictures a class; ce and focal do not need them
-    gamma, max_margin, scale, tau    of focal, ldam, ldam-published, logit-adjustment
+                    a scale, margins), balanced-softmax, logit-adjustment (balanced softmax is its tau = 1)
+    class_counts    training pictures a class; ce and focal do without
+    gamma, max_margin, scale, tau    of focal, both ldam, ldam-published, logit-adjustment
     """
 
     loss: LossName = "ce"
@@ -147,28 +182,13 @@ class HeadLoss:
     max_margin: float = 0.5
     scale: float = 30.0
     tau: float = 1.0
-    _table: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         if self.loss not in get_args(LossName):
             raise ValueError(f"Unknown loss {self.loss!r}: one of {', '.join(get_args(LossName))}.")
         object.__setattr__(self, "class_counts", tuple(int(n) for n in self.class_counts))
-        if self.loss in ("ce", "focal"):
-            return
-        if not self.class_counts or min(self.class_counts) < 1:
-            raise ValueError(f"Loss {self.loss!r} needs class_counts, at least 1 a class.")
-        if self.loss in ("ldam", "ldam-published"):
-            self._table["margins_C"] = ldam_margins(self.class_counts, self.max_margin)
-        else:
-            counts_C = torch.tensor(self.class_counts, dtype=torch.float64)
-            tau = self.tau if self.loss == "logit-adjustment" else 1.0
-            self._table["prior_C"] = tau * (counts_C / counts_C.sum()).log()
-
-    def logits(self, features_NA: Tensor, weight_CA: Tensor, bias_C: Tensor | None = None) -> Tensor:
-        """Evaluation logits: the plain last layer; ldam-published: scale * cosine, without the bias."""
-        if self.loss == "ldam-published":
-            return self.scale * F.linear(F.normalize(features_NA), F.normalize(weight_CA))
-        return F.linear(features_NA, weight_CA, bias_C)
+        if self.loss not in ("ce", "focal"):
+            _counts(self.class_counts)
 
     def __call__(
         self,
@@ -181,46 +201,50 @@ class HeadLoss:
         class_weights: Tensor | None = None,
     ) -> Tensor:
         """The training loss, a scalar; `covariance` has a row for every class."""
-        spread_NC = None
-        if covariance is not None and strength != 0:
+        logits_NC = self.logits(features_NA, weight_CA, bias_C)
+        if covariance is not None:
             classes_U, index_N = labels_N.unique(return_inverse=True)
-            spread_NC = self.spread(weight_CA, classes_U, covariance[classes_U])[index_N]
-        return self.with_spread(features_NA, weight_CA, bias_C, labels_N, spread_NC, strength, class_weights)
+            spread_UC = self.spread(weight_CA, classes_U, covariance[classes_U])
+            logits_NC = logits_NC + strength / 2 * spread_UC[index_N]
+        return self.of_logits(logits_NC, labels_N, class_weights)
 
-    def spread(self, weight_CA: Tensor, classes_U: Tensor, covariance_U: Tensor) -> Tensor:
-        """`class_spread` of the weights as this loss uses them (ldam-published: normalised and scaled)."""
+    def logits(self, features_NA: Tensor, weight_CA: Tensor, bias_C: Tensor | None = None) -> Tensor:
+        """Evaluation logits: the plain last layer; ldam-published: scale * cosine, without the bias."""
         if self.loss == "ldam-published":
-            # Covariances are those of the normalised features; the logit is scale times as wide.
-            return self.scale**2 * class_spread(F.normalize(weight_CA), classes_U, covariance_U)
-        return class_spread(weight_CA, classes_U, covariance_U)
+            return cosine_logits(features_NA, weight_CA, self.scale)
+        return F.linear(features_NA, weight_CA, bias_C)
 
-    def estimated_features(self, features_NA: Tensor) -> Tensor:
+    def augmentable_features(self, features_NA: Tensor) -> Tensor:
         """The features whose covariance S is: as they enter the logits (ldam-published: normalised)."""
         return F.normalize(features_NA) if self.loss == "ldam-published" else features_NA
 
-    def with_spread(
-        self,
-        features_NA: Tensor,
-        weight_CA: Tensor,
-        bias_C: Tensor | None,
-        labels_N: Tensor,
-        spread_NC: Tensor | None,
-        strength: float,
-        class_weights: Tensor | None = None,
-    ) -> Tensor:
-        """The training loss with q of each sample at hand, or None for none."""
-        logits_NC = self.logits(features_NA, weight_CA, bias_C)
-        if spread_NC is not None:
-            logits_NC = logits_NC + strength / 2 * spread_NC
-        return self.of_logits(logits_NC, labels_N, class_weights)
+    def spread(self, weight_CA: Tensor, classes_U: Tensor, covariance_U: Tensor) -> Tensor:
+        """`class_spread` in the units of the logits (ldam-published: of normalised weights, times scale^2)."""
+        if self.loss == "ldam-published":
+            return self.scale**2 * class_spread(F.normalize(weight_CA), classes_U, covariance_U)
+        return class_spread(weight_CA, classes_U, covariance_U)
 
     def of_logits(self, logits_NC: Tensor, labels_N: Tensor, class_weights: Tensor | None = None) -> Tensor:
-        """The training loss of (augmented) logits: margins and priors are added here."""
+        """The training loss of (augmented) logits."""
+        logits_NC = self.shifted(logits_NC, labels_N)
         if self.loss == "focal":
             return focal(logits_NC, labels_N, class_weights, self.gamma)
-        if "margins_C" in self._table:
-            margin = self.scale if self.loss == "ldam-published" else 1.0
-            logits_NC = less_margin(logits_NC, labels_N, margin * self._table["margins_C"])
-        if "prior_C" in self._table:
-            logits_NC = logits_NC + _like(self._table["prior_C"], logits_NC)
         return cross_entropy(logits_NC, labels_N, class_weights)
+
+    def shifted(self, logits_NC: Tensor, labels_N: Tensor) -> Tensor:
+        """Logits less the margin of the true class, or plus the log prior: constants, whatever the parameters."""
+        if self._margins_C is not None:
+            return less_margin(logits_NC, labels_N, self._margins_C)
+        return logits_NC if self._prior_C is None else logits_NC + _like(self._prior_C, logits_NC)
+
+    @cached_property
+    def _margins_C(self) -> Tensor | None:
+        if self.loss not in ("ldam", "ldam-published"):
+            return None
+        return ldam_margins(self.class_counts, self.max_margin) * (1 if self.loss == "ldam" else self.scale)
+
+    @cached_property
+    def _prior_C(self) -> Tensor | None:
+        if self.loss not in ("balanced-softmax", "logit-adjustment"):
+            return None
+        return log_prior(self.class_counts) * (1 if self.loss == "balanced-softmax" else self.tau)

@@ -1,0 +1,82 @@
+"""The command line: `metasaug COMMAND …`. Each command is imported only when it is called."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    function: str  # "module:name"; its docstring and annotations are the command's help and flags
+    summary: str
+
+
+COMMANDS = {
+    "demo": Command("app:demo", "the Gradio app, on the bundled models"),
+    "list": Command("zoo.command_line:list_table", "the models: data, weights, errors"),
+    "info": Command("zoo.command_line:info", "the card of a model"),
+    "predict": Command("zoo.command_line:predict", "classify pictures"),
+    "evaluate": Command("training.evaluate:evaluate", "measure a model on labelled pictures, per group and class"),
+    "train": Command("training.command_line:train", "train on a benchmark"),
+    "export": Command("export.command_line:export", "ONNX beside the weights of a model folder"),
+}
+
+# What each missing library belongs to.
+EXTRAS = {"torch": "train", "torchvision": "train", "onnx": "train", "onnxscript": "train", "gradio": "demo"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 done, 2 an error told in one message, 130 and 143 stopped."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = arguments[0] if arguments else "--help"
+    if name in ("--help", "-h"):
+        print(overview())
+        return 0
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(f"metasaug {version('metasaug')}")
+        return 0
+    if name not in COMMANDS:
+        print(f"Unknown command {name!r}.\n\n{overview()}", file=sys.stderr)
+        return 2
+
+    from zoo.errors import ZooError
+
+    try:
+        return _call(name, arguments[1:])
+    except ZooError as error:
+        print(f"metasaug {name}: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `metasaug list | head`
+        sys.stderr.close()
+        return 0
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        print(f"metasaug {name} needs {error.name}, which is not installed: pip install 'metasaug[{extra}]'",
+              file=sys.stderr)
+        return 2
+
+
+def _call(name: str, arguments: list[str]) -> int:
+    import tyro
+
+    module, function = COMMANDS[name].function.split(":")
+    result = tyro.cli(getattr(importlib.import_module(module), function), prog=f"metasaug {name}",
+                      args=arguments)
+    sys.stdout.flush()
+    return result if isinstance(result, int) else 0
+
+
+def overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: metasaug COMMAND [flags]      metasaug COMMAND --help", "", *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""CIFAR-10-LT and CIFAR-100-LT: the original files or class folders, cut into an exponential long tail."""
+
+import hashlib
+import io
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from training.datasets import LongTailed, Split, content_key, list_class_folders, read_pictures
+from training.errors import DataError
+
+
+def long_tail_counts(largest: int, num_classes: int, imbalance: float) -> list[int]:
+    """n_c = largest * imbalance^(-c / (C - 1)), rounded down: the exponential profile of Cui et al. 2019.
+
+    largest     pictures of class 0        imbalance   n_0 / n_(C-1), at least 1
+    """
+    if not imbalance >= 1:
+        raise DataError(f"--imbalance {imbalance:g}: largest over smallest class, so at least 1.")
+    counts = [int(largest * imbalance ** (-c / (num_classes - 1))) for c in range(num_classes)]
+    if counts[-1] < 1:
+        raise DataError(f"--imbalance {imbalance:g} leaves the smallest class of {largest} without a picture; "
+                        f"{largest} is the most that works here.")
+    return counts
+
+
+def cut(
+    keys: Sequence[bytes], labels: np.ndarray, banned: set[bytes], num_classes: int, meta_per_class: int,
+    imbalance: float, seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose the meta set, then the long tail from what remains.
+
+    keys     one a picture, equal where the content is equal: a second copy is passed over
+    labels   int64 (N,)          banned   keys that may not be used: those of the test set
+    Returns the indices of the training and of the meta pictures, by class, in a random order fixed by `seed`.
+    """
+    rng = np.random.default_rng(seed)
+    taken = set(banned)
+    pools: list[list[int]] = []
+    for c in range(num_classes):
+        pool = []
+        for i in rng.permutation(np.flatnonzero(labels == c)):
+            if keys[i] not in taken:
+                taken.add(keys[i])
+                pool.append(int(i))
+        pools.append(pool)
+    smallest = min(len(pool) for pool in pools)
+    if smallest <= meta_per_class:
+        raise DataError(f"a class has {smallest} pictures, not enough for --meta-per-class {meta_per_class} "
+                        "and one to train on.")
+    meta = [i for pool in pools for i in pool[:meta_per_class]]
+    # The published sizes (4990, 490) count from the whole class, so a copy dropped above costs the tail nothing.
+    largest = int(np.bincount(labels, minlength=num_classes).max()) - meta_per_class
+    train = [
+        i
+        for pool, n in zip(pools, long_tail_counts(largest, num_classes, imbalance), strict=True)
+        for i in pool[meta_per_class : meta_per_class + n]
+    ]
+    return np.array(train), np.array(meta)
+
+
+@dataclass(frozen=True)
+class _Cifar:
+    title: str
+    folder: str  # of the original files
+    train_files: tuple[tuple[str, str], ...]  # name, md5 as published by its authors
+    test_files: tuple[tuple[str, str], ...]
+    names_file: str
+    names_key: str
+    labels_key: str
+    num_classes: int
+    class_size: int
+
+
+CIFAR = {
+    "cifar10-lt": _Cifar(
+        "CIFAR-10", "cifar-10-batches-py",
+        (("data_batch_1", "c99cafc152244af753f735de768cd75f"), ("data_batch_2", "d4bba439e000b95fd0a9bffe97cbabec"),
+         ("data_batch_3", "54ebc095f3ab1f0389bbae665268c751"), ("data_batch_4", "634d18415352ddfa80567beed471001a"),
+         ("data_batch_5", "482c414d41f54cd18b22e5b47cb7c3cb")),
+        (("test_batch", "40351d587109b95175f43aff81a1287e"),),
+        "batches.meta", "label_names", "labels", 10, 5000),
+    "cifar100-lt": _Cifar(
+        "CIFAR-100", "cifar-100-python", (("train", "16019d7e3df5f24257cddd939b257f8d"),),
+        (("test", "f0ef6b0ae62326f3e7ffdfab6717acfc"),), "meta", "fine_label_names", "fine_labels", 100, 500),
+}
+
+# Mean and spread of the training pictures, as the authors' code has them.
+CIFAR_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
+CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
+
+
+def load_cifar(
+    dataset: str, root: Path | None, imbalance: float, meta_per_class: int, subset_seed: int,
+    meta_in_training: bool = False, download: bool = False,
+) -> LongTailed:
+    """CIFAR-10-LT or CIFAR-100-LT from `root`: the original files, or class folders train/CLASS and test/CLASS.
+
+    dataset    "cifar10-lt" or "cifar100-lt"
+    root       folder that holds cifar-10-batches-py (or is it), or train/ and test/
+    download   fetch the original files into `root` first, by torchvision
+    Raises DataError where the pictures are not there or not whole.
+    """
+    about = CIFAR[dataset]
+    root = Path("data") if root is None else root.expanduser()
+    if download:
+        import torchvision
+
+        kind = {"cifar10-lt": torchvision.datasets.CIFAR10, "cifar100-lt": torchvision.datasets.CIFAR100}[dataset]
+        try:
+            kind(str(root), download=True)
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{about.title} could not be downloaded into {root}: {error}") from error
+    batches = root if root.name == about.folder else root / about.folder
+    if batches.is_dir():
+        train_all, test, names, source = _read_cifar_batches(about, batches)
+        keys = [content_key(picture.tobytes()) for picture in train_all.pictures]
+        banned = {content_key(picture.tobytes()) for picture in test.pictures}
+        train_at, meta_at = cut(keys, train_all.labels, banned, len(names), meta_per_class, imbalance, subset_seed)
+        train, meta = (Split(train_all.pictures[at], train_all.labels[at]) for at in (train_at, meta_at))
+    elif (root / "train").is_dir() and (root / "test").is_dir():
+        train_paths, train_labels, names = list_class_folders(root / "train")
+        test_paths, test_labels, test_names = list_class_folders(root / "test")
+        if names != test_names:
+            raise DataError(f"{root}: train/ and test/ have different classes: "
+                            f"{', '.join(sorted(set(names) ^ set(test_names))[:10])}.")
+        if len(names) != about.num_classes:
+            raise DataError(f"{root / 'train'} has {len(names)} class folders; {about.title} has {about.num_classes}.")
+        banned = {content_key(path.read_bytes()) for path in test_paths}
+        keys = [content_key(path.read_bytes()) for path in train_paths]
+        train_at, meta_at = cut(keys, train_labels, banned, len(names), meta_per_class, imbalance, subset_seed)
+        train, meta = (
+            Split(read_pictures([train_paths[i] for i in at], (32, 32)), train_labels[at]) for at in (train_at, meta_at)
+        )
+        test = Split(read_pictures(test_paths, (32, 32)), test_labels)
+        kinds = {path.suffix.lower().lstrip(".").replace("jpg", "jpeg").upper() for path in test_paths}
+        source = f"{about.title} ({', '.join(sorted(kinds))})"
+    else:
+        raise DataError(_cifar_missing(about, dataset, root))
+    if meta_in_training:
+        train = Split(np.concatenate([train.pictures, meta.pictures]), np.concatenate([train.labels, meta.labels]))
+    return LongTailed(train, meta, test, names, source, CIFAR_MEAN, CIFAR_STD)
+
+
+def _cifar_missing(about: _Cifar, dataset: str, root: Path) -> str:
+    found = "does not exist" if not root.exists() else "holds neither"
+    return (
+        f"{about.title} not found: {root} {found}. Name its folder with --data DIR, where DIR holds either\n"
+        f"  {about.folder}/          the original files, or\n"
+        f"  train/CLASS/*.jpg and test/CLASS/*.jpg   ({about.num_classes} class folders each)\n"
+        f"or fetch the original (170 MB, from its authors' site): "
+        f"metasaug train {dataset} --data {root} --download"
+    )
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """The original CIFAR files are pickles; nothing but numpy arrays and plain containers may come out of them."""
+
+    ALLOWED = frozenset({
+        ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
+        ("numpy", "dtype"), ("_codecs", "encode"),
+    })
+
+    def find_class(self, module: str, name: str):
+        if (module, name) in self.ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file does")
+
+
+def _read_cifar_batches(about: _Cifar, folder: Path) -> tuple[Split, Split, tuple[str, ...], str]:
+    as_published = True
+
+    def load(name: str, md5: str | None) -> dict:
+        nonlocal as_published
+        path = folder / name
+        try:
+            content = path.read_bytes()
+            loaded = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
+        except FileNotFoundError:
+            raise DataError(f"{path} is missing: unpack the whole archive of {about.title} again.") from None
+        except Exception as error:  # an unpickler meets broken bytes with any exception there is
+            raise DataError(f"{path} cannot be read ({error}): fetch {about.title} again.") from error
+        as_published &= md5 is None or hashlib.md5(content, usedforsecurity=False).hexdigest() == md5
+        return loaded
+
+    def split(files: Sequence[tuple[str, str]]) -> Split:
+        pictures, labels = [], []
+        for name, md5 in files:
+            batch = load(name, md5)
+            try:
+                data, at = np.asarray(batch["data"], np.uint8), np.asarray(batch[about.labels_key], np.int64)
+                pictures.append(data.reshape(len(at), 3, 32, 32).transpose(0, 2, 3, 1))
+                labels.append(at)
+                if len(at) and not (at.min() >= 0 and at.max() < about.num_classes):
+                    raise ValueError("labels out of range")
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(f"{folder / name} is no file of {about.title}: {error!r}.") from error
+        return Split(np.ascontiguousarray(np.concatenate(pictures)), np.concatenate(labels))
+
+    train, test = split(about.train_files), split(about.test_files)
+    names = tuple(str(name) for name in load(about.names_file, None).get(about.names_key, ()))
+    if len(names) != about.num_classes:
+        raise DataError(f"{folder / about.names_file} names {len(names)} classes, not {about.num_classes}.")
+    source = about.title if as_published else f"{about.title} (files that differ from the published ones)"
+    return train, test, names, source

@@ -1,0 +1,25 @@
+"""What the zoo raises: one type to catch, `ZooError`, with a few children; every message says what to do next."""
+
+
+class ZooError(Exception):
+    """Anything that goes wrong in the zoo, in training or in export and that the person at the keyboard can mend."""
+
+
+class UnknownModelError(ZooError):
+    """A name that is neither a registry entry nor a folder; the message suggests near misses."""
+
+
+class UnpublishedModelError(ZooError):
+    """A registry entry whose weights are not out yet; the message says how to make them."""
+
+
+class ModelFolderError(ZooError):
+    """A model folder with a file missing, changed or not of this format; nothing of it was used."""
+
+
+class BackendError(ZooError):
+    """A backend or device that was asked for and is not here."""
+
+
+class PictureError(ZooError):
+    """Bytes that are no picture, a truncated file, an unsupported format, or a picture over the caps."""

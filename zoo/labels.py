@@ -1,0 +1,43 @@
+"""From class counts to head, medium and tail: the zoo's promise about tails starts here."""
+
+from collections.abc import Sequence
+
+GROUPS = ("head", "medium", "tail")
+UNKNOWN = "unknown"
+
+# The field's many / medium / few shot (Liu et al. 2019): over 100 training pictures, 20 to 100, under 20.
+HEAD_ABOVE, TAIL_BELOW = 100, 20
+# Where that leaves a group empty: shares of the classes, by rank.
+HEAD_SHARE, MEDIUM_SHARE = 0.3, 0.4
+
+
+def group_of_count(count: int) -> str:
+    """head above 100 training pictures, tail below 20, medium between."""
+    return "head" if count > HEAD_ABOVE else "tail" if count < TAIL_BELOW else "medium"
+
+
+def assign_groups(class_counts: Sequence[int] | None, num_classes: int | None = None) -> tuple[tuple[str, ...], str]:
+    """The group of each class, and how it was found: "count", "rank" or "unknown".
+
+    class_counts  training pictures of each class, after meta and test set are cut; None where they are not known,
+                  and then every class is "unknown" (num_classes of them): nothing is guessed
+
+    By count (head > 100, medium 20 to 100, tail < 20) where each group gets a class. Else by rank: the largest 30 %
+    of the classes are head, the next 40 % medium, the rest tail; equal counts keep the order of the classes. With
+    two classes the larger is head, the smaller tail. Stored in the model folder; read from there ever after.
+    """
+    if class_counts is None:
+        return (UNKNOWN,) * (num_classes or 0), UNKNOWN
+    by_count = tuple(group_of_count(n) for n in class_counts)
+    if set(by_count) == set(GROUPS):
+        return by_count, "count"
+    total = len(class_counts)
+    heads = max(1, round(HEAD_SHARE * total))
+    tails = max(1, total - heads - round(MEDIUM_SHARE * total))
+    ranked = sorted(range(total), key=lambda c: -class_counts[c])
+    groups = ["medium"] * total
+    for c in ranked[:heads]:
+        groups[c] = "head"
+    for c in ranked[max(heads, total - tails) :]:
+        groups[c] = "tail"
+    return tuple(groups), "rank"
