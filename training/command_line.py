@@ -76,7 +76,7 @@ Job = (
 )
 
 
-def train(job: Annotated[Job, tyro.conf.arg(name="")], /) -> Path | None:
+def train(job: Annotated[Job, tyro.conf.arg(name="")]) -> Path | None:
     """Train a model on long-tailed pictures; ends with a model folder in RUN/model.
 
     The result is that of the last epoch, overall, per group and per class, on the test set.
