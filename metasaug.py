@@ -9,6 +9,7 @@ from typing import NamedTuple
 class Command(NamedTuple):
     function: str  # "module:name"; its docstring and annotations are the command's help and flags
     summary: str
+    then: str | None = None  # "module:name", called with what the function returned
 
 
 COMMANDS = {
@@ -17,7 +18,8 @@ COMMANDS = {
     "info": Command("zoo.command_line:info", "the card of a model"),
     "predict": Command("zoo.command_line:predict", "classify pictures"),
     "evaluate": Command("training.evaluate:evaluate", "measure a model on labelled pictures, per group and class"),
-    "train": Command("training.command_line:train", "train on a benchmark"),
+    "train": Command("training.command_line:train", "train on a benchmark; ends in a model folder",
+                     then="export.command_line:finish"),
     "export": Command("export.command_line:export", "ONNX beside the weights of a model folder"),
 }
 
@@ -65,11 +67,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _call(name: str, arguments: list[str]) -> int:
     import tyro
 
-    module, function = COMMANDS[name].function.split(":")
-    result = tyro.cli(getattr(importlib.import_module(module), function), prog=f"metasaug {name}",
-                      args=arguments)
+    command = COMMANDS[name]
+    result = tyro.cli(_found(command.function), prog=f"metasaug {name}", args=arguments)
+    if command.then is not None:
+        _found(command.then)(result)
     sys.stdout.flush()
     return result if isinstance(result, int) else 0
+
+
+def _found(where: str):
+    module, name = where.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def overview() -> str:

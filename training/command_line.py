@@ -29,6 +29,9 @@ class RunOptions:
     out: Path | None = None
     """Run folder; without it runs/NAME, the name made from the recipe."""
 
+    name: str | None = None
+    """What the model is called in its card; without it the name made from the recipe."""
+
     resume: bool = False
     """Go on from the newest good checkpoint in the run folder (from the start where there is none)."""
 
@@ -99,7 +102,7 @@ def train(job: Annotated[Job, tyro.conf.arg(name="")]) -> Path | None:
         state, results = loop.run(recipe, data, folder, device, options.resume, options.stage1,
                                   options.evaluate_every, options.save_every)
         model = folder / "model"
-        write_model(model, recipe, data, state, results)
+        write_model(model, options.name or run_name(recipe), recipe, data, state, results)
     print(results_table(results))
     return model
 
@@ -136,12 +139,14 @@ def choose_device(asked: str):
     return torch.device(asked)
 
 
-def write_model(model: Path, recipe: Recipe, data, state, results: dict) -> None:
+def write_model(model: Path, name: str, recipe: Recipe, data, state, results: dict) -> None:
     """The finished model folder, without ONNX: `metasaug train` adds that next, `metasaug export` at any time."""
     import torch
     from zoo.labels import assign_groups
     from zoo.model_folder import write_model_folder
+    from zoo.registry import find
 
+    entry = find(name)
     counts = data.class_counts
     groups, groups_by = assign_groups(counts)
     height, width = data.train.pictures.shape[1:3]
@@ -156,10 +161,12 @@ def write_model(model: Path, recipe: Recipe, data, state, results: dict) -> None
         },
         "metasaug": {
             "format": 1,
-            "name": run_name(recipe),
+            "name": name,
             "method": recipe.method,
             "loss": recipe.loss,
             "augment": recipe.augment,
+            "prior": recipe.implicit_prior,
+            "cosine_scale": recipe.cosine_scale,
             "recipe": recipe.to_dict(),
             "dataset": data.source,
             "imbalance": max(counts) / min(counts),
@@ -175,7 +182,7 @@ def write_model(model: Path, recipe: Recipe, data, state, results: dict) -> None
                          "numpy": version("numpy")},
             "hardware": hardware(next(state.module.parameters()).device),
             "seconds": round(state.seconds),
-            "published_error": None,
+            "published_error": entry.published_error if entry else None,
             "results": results,
         },
     }
@@ -192,7 +199,7 @@ def command_in_words() -> str:
     words, kept = iter(sys.argv[1:]), []
     for word in words:
         flag, _, value = word.partition("=")
-        if flag in ("--data", "--out", "--stage1"):
+        if flag in ("--data", "--out", "--stage1", "--name"):
             value or next(words, None)
             kept += ["--data", "DIR"] if flag == "--data" else []
         elif flag != "--resume":

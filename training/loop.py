@@ -147,7 +147,7 @@ class State:
 
 def start(recipe: Recipe, num_classes: int, device: torch.device) -> State:
     torch.manual_seed(recipe.seed)
-    module = create(recipe.architecture, num_classes).to(device, memory_format=torch.channels_last)
+    module = create(recipe.architecture, num_classes, recipe.cosine_scale).to(device, memory_format=torch.channels_last)
     module.train()
     optimizer = torch.optim.SGD(module.parameters(), recipe.lr, recipe.momentum, nesterov=recipe.momentum > 0,
                                 weight_decay=recipe.weight_decay)

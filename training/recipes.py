@@ -23,7 +23,7 @@ class Recipe:
     dataset: ClassVar[str] = ""
 
     architecture: str = "resnet32"
-    """Network, as in zoo.architectures: resnet32 (CIFAR), resnet18, resnet50, resnext50_32x4d, torchvision:NAME …"""
+    """Network, one of zoo.architectures: resnet32 (for CIFAR), resnet10, resnet18, resnet50, resnext50_32x4d …"""
 
     loss: Loss = "ce"
     """Loss of both stages; ldam: margins only, as the authors use it; ldam-published: the LDAM paper's own."""
@@ -118,6 +118,16 @@ class Recipe:
     @property
     def weighted(self) -> bool:
         return self.class_weights == "balanced" or (self.class_weights == "auto" and self.augment != "none")
+
+    @property
+    def cosine_scale(self) -> float | None:
+        """Scale of the cosine classifier that LDAM as published ends in; None for a linear last layer."""
+        return self.scale if self.loss == "ldam-published" else None
+
+    @property
+    def implicit_prior(self) -> Literal["train", "uniform"]:
+        """What the network's probabilities take for granted: classes as frequent as in training, or all alike."""
+        return "uniform" if self.weighted or self.loss in ("balanced-softmax", "logit-adjustment") else "train"
 
     @property
     def method(self) -> str:

@@ -69,16 +69,31 @@ class CifarResNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def create(architecture: str, num_classes: int) -> nn.Module:
+class CosineClassifier(nn.Linear):
+    """scale * cos(f_n, w_c): the last layer of LDAM as published (Cao et al. 2019). No bias."""
+
+    def __init__(self, in_features: int, num_classes: int, scale: float):
+        super().__init__(in_features, num_classes, bias=False)
+        self.scale = scale
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
+
+
+def create(architecture: str, num_classes: int, cosine_scale: float | None = None) -> nn.Module:
     """The network by its name, with fresh weights from torch's global random state.
 
+    cosine_scale  where given, the last layer is a CosineClassifier of this scale
     Raises ZooError for a name that is not in `ARCHITECTURES`.
     """
     try:
         make = ARCHITECTURES[architecture]
     except KeyError:
         raise ZooError(f"Unknown architecture {architecture!r}: one of {', '.join(ARCHITECTURES)}.") from None
-    return make(num_classes)
+    module = make(num_classes)
+    if cosine_scale is not None:
+        module.fc = CosineClassifier(module.fc.in_features, num_classes, cosine_scale)
+    return module
 
 
 def _torchvision_resnet(block: str, layers: list[int], **options):

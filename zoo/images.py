@@ -5,6 +5,7 @@ and other colour modes to RGB; transparency over white; 16-bit scaled to 8 (neve
 megapixels; baseline JPEG 100 megapixels, decoded at reduced size above 25.
 """
 
+import functools
 import io
 import os
 import struct
@@ -26,6 +27,14 @@ MAX_JPEG_PIXELS = 100_000_000
 
 # Formats that are decoded inside this process by code that takes hostile input. EPS, for one, would start Ghostscript.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000", "ICO", "PCX", "TGA")
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow was built with; it knows a few only before `init`."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
 
 _PILLOW_RAISES = (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError, EOFError,
                   struct.error, OverflowError, IndexError, KeyError, TypeError, AttributeError, ZeroDivisionError,
@@ -117,7 +126,7 @@ def _open(content: bytes, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own, higher, bomb warning and remarks on broken metadata
-            picture = Image.open(io.BytesIO(content), formats=FORMATS)
+            picture = Image.open(io.BytesIO(content), formats=_formats())
     except Image.DecompressionBombError:
         raise PictureError(f"{name} has too many pixels (over {MAX_JPEG_PIXELS // 1_000_000} megapixels).") from None
     except _PILLOW_RAISES as error:

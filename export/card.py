@@ -1,0 +1,178 @@
+"""The model card: what the model is, how it was made, what it gets right and where not. Made from config.json alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from zoo.labels import GROUPS, UNKNOWN
+from zoo.model_folder import CARD, ModelFolder, add_files
+
+CITATION = """```bibtex
+@inproceedings{li2021metasaug,
+  title     = {{MetaSAug}: Meta Semantic Augmentation for Long-Tailed Visual Recognition},
+  author    = {Li, Shuang and Gong, Kaixiong and Liu, Chi Harold and Wang, Yulin and Qiao, Feng and Cheng, Xinjing},
+  booktitle = {CVPR},
+  year      = {2021}
+}
+```"""
+
+METHODS = {
+    "metasaug": "MetaSAug: in the second stage each class's features are augmented along directions whose covariance "
+                "is learned on a small balanced meta set, and classes are re-weighted",
+    "isda": "ISDA: in the second stage each class's features are augmented along its running covariance, and classes "
+            "are re-weighted",
+}
+
+
+def write_card(path: str | Path) -> None:
+    """Writes README.md into a model folder, in place of an older one."""
+    folder = ModelFolder(path)
+    present = {name: entry for name, entry in folder.files.items() if name != CARD}
+    add_files(folder.path, {CARD: card(folder.config).encode()}, present)
+
+
+def card(config: Mapping[str, Any]) -> str:
+    """Markdown with the Hub's YAML on top."""
+    ours = config["metasaug"]
+    parts = [
+        f"---\n{_card_data(config).to_yaml()}\n---",
+        f"# {ours['name']}",
+        _what_it_is(config),
+        *_results(ours),
+        _use(config),
+        _training(ours),
+        _limits(config),
+        "## Citation\n\n" + CITATION,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _card_data(config: Mapping[str, Any]) -> ModelCardData:
+    ours, results = config["metasaug"], config["metasaug"].get("results")
+    where = _data_in_words(ours)
+    measured = []
+    if results:
+        figures = {"accuracy": 1 - results["error"], "macro accuracy": 1 - results["macro_error"],
+                   **{f"accuracy ({g} classes)": r["accuracy"] for g, r in results["groups"].items()
+                      if r["accuracy"] is not None}}
+        measured = [
+            EvalResult(task_type="image-classification", dataset_type=ours["recipe"].get("dataset", "own-pictures"),
+                       dataset_name=where, dataset_split="test", metric_type="accuracy", metric_name=name,
+                       metric_value=round(value, 4))
+            for name, value in figures.items()
+        ]
+    return ModelCardData(
+        model_name=ours["name"], license="mit", library_name="metasaug", pipeline_tag="image-classification",
+        tags=["long-tailed-recognition", "imbalanced", ours["method"], config["architecture"], "onnx"],
+        eval_results=measured or None,
+    )
+
+
+def _data_in_words(ours: Mapping[str, Any]) -> str:
+    imbalance = ours.get("imbalance")
+    return ours["dataset"] + (f", imbalance {imbalance:.3g}" if imbalance else "")
+
+
+def _what_it_is(config: Mapping[str, Any]) -> str:
+    ours, counts = config["metasaug"], config["metasaug"]["class_counts"]
+    method = METHODS.get(ours["method"], f"Plain training with the loss `{ours['loss']}`, no augmentation of features")
+    tail = "The numbers of training pictures a class are not known."
+    if counts:
+        rare = min(counts)
+        tail = (f"It saw {sum(counts):,} training pictures: {max(counts):,} of the most frequent class, {rare:,} of "
+                "the rarest.")
+    return (f"A {config['architecture']} that tells {config['num_classes']} classes apart, trained on "
+            f"**{_data_in_words(ours)}**. {tail}\n\n{method}. Schedule: {ours.get('schedule', 'not known')}.")
+
+
+def _results(ours: Mapping[str, Any]) -> list[str]:
+    results = ours.get("results")
+    if not results:
+        return ["## Results\n\nNot measured by us."]
+    lines = [
+        "## Results", "",
+        f"Last epoch, one run (seed {ours['seed']}), {results['images']:,} test pictures of {ours['dataset']}: "
+        f"**error {results['error']:.2%}**, macro error {results['macro_error']:.2%}, "
+        f"worst class {results['worst_class_error']:.2%}.",
+    ]
+    if ours.get("published_error") is not None:
+        lines += ["", f"The paper reports {ours['published_error']:.2%} for this cell, on the original pictures, after "
+                      "200 epochs and at the best test epoch: another measurement, not to be compared digit by digit."]
+    by = {"count": "head: over 100 training pictures, medium: 20 to 100, tail: under 20",
+          "rank": "by rank: the 30 % largest classes are head, the next 40 % medium, the rest tail",
+          "unknown": "training counts are not known, so no groups"}[ours["groups_by"]]
+    lines += ["", f"Groups {by}. Intervals: 95 %, Wilson.", "",
+              "| group | classes | right | of | accuracy | interval |", "|---|---|---|---|---|---|"]
+    for group in (*GROUPS, UNKNOWN):
+        if group in results["groups"]:
+            r = results["groups"][group]
+            right = "–" if r["accuracy"] is None else f"{r['accuracy']:.1%}"
+            low, high = r["interval"]
+            lines.append(f"| {group} | {r['classes']} | {r['correct']:,} | {r['images']:,} | {right} | "
+                         f"{low:.1%} to {high:.1%} |")
+    per_class = "\n".join(
+        f"| {_cell(row['label'])} | {group} | {'?' if row['train_images'] is None else format(row['train_images'], ',')} "
+        f"| {row['correct']:,} | {row['test_images']:,} |"
+        for row, group in zip(results["per_class"], ours["groups"], strict=True)
+    )
+    return ["\n".join(lines), "### Per class\n\n| class | group | training pictures | right | of |\n|---|---|---|---|---|\n"
+            + per_class]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _use(config: Mapping[str, Any]) -> str:
+    ours, cfg = config["metasaug"], config["pretrained_cfg"]
+    _, height, width = cfg["input_size"]
+    return f"""## Use
+
+```python
+import zoo
+model = zoo.load("{ours['name']}")      # or the path of this folder
+print(model.predict("photo.jpg"))
+```
+
+Without our package: `onnx/model.onnx` in plain onnxruntime. Input `pictures`, float32 (batch, 3, {height}, {width}), RGB,
+(x / 255 - mean) / std with mean {cfg['mean']} and std {cfg['std']}; outputs `logits`, `features`, `feature_map`. Labels,
+mean, std and this whole configuration are in the file's metadata."""
+
+
+def _training(ours: Mapping[str, Any]) -> str:
+    rows = {
+        "command": f"`{ours['command']}`" if ours.get("command") else None,
+        "data": ours["dataset"],
+        "seed": ours.get("seed"),
+        "code": ours.get("code_version"),
+        "versions": ", ".join(f"{k} {v}" for k, v in ours.get("versions", {}).items()) or None,
+        "hardware": ours.get("hardware"),
+        "time": f"{ours['seconds'] / 60:.0f} minutes" if ours.get("seconds") else None,
+    }
+    table = "\n".join(f"| {name} | {_cell(str(value))} |" for name, value in rows.items() if value is not None)
+    return f"## Training\n\n| | |\n|---|---|\n{table}"
+
+
+def _limits(config: Mapping[str, Any]) -> str:
+    ours = config["metasaug"]
+    _, height, width = config["pretrained_cfg"]["input_size"]
+    assumes = {
+        "train": "Its probabilities take for granted that classes are as frequent as in training; "
+                 '`predict(..., prior="uniform")` asks what it says where all are alike.',
+        "uniform": "Its probabilities take for granted that all classes are equally frequent; "
+                   '`predict(..., prior="train")` asks what it says where they are as frequent as in training.',
+    }.get(ours.get("prior") or "", "")
+    jpeg = ("\n- Trained and tested on JPEG copies of CIFAR-10: its errors do not compare with those on the original "
+            "pictures." if "JPEG" in ours["dataset"] else "")
+    return f"""## Intended use and limits
+
+For research on long-tailed recognition and as an example of the method.
+
+- It knows its {config['num_classes']} classes only, and names one of them for any picture whatsoever.
+- It sees {width} x {height} pixels; larger pictures are scaled down and cropped to their centre.
+- Rare classes are less reliable; the table above says how much. {assumes}{jpeg}
+- Nothing in it was tested for safety-critical use.
+
+Licence: MIT. Pictures of the training set are not part of this folder."""

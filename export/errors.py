@@ -1,0 +1,7 @@
+"""What export raises; a `zoo.ZooError`."""
+
+from zoo.errors import ZooError
+
+
+class ExportError(ZooError):
+    """An export that would not give what the weights give; nothing was added to the folder."""

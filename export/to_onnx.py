@@ -1,0 +1,129 @@
+"""ONNX beside the weights: one file that plain onnxruntime runs, held to the torch module before it is written."""
+
+import json
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from export.errors import ExportError
+from zoo.model_folder import ONNX, ModelFolder, add_files
+from zoo.onnx_file import refuse_unsafe
+from zoo.predictor import OUTPUTS, all_outputs, torch_module
+
+OPSET = 20
+MAX_DIFFERENCE = 1e-4  # of a logit, for logits of usual size (up to 10); in proportion above
+
+
+class _AllOutputs(nn.Module):
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, pictures):
+        return all_outputs(self.module, pictures)
+
+
+def export_folder(path: str | Path) -> float:
+    """Adds onnx/model.onnx to a model folder; returns the largest difference of a logit to torch.
+
+    Input `pictures`, float32 (batch, 3, H, W), RGB, (x / 255 - mean) / std; outputs `logits` (batch, C), `features`
+    (batch, A), `feature_map` (batch, A, h, w). The metadata holds config.json, and labels, mean, std and the
+    preprocessing in words on their own. Raises ExportError, and adds nothing, where ONNX Runtime and torch differ.
+    """
+    folder = ModelFolder(path)
+    module = torch_module(folder)
+    content = onnx_bytes(module, folder.config)
+    refuse_unsafe(content, ONNX)
+    difference = check_parity(content, module, folder.config)
+    present = {name: entry for name, entry in folder.files.items() if name != ONNX}
+    add_files(folder.path, {ONNX: content}, present)
+    return difference
+
+
+def onnx_bytes(module: nn.Module, config: dict[str, Any]) -> bytes:
+    size = config["pretrained_cfg"]["input_size"]
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                _AllOutputs(module).eval(), (torch.zeros(2, *size),), dynamo=True, opset_version=OPSET, verbose=False,
+                input_names=["pictures"], output_names=list(OUTPUTS),
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+            )
+    finally:
+        logger.setLevel(level)
+    if program is None:
+        raise ExportError(f"torch.onnx gave no program for {config['architecture']}.")
+    program.model.metadata_props.update(metadata(config))
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "model.onnx"
+        program.save(str(file), external_data=False)
+        return file.read_bytes()
+
+
+def metadata(config: dict[str, Any]) -> dict[str, str]:
+    """What a reader of the ONNX file alone needs, as texts."""
+    cfg = config["pretrained_cfg"]
+    height, width = cfg["input_size"][1:]
+    return {
+        "config.json": json.dumps(config, ensure_ascii=False),
+        "labels": json.dumps(config["label_names"], ensure_ascii=False),
+        "mean": json.dumps(cfg["mean"]),
+        "std": json.dumps(cfg["std"]),
+        "input_size": json.dumps(cfg["input_size"]),
+        "preprocessing": (
+            f"RGB; shorter side to {round(min(height, width) / cfg['crop_pct'])} pixels ({cfg['interpolation']}), "
+            f"centre crop {height} x {width}; float32, (x / 255 - mean) / std per channel; (batch, 3, H, W)"
+        ),
+    }
+
+
+def check_parity(content: bytes, module: nn.Module, config: dict[str, Any], pictures: np.ndarray | None = None) -> float:
+    """The largest difference of a logit between ONNX Runtime and torch; ExportError where it is too large.
+
+    pictures  float32 (N, 3, H, W) as the network takes them; by default 33 made-up ones, from flat to noise, in
+              batches of 1, 3, 7 and 22
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    made_up = pictures is None
+    pictures = _made_up(config) if made_up else pictures
+    cuts = [1, 4, 11] if made_up else [i for i in range(11, len(pictures), 11)]
+    worst = 0.0
+    for part in np.split(pictures, cuts):
+        ours = dict(zip(OUTPUTS, session.run(list(OUTPUTS), {"pictures": part}), strict=True))
+        with torch.inference_mode():
+            theirs = dict(zip(OUTPUTS, (t.numpy() for t in all_outputs(module, torch.from_numpy(part))), strict=True))
+        for name in OUTPUTS:
+            allowed = MAX_DIFFERENCE * max(1.0, float(np.abs(theirs[name]).max()) / 10)
+            difference = float(np.abs(ours[name] - theirs[name]).max())
+            if not difference <= allowed:
+                raise ExportError(f"ONNX and torch differ by {difference:.2g} in {name} (allowed {allowed:.2g}); "
+                                  "nothing was written. Please report the architecture and torch's version.")
+        worst = max(worst, float(np.abs(ours["logits"] - theirs["logits"]).max()))
+        best_two = np.sort(theirs["logits"], axis=1)[:, -2:]
+        clear = best_two[:, 1] - best_two[:, 0] > 2 * MAX_DIFFERENCE
+        if (ours["logits"].argmax(1) != theirs["logits"].argmax(1))[clear].any():
+            raise ExportError("ONNX and torch name different classes; nothing was written.")
+    return worst
+
+
+def _made_up(config: dict[str, Any]) -> np.ndarray:
+    _, height, width = config["pretrained_cfg"]["input_size"]
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(33, 3, height, width)).astype(np.float32)
+    flat = rng.normal(size=(33, 3, 1, 1)).astype(np.float32)
+    share = np.linspace(0, 1, 33, dtype=np.float32)[:, None, None, None]
+    return flat + share * noise

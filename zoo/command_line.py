@@ -1,0 +1,137 @@
+"""`metasaug list`, `info` and `predict`."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal, TextIO
+
+import tyro
+
+import zoo
+from zoo.errors import ZooError
+from zoo.loading import open_folder
+from zoo.predictor import Prediction, Predictor
+
+
+def list_table(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+    """The models of the zoo: data set, method, where the weights are, test error.
+
+    Args:
+        as_json: One JSON array instead of the table.
+    """
+    rows = [
+        {"name": e.name, "dataset": e.dataset, "imbalance": e.imbalance, "method": e.method, "loss": e.loss,
+         "weights": e.weights, "error": e.measured_error, "published_error": e.published_error, "summary": e.summary}
+        for e in zoo.list_models()
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    width = max(len(row["name"]) for row in rows)
+    print(f"{'name':<{width}}  {'data set':<11} {'imbalance':>9}  {'weights':<11} {'error':>7} {'paper':>7}")
+    for row in rows:
+        print(f"{row['name']:<{width}}  {row['dataset']:<11} {row['imbalance']:>9g}  {row['weights']:<11} "
+              f"{_percent(row['error']):>7} {_percent(row['published_error']):>7}")
+    print("\nerror: ours, last epoch, on the data below; paper: the published cell (original pictures, 200 epochs).")
+    for row in rows:
+        if row["weights"] == "bundled":
+            print(f"{row['name']}: {row['summary']}")
+
+
+def info(model: tyro.conf.Positional[str]) -> None:
+    """The card of a model: how it was trained, what it gets right per group and class, its limits.
+
+    Args:
+        model: A name from `metasaug list`, or a model folder.
+    """
+    print(open_folder(model).card)
+
+
+def predict(
+    model: tyro.conf.Positional[str],
+    paths: tyro.conf.Positional[list[Path]],
+    out: Path | None = None,
+    top_k: int = 5,
+    prior: Literal["uniform", "train"] | None = None,
+    backend: Literal["onnx", "torch"] = "onnx",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> int:
+    """Classify pictures. Exit code 0: all read; 1: some could not be, each with its reason; 2: nothing was done.
+
+    Args:
+        model: A name from `metasaug list`, or a model folder.
+        paths: Pictures, or folders of them.
+        out: Write rows here as CSV instead of printing; - is standard output.
+        top_k: Classes shown for each picture.
+        prior: Answer for pictures whose classes are equally frequent, or as frequent as in training.
+        backend: ONNX Runtime, or torch.
+        device: auto takes CUDA where there is one.
+    """
+    if not paths:
+        raise ZooError("name at least one picture or folder.")
+    missing = [str(path) for path in paths if not path.exists()]
+    if len(missing) == len(paths):
+        raise ZooError(f"{', '.join(missing)}: no such file or folder.")
+    predictor = zoo.load(model, backend=backend, device=device)
+    rows = _each(predictor, paths, top_k, prior)
+    if out is None:
+        return _count_bad(_printed(rows))
+    if str(out) == "-":
+        return _count_bad(_written(rows, sys.stdout, top_k))
+    try:
+        with open(out, "w", newline="", encoding="utf-8") as file:
+            code = _count_bad(_written(rows, file, top_k))
+    except OSError as error:
+        raise ZooError(f"--out {out} cannot be written: {error.strerror or error}.") from error
+    print(f"{out} written", file=sys.stderr)
+    return code
+
+
+def _each(predictor: Predictor, paths: list[Path], top_k: int, prior) -> Iterator[Prediction]:
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            yield from predictor.predict_each(files, top_k, prior)
+            files = []
+            yield from predictor.predict_folder(path, top_k, prior)
+        else:
+            files.append(path)
+    yield from predictor.predict_each(files, top_k, prior)
+
+
+def _printed(rows: Iterator[Prediction]) -> Iterator[Prediction]:
+    for row in rows:
+        print(row)
+        yield row
+
+
+def _written(rows: Iterator[Prediction], file: TextIO, top_k: int) -> Iterator[Prediction]:
+    writer = csv.writer(file)
+    top_k = max(1, top_k)
+    others = [f"{column}_{rank}" for rank in range(2, top_k + 1) for column in ("label", "probability")]
+    writer.writerow(["path", "label", "probability", "group", "train_images", "head", "medium", "tail", *others, "error"])
+    for row in rows:
+        best = row.top[0] if row.top else None
+        rest = [cell for c in row.top[1:] for cell in (c.label, f"{c.probability:.6f}")]
+        rest += [""] * (len(others) - len(rest))
+        mass = [f"{row.groups[g]:.6f}" if g in row.groups else "" for g in ("head", "medium", "tail")]
+        first = ["", "", "", ""] if best is None else [
+            best.label, f"{best.probability:.6f}", best.group, "" if best.train_images is None else best.train_images]
+        writer.writerow([row.source, *first, *mass, *rest, row.error or ""])
+        yield row
+
+
+def _count_bad(rows: Iterator[Prediction]) -> int:
+    bad = total = 0
+    for row in rows:
+        total += 1
+        bad += row.error is not None
+    if bad:
+        print(f"{bad} of {total} could not be read; their rows say why.", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"

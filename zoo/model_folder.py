@@ -1,0 +1,241 @@
+"""The model folder: run output, Hub repository and bundled weights are all this. Reading and writing, and no torch.
+
+    config.json             timm's keys and, under "metasaug", how it was trained and what it got right
+    model.safetensors       weights, by their names in zoo.architectures
+    covariance.safetensors  optional: running class covariances and what was learned on top
+    onnx/model.onnx         one file; outputs logits, features, feature_map
+    README.md               the model card
+    manifest.json           sha256 and size of every file above
+
+A file is read once, as bytes, and used only if those bytes have the manifest's sha256; the manifest vouches for
+itself by a digest, and the registry for the manifest. Nothing is ever unpickled.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zoo.errors import ModelFolderError
+from zoo.labels import GROUPS, UNKNOWN
+
+CONFIG, WEIGHTS, COVARIANCE, ONNX, CARD, MANIFEST = (
+    "config.json", "model.safetensors", "covariance.safetensors", "onnx/model.onnx", "README.md", "manifest.json")
+FILES = (CONFIG, WEIGHTS, COVARIANCE, ONNX, CARD)
+
+
+class ModelFolder:
+    """A model folder that is whole: opening checks the manifest, reading checks each file.
+
+    path             of the folder
+    manifest_sha256  where known (registry): that of manifest.json itself
+    Raises ModelFolderError, naming the file, for anything missing, changed or not of this format.
+    """
+
+    def __init__(self, path: str | os.PathLike, manifest_sha256: str | None = None):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise ModelFolderError(f"{self.path} is no folder. A model folder is what `metasaug train` leaves in "
+                                   "RUN/model.")
+        self.files = self._read_manifest(manifest_sha256)
+
+    def __repr__(self) -> str:
+        return f"ModelFolder({str(self.path)!r})"
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file, checked against the manifest."""
+        if name not in self.files:
+            has = ", ".join(self.files)
+            raise ModelFolderError(f"{self.path} has no {name} (it has {has})." + (
+                " `metasaug export` adds it." if name == ONNX else ""))
+        content = self._bytes(name)
+        size, digest = self.files[name]
+        if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
+            raise ModelFolderError(f"{self.path / name} is damaged or was changed: its bytes do not match "
+                                   f"{MANIFEST}. Get the folder again.")
+        return content
+
+    def check(self) -> None:
+        """Every file that the manifest names and that is here, against it; covariances may be left out."""
+        for name in self.files:
+            if name != COVARIANCE or (self.path / name).exists():
+                self.read(name)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        config = _parse_json(self.read(CONFIG), self.path / CONFIG)
+        check_config(config, self.path / CONFIG)
+        return config
+
+    @property
+    def results(self) -> dict[str, Any] | None:
+        """What the model got right at the end of its training, or None where it was not measured."""
+        return self.config["metasaug"].get("results")
+
+    @cached_property
+    def card(self) -> str:
+        return self.read(CARD).decode("utf-8", errors="replace")
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return self._tensors(WEIGHTS)
+
+    def covariance(self) -> dict[str, np.ndarray]:
+        """"running" and "learned": (C, A, A) or (C, A)."""
+        return self._tensors(COVARIANCE)
+
+    def _tensors(self, name: str) -> dict[str, np.ndarray]:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            return load(self.read(name))
+        except SafetensorError as error:
+            raise ModelFolderError(f"{self.path / name} is no safetensors file: {error}.") from error
+
+    def _bytes(self, name: str) -> bytes:
+        try:
+            return (self.path / name).read_bytes()
+        except FileNotFoundError:
+            raise ModelFolderError(f"{self.path / name} is missing. Get the folder again.") from None
+        except OSError as error:
+            raise ModelFolderError(f"{self.path / name} cannot be read: {error.strerror or error}.") from error
+
+    def _read_manifest(self, expected: str | None) -> dict[str, tuple[int, str]]:
+        path = self.path / MANIFEST
+        if not path.exists():
+            raise ModelFolderError(f"{self.path} is no model folder: it has no {MANIFEST}. A model folder is what "
+                                   "`metasaug train` leaves in RUN/model.")
+        content = self._bytes(MANIFEST)
+        if expected is not None and hashlib.sha256(content).hexdigest() != expected:
+            raise ModelFolderError(f"{path} is not the one that the registry names. Get the folder again.")
+        manifest = _parse_json(content, path)
+        try:
+            files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        except (AttributeError, KeyError, TypeError):
+            files = {}
+        # Written anew from what was read, it must come out the same: one changed bit anywhere shows.
+        if not files or not set(files) <= set(FILES) or _manifest_bytes(files) != content:
+            raise ModelFolderError(f"{path} is damaged or was changed. Get the folder again.")
+        return files
+
+
+def write_model_folder(
+    path: str | os.PathLike,
+    config: Mapping[str, Any],
+    weights: Mapping[str, np.ndarray],
+    covariance: Mapping[str, np.ndarray] | None = None,
+) -> ModelFolder:
+    """A new model folder, without ONNX and card: those are export's. An older one at the same place is replaced.
+
+    config      as DESIGN says, checked here          weights, covariance   arrays by name
+    """
+    from safetensors.numpy import save
+
+    check_config(config, "the config")
+    path = Path(path)
+    (path / MANIFEST).unlink(missing_ok=True)  # from here until the end it is no model folder
+    for name in FILES:
+        (path / name).unlink(missing_ok=True)
+    add_files(path, {CONFIG: _json_bytes(config), WEIGHTS: save(dict(weights)),
+                     **({COVARIANCE: save(dict(covariance))} if covariance else {})}, {})
+    return ModelFolder(path)
+
+
+def add_files(path: Path, contents: Mapping[str, bytes], present: Mapping[str, tuple[int, str]]) -> None:
+    """Write files and, last, the manifest that names them beside those `present`; each is whole or not there."""
+    for name, content in contents.items():
+        _write(path / name, content)
+    added = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in contents.items()}
+    _write(path / MANIFEST, _manifest_bytes({**present, **added}))
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ModelFolderError(f"{path} could not be written: {error.strerror or error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _manifest_bytes(files: Mapping[str, tuple[int, str]]) -> bytes:
+    listed = {name: {"sha256": files[name][1], "size": files[name][0]} for name in FILES if name in files}
+    digest = hashlib.sha256(_json_bytes(listed)).hexdigest()
+    return _json_bytes({"format": 1, "files": listed, "digest": digest})
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ModelFolderError(f"{path} is no JSON: {error}. Get the folder again.") from error
+    if not isinstance(parsed, dict):
+        raise ModelFolderError(f"{path} holds no JSON object. Get the folder again.")
+    return parsed
+
+
+# ---- the config's schema ----
+
+
+def check_config(config: Mapping[str, Any], where: str | Path) -> None:
+    """Raises ModelFolderError naming the first key that is missing or makes no sense."""
+
+    def need(holds: bool, key: str, what: str) -> None:
+        if not holds:
+            raise ModelFolderError(f"{where}: {key} must be {what}.")
+
+    def numbers(value, count: int) -> bool:
+        return (isinstance(value, list) and len(value) == count
+                and all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in value))
+
+    need(isinstance(config.get("architecture"), str), "architecture", "a name in zoo.architectures")
+    classes, names = config.get("num_classes"), config.get("label_names")
+    need(type(classes) is int and classes >= 2, "num_classes", "an integer, at least 2")
+    need(type(config.get("num_features")) is int and config["num_features"] >= 1, "num_features", "an integer")
+    need(isinstance(names, list) and len(names) == classes and all(isinstance(n, str) for n in names)
+         and len(set(names)) == len(names), "label_names", f"{classes} different names")
+    cfg, ours = config.get("pretrained_cfg"), config.get("metasaug")
+    need(isinstance(cfg, dict), "pretrained_cfg", "an object")
+    need(isinstance(ours, dict), "metasaug", "an object")
+    size = cfg.get("input_size")
+    need(isinstance(size, list) and len(size) == 3 and all(type(x) is int for x in size) and size[0] == 3
+         and all(1 <= x <= 4096 for x in size), "pretrained_cfg.input_size", "[3, height, width]")
+    need(numbers(cfg.get("mean"), 3), "pretrained_cfg.mean", "three numbers")
+    need(numbers(cfg.get("std"), 3) and min(cfg["std"]) > 0, "pretrained_cfg.std", "three numbers above 0")
+    need(cfg.get("interpolation") in ("nearest", "bilinear", "bicubic", "lanczos"), "pretrained_cfg.interpolation",
+         "nearest, bilinear, bicubic or lanczos")
+    crop = cfg.get("crop_pct")
+    need(isinstance(crop, (int, float)) and 0 < crop <= 1, "pretrained_cfg.crop_pct", "a number above 0, at most 1")
+    counts, groups = ours.get("class_counts"), ours.get("groups")
+    need(counts is None or (isinstance(counts, list) and len(counts) == classes
+                            and all(type(n) is int and n >= 0 for n in counts)),
+         "metasaug.class_counts", f"{classes} counts, or null")
+    need(isinstance(groups, list) and len(groups) == classes and set(groups) <= {*GROUPS, UNKNOWN}, "metasaug.groups",
+         f"{classes} of head, medium, tail, unknown")
+    need(ours.get("groups_by") in ("count", "rank", UNKNOWN), "metasaug.groups_by", "count, rank or unknown")
+    for key in ("name", "method", "dataset"):
+        need(isinstance(ours.get(key), str), f"metasaug.{key}", "a text")
+    need(ours.get("prior") in ("train", "uniform", None), "metasaug.prior", "train, uniform or null")
+    scale = ours.get("cosine_scale")
+    need(scale is None or (isinstance(scale, (int, float)) and scale > 0), "metasaug.cosine_scale", "a number, or null")
+    results = ours.get("results")
+    need(results is None or isinstance(results, dict), "metasaug.results", "an object, or null")

@@ -1,0 +1,336 @@
+"""A loaded model: pictures in, predictions with their head, medium and tail out. ONNX Runtime or torch behind it.
+
+Shape suffixes: N pictures, C classes, A features.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from zoo.errors import BackendError, ModelFolderError, PictureError, ZooError
+from zoo.images import Picture, decode, preprocess
+from zoo.labels import GROUPS, UNKNOWN
+from zoo.model_folder import ONNX, ModelFolder
+
+Backend = Literal["onnx", "torch"]
+Device = Literal["auto", "cpu", "cuda"]
+Prior = Literal["uniform", "train"] | Sequence[float] | np.ndarray
+
+
+@dataclass(frozen=True)
+class TopClass:
+    """One of the classes that a picture most likely shows."""
+
+    label: str
+    probability: float
+    group: str  # head, medium, tail; unknown where the training counts are
+    train_images: int | None  # pictures of this class in training; None where not known
+    index: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says about one picture; or, in a batch, why it could not (`error`, all else empty).
+
+    top            the likeliest classes, likeliest first
+    groups         probability mass of head, medium and tail, in that order
+    probabilities  (C,) float32, in the order of the model's labels; softmax of logits and prior
+    logits         (C,) as the network gives them, before any prior
+    features       (A,) what enters the last layer          feature_map   (A, H, W) before pooling
+    """
+
+    source: str
+    top: tuple[TopClass, ...] = ()
+    groups: Mapping[str, float] = field(default_factory=dict)
+    probabilities: np.ndarray | None = field(default=None, repr=False, compare=False)
+    logits: np.ndarray | None = field(default=None, repr=False, compare=False)
+    features: np.ndarray | None = field(default=None, repr=False, compare=False)
+    feature_map: np.ndarray | None = field(default=None, repr=False, compare=False)
+    error: str | None = None
+
+    def __str__(self) -> str:
+        if self.error is not None:
+            return f"{self.source}\n  {self.error}"
+        width = max(len(c.label) for c in self.top)
+        lines = [self.source] + [
+            f"  {c.label:<{width}}  {c.probability:7.2%}  {c.group:<7}"
+            + ("" if c.train_images is None else f" seen {c.train_images:,} times in training")
+            for c in self.top
+        ]
+        return "\n".join([*lines, "  " + "   ".join(f"{g} {p:.1%}" for g, p in self.groups.items())])
+
+
+class Predictor:
+    """A model of the zoo; `zoo.load` makes one.
+
+    name, labels, class_counts, groups, groups_by    of its classes, in the order of its outputs
+    folder      the ModelFolder, with its config, results and card
+    device      "cpu" or "cuda", where it really runs
+    """
+
+    def __init__(self, folder: ModelFolder, backend: Backend = "onnx", device: Device = "auto", name: str | None = None):
+        if backend not in ("onnx", "torch"):
+            raise BackendError(f"Unknown backend {backend!r}: onnx or torch.")
+        if device not in ("auto", "cpu", "cuda"):
+            raise BackendError(f"Unknown device {device!r}: auto, cpu or cuda.")
+        self.folder, self.backend = folder, backend
+        config = folder.config
+        self.name: str = name or config["metasaug"]["name"]
+        self.labels: tuple[str, ...] = tuple(config["label_names"])
+        counts = config["metasaug"]["class_counts"]
+        self.class_counts: tuple[int, ...] | None = None if counts is None else tuple(counts)
+        self.groups: tuple[str, ...] = tuple(config["metasaug"]["groups"])
+        self.groups_by: str = config["metasaug"]["groups_by"]
+        self._module = None
+        self._network: _Network = (_OnnxNetwork(folder, device) if backend == "onnx"
+                                   else _TorchNetwork(self.module, device))
+        self.device = self._network.device
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {len(self.labels)} classes, {self.backend} on {self.device}>"
+
+    @property
+    def module(self):
+        """The torch module, in eval mode, with these weights; takes what `preprocess` gives."""
+        if self._module is None:
+            self._module = torch_module(self.folder)
+        return self._module
+
+    def preprocess(self, picture: Picture, name: str | None = None) -> np.ndarray:
+        """What the network takes: float32 (3, H, W). Raises PictureError."""
+        return preprocess(decode(picture, name), self.folder.config["pretrained_cfg"])
+
+    def predict(self, picture: Picture, top_k: int = 5, prior: Prior | None = None, tau: float = 1.0) -> Prediction:
+        """The likeliest classes of one picture. Raises PictureError where it is none.
+
+        picture  a path, the bytes of a file, a PIL image, or an array (zoo.images.decode)
+        top_k    how many classes `top` holds, at most all
+        prior    how often the classes occur where the picture is from: "uniform", "train" (as in training), or C
+                 numbers; None takes the network's answer as it is. Logits move by tau (log prior - log own prior),
+                 the own one being what the training had the network assume (Menon et al. 2021)
+        """
+        shift_C = self._prior_shift(prior, tau)
+        return self._answers([self.preprocess(picture)], [_name_of(picture, 0)], top_k, shift_C)[0]
+
+    def predict_batch(
+        self, pictures: Iterable[Picture], top_k: int = 5, prior: Prior | None = None, tau: float = 1.0,
+        batch_size: int = 64,
+    ) -> list[Prediction]:
+        """One prediction a picture, in order; a bad picture is one with `error` and never ends the batch."""
+        return list(self.predict_each(pictures, top_k, prior, tau, batch_size))
+
+    def predict_folder(
+        self, folder: str | os.PathLike, top_k: int = 5, prior: Prior | None = None, tau: float = 1.0,
+        batch_size: int = 64,
+    ) -> Iterator[Prediction]:
+        """Every file under `folder`, in the order of their paths, hidden ones aside; `source` is the path."""
+        root = Path(folder)
+        if not root.is_dir():
+            raise PictureError(f"{root} is no folder" + (": use predict for a single picture." if root.exists() else
+                                                         ": it does not exist."))
+        files = sorted(Path(at) / name for at, _, names in os.walk(root) for name in names
+                       if not any(part.startswith(".") for part in (Path(at) / name).relative_to(root).parts))
+        if not files:
+            raise PictureError(f"{root} holds no files.")
+        return self.predict_each(files, top_k, prior, tau, batch_size)
+
+    def predict_each(
+        self, pictures: Iterable[Picture], top_k: int = 5, prior: Prior | None = None, tau: float = 1.0,
+        batch_size: int = 64,
+    ) -> Iterator[Prediction]:
+        """As `predict_batch`, one after another: endless input, constant memory."""
+        if batch_size < 1:
+            raise ZooError(f"batch_size {batch_size}: at least 1.")
+        shift_C = self._prior_shift(prior, tau)
+        names: list[str] = []
+        ready: list[np.ndarray] = []
+        errors: dict[int, str] = {}
+
+        def flush() -> Iterator[Prediction]:
+            good = [i for i in range(len(names)) if i not in errors]
+            answers = iter(self._answers(ready, [names[i] for i in good], top_k, shift_C) if good else ())
+            for i, name in enumerate(names):
+                yield Prediction(name, error=errors[i]) if i in errors else next(answers)
+            names.clear(), ready.clear(), errors.clear()
+
+        # A batch is full when it has batch_size good pictures: bad ones between never change who is computed with
+        # whom, and so never a digit of the others' scores.
+        for i, picture in enumerate(pictures):
+            names.append(_name_of(picture, i))
+            try:
+                ready.append(self.preprocess(picture))
+            except PictureError as error:
+                errors[len(names) - 1] = str(error)
+            if len(ready) == batch_size or len(errors) == 1000:
+                yield from flush()
+        yield from flush()
+
+    def _answers(
+        self, ready: list[np.ndarray], names: list[str], top_k: int, shift_C: np.ndarray | None
+    ) -> list[Prediction]:
+        if top_k < 1:
+            raise ZooError(f"top_k {top_k}: at least 1.")
+        logits_NC, features_NA, feature_maps = self._network(np.stack(ready))
+        scores_NC = logits_NC.astype(np.float64) if shift_C is None else logits_NC + shift_C
+        e_NC = np.exp(scores_NC - scores_NC.max(1, keepdims=True))
+        p_NC = e_NC / e_NC.sum(1, keepdims=True)
+        return [
+            Prediction(name, self._top(p_C, top_k), self._group_mass(p_C), p_C.astype(np.float32), logits_C,
+                       features_A, feature_map)
+            for name, p_C, logits_C, features_A, feature_map
+            in zip(names, p_NC, logits_NC, features_NA, feature_maps, strict=True)
+        ]
+
+    def _top(self, p_C: np.ndarray, top_k: int) -> tuple[TopClass, ...]:
+        best = np.argsort(-p_C, kind="stable")[:top_k]
+        return tuple(
+            TopClass(self.labels[c], float(p_C[c]), self.groups[c],
+                     None if self.class_counts is None else self.class_counts[c], int(c))
+            for c in best
+        )
+
+    def _group_mass(self, p_C: np.ndarray) -> dict[str, float]:
+        members = np.array(self.groups)
+        return {g: float(p_C[members == g].sum()) for g in (*GROUPS, UNKNOWN) if g in self.groups}
+
+    def _prior_shift(self, prior: Prior | None, tau: float) -> np.ndarray | None:
+        if prior is None:
+            return None
+        own = self.folder.config["metasaug"].get("prior")
+        if own is None:
+            raise ZooError(f"{self.name} does not say which prior its training assumed: prior= cannot be used.")
+        if not np.isfinite(tau):
+            raise ZooError(f"tau {tau}: a finite number.")
+        return tau * (self._log_prior(prior) - self._log_prior(own))
+
+    def _log_prior(self, prior: Prior) -> np.ndarray:
+        num_classes = len(self.labels)
+        if isinstance(prior, str):
+            if prior == "uniform":
+                return np.full(num_classes, -np.log(num_classes))
+            if prior != "train":
+                raise ZooError(f"Unknown prior {prior!r}: uniform, train, or {num_classes} numbers.")
+            if self.class_counts is None:
+                raise ZooError(f"The training counts of {self.name} are not known: prior 'train' cannot be used.")
+            prior = self.class_counts
+        p_C = np.asarray(prior, np.float64)
+        if p_C.shape != (num_classes,) or not np.isfinite(p_C).all() or (p_C <= 0).any():
+            raise ZooError(f"A prior is {num_classes} numbers above 0, one a class; got shape {p_C.shape}"
+                           + (", some not above 0." if p_C.shape == (num_classes,) else "."))
+        return np.log(p_C / p_C.sum())
+
+
+def _name_of(picture: Any, position: int) -> str:
+    return str(picture) if isinstance(picture, (str, os.PathLike)) else f"picture {position + 1}"
+
+
+# ---- the two backends: float32 (N, 3, H, W) -> logits (N, C), features (N, A), feature maps (N, A, H, W) ----
+
+
+class _Network(Protocol):
+    device: str
+
+    def __call__(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+
+
+OUTPUTS = ("logits", "features", "feature_map")
+
+
+class _OnnxNetwork:
+    def __init__(self, folder: ModelFolder, device: Device):
+        import onnxruntime
+
+        from zoo.onnx_file import refuse_unsafe
+
+        content = folder.read(ONNX)
+        refuse_unsafe(content, str(folder.path / ONNX))
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        providers = ["CPUExecutionProvider"]
+        if device == "cuda" or (device == "auto" and _has_nvidia_driver()):
+            if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+                onnxruntime.preload_dlls()  # CUDA's libraries from pip packages, where they are there
+                providers.insert(0, "CUDAExecutionProvider")
+            elif device == "cuda":
+                raise BackendError("This ONNX Runtime has no CUDA: pip install onnxruntime-gpu, or use device='cpu'.")
+        try:
+            self.session = onnxruntime.InferenceSession(content, options, providers=providers)
+        except Exception as error:  # ONNX Runtime has no common base class of its own
+            raise ModelFolderError(f"{folder.path / ONNX} does not run in ONNX Runtime: {error}") from error
+        # Without CUDA's libraries the runtime falls back to the CPU without a word.
+        self.device = "cuda" if self.session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+        if device == "cuda" and self.device != "cuda":
+            raise BackendError("ONNX Runtime could not start CUDA here (a driver or CUDA libraries are missing): "
+                               "use device='cpu'.")
+        inputs, outputs = self.session.get_inputs(), {o.name for o in self.session.get_outputs()}
+        expected = list(folder.config["pretrained_cfg"]["input_size"])
+        if len(inputs) != 1 or list(inputs[0].shape[1:]) != expected or not outputs >= set(OUTPUTS):
+            raise ModelFolderError(f"{folder.path / ONNX} takes and gives something else than config.json says.")
+        self.input = inputs[0].name
+        classes = next(o.shape[1] for o in self.session.get_outputs() if o.name == "logits")
+        if classes != folder.config["num_classes"]:
+            raise ModelFolderError(f"{folder.path / ONNX} has {classes} classes, config.json "
+                                   f"{folder.config['num_classes']}.")
+
+    def __call__(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        logits, features, feature_map = self.session.run(list(OUTPUTS), {self.input: pictures})
+        return logits, features, feature_map
+
+
+def _has_nvidia_driver() -> bool:
+    import ctypes
+
+    for library in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            continue
+        return True
+    return False
+
+
+class _TorchNetwork:
+    def __init__(self, module, device: Device):
+        import torch
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise BackendError(f"torch {torch.__version__} finds no CUDA device here: use device='cpu'.")
+        self.device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+        self.module = module.to(self.device)
+
+    def __call__(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        import torch
+
+        with torch.inference_mode():
+            logits, features, feature_map = all_outputs(self.module, torch.from_numpy(pictures).to(self.device))
+        return logits.cpu().numpy(), features.cpu().numpy(), feature_map.cpu().numpy()
+
+
+def all_outputs(module, pictures):
+    """Logits, features and feature map of a network with timm's interface, from one pass: what ONNX exports."""
+    feature_map = module.forward_features(pictures)
+    features = module.forward_head(feature_map, pre_logits=True)
+    return module.get_classifier()(features), features, feature_map
+
+
+def torch_module(folder: ModelFolder):
+    """The torch module of a model folder, in eval mode. Raises BackendError without torch."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise BackendError("The torch backend needs torch: pip install 'metasaug[train]', or use backend='onnx'."
+                           ) from None
+    from zoo.architectures import create
+
+    config = folder.config
+    module = create(config["architecture"], config["num_classes"], config["metasaug"].get("cosine_scale"))
+    weights = {name: torch.from_numpy(np.array(array)) for name, array in folder.weights().items()}
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ModelFolderError(f"{folder.path}: the weights do not fit {config['architecture']}: {error}") from error
+    return module.eval()
