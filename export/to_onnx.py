@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 
 from export.errors import ExportError
@@ -63,6 +64,8 @@ def onnx_bytes(module: nn.Module, config: dict[str, Any]) -> bytes:
         logger.setLevel(level)
     if program is None:
         raise ExportError(f"torch.onnx gave no program for {config['architecture']}.")
+    # The exporter notes on each node from which line of which file it came: paths of this machine.
+    ClearMetadataAndDocStringPass()(program.model)
     program.model.metadata_props.update(metadata(config))
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "model.onnx"
