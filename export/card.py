@@ -112,13 +112,12 @@ def _results(ours: Mapping[str, Any]) -> list[str]:
             low, high = r["interval"]
             lines.append(f"| {group} | {r['classes']} | {r['correct']:,} | {r['images']:,} | {right} | "
                          f"{low:.1%} to {high:.1%} |")
-    per_class = "\n".join(
-        f"| {_cell(row['label'])} | {group} | {'?' if row['train_images'] is None else format(row['train_images'], ',')} "
-        f"| {row['correct']:,} | {row['test_images']:,} |"
-        for row, group in zip(results["per_class"], ours["groups"], strict=True)
-    )
-    return ["\n".join(lines), "### Per class\n\n| class | group | training pictures | right | of |\n|---|---|---|---|---|\n"
-            + per_class]
+    per_class = ["### Per class", "", "| class | group | training pictures | right | of |", "|---|---|---|---|---|"]
+    for row, group in zip(results["per_class"], ours["groups"], strict=True):
+        trained = "?" if row["train_images"] is None else f"{row['train_images']:,}"
+        per_class.append(f"| {_cell(row['label'])} | {group} | {trained} | {row['correct']:,} | "
+                         f"{row['test_images']:,} |")
+    return ["\n".join(lines), "\n".join(per_class)]
 
 
 def _cell(text: str) -> str:
@@ -136,9 +135,10 @@ model = zoo.load("{ours['name']}")      # or the path of this folder
 print(model.predict("photo.jpg"))
 ```
 
-Without our package: `onnx/model.onnx` in plain onnxruntime. Input `pictures`, float32 (batch, 3, {height}, {width}), RGB,
-(x / 255 - mean) / std with mean {cfg['mean']} and std {cfg['std']}; outputs `logits`, `features`, `feature_map`. Labels,
-mean, std and this whole configuration are in the file's metadata."""
+Without our package: `onnx/model.onnx` in plain onnxruntime. Input `pictures`, float32 (batch, 3, {height}, {width}),
+RGB, (x / 255 - mean) / std with mean {[round(x, 4) for x in cfg['mean']]} and std {[round(x, 4) for x in cfg['std']]};
+outputs `logits`, `features`, `feature_map`. Labels, exact mean and std, preprocessing in words and this whole
+configuration are in the file's metadata."""
 
 
 def _training(ours: Mapping[str, Any]) -> str:

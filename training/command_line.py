@@ -107,7 +107,7 @@ def train(job: Annotated[Job, tyro.conf.arg(name="")]) -> Path | None:
     return model
 
 
-def load_data(recipe: Recipe, options: RunOptions):
+def load_data(recipe: Cifar10LT, options: RunOptions):
     from training.cifar import load_cifar
 
     return load_cifar(recipe.dataset, options.data, recipe.imbalance, recipe.meta_per_class, recipe.subset_seed,
@@ -142,6 +142,7 @@ def choose_device(asked: str):
 def write_model(model: Path, name: str, recipe: Recipe, data, state, results: dict) -> None:
     """The finished model folder, without ONNX: `metasaug train` adds that next, `metasaug export` at any time."""
     import torch
+
     from zoo.labels import assign_groups
     from zoo.model_folder import write_model_folder
     from zoo.registry import find

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from zoo.errors import PictureError
-from zoo.images import decode
 
 from training.errors import DataError
+from zoo.errors import PictureError
+from zoo.images import decode
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 

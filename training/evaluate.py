@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import zoo
 
+import zoo
 from training.datasets import list_class_folders
 from training.errors import DataError
 from training.metrics import results_table, test_results
@@ -42,20 +42,22 @@ def evaluate(
                         f"{', '.join(predictor.labels[:10])}{' …' if len(predictor.labels) > 10 else ''}")
     place = {name: c for c, name in enumerate(predictor.labels)}
     labels = np.array([place[name] for name in folder_names])[folder_labels]
-    rows, bad = [], []
-    for start in range(0, len(paths), 256):
-        for path, prediction in zip(paths[start : start + 256], predictor.predict_batch(paths[start : start + 256]),
-                                    strict=True):
-            if prediction.error is not None:
-                bad.append(f"{path}: {prediction.error}")
-            rows.append(prediction.logits if prediction.error is None else None)
+    rows: list[np.ndarray] = []  # logits of the readable pictures
+    good: list[int] = []
+    bad: list[str] = []
+    for i, prediction in enumerate(predictor.predict_each(paths)):
+        if prediction.logits is None:
+            bad.append(str(prediction.error))  # it names the file
+        else:
+            rows.append(prediction.logits)
+            good.append(i)
     if bad:
         listed = "\n  ".join(bad[:10]) + (f"\n  … and {len(bad) - 10} more" if len(bad) > 10 else "")
         if not skip_bad or len(bad) == len(paths):
-            raise DataError(f"{len(bad)} of {len(paths)} pictures cannot be read (--skip-bad leaves them out):\n  {listed}")
+            raise DataError(f"{len(bad)} of {len(paths)} pictures cannot be read (--skip-bad leaves them out):\n"
+                            f"  {listed}")
         print(f"left out, unreadable:\n  {listed}")
-    good = [i for i, row in enumerate(rows) if row is not None]
-    results = {"split": str(data), **test_results(np.stack([rows[i] for i in good]), labels[good], predictor.labels,
+    results = {"split": str(data), **test_results(np.stack(rows), labels[good], predictor.labels,
                                                   predictor.class_counts, predictor.groups)}
     print(results_table(results))
     if per_class:

@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
-from zoo.architectures import create
-from zoo.labels import assign_groups
 
 from training import checkpoints
 from training.covariance import LearnedCovariance, RunningCovariance
@@ -28,6 +27,8 @@ from training.losses import HeadLoss, class_balanced_weights
 from training.meta import StepResult, isda_step, metasaug_step, plain_step
 from training.metrics import test_results
 from training.recipes import Recipe
+from zoo.architectures import create
+from zoo.labels import assign_groups
 
 # Streams of randomness; each draw is np.random.default_rng([seed, epoch, STREAM, ...]).
 ORDER, CROPS, META = 0, 1, 2
@@ -147,11 +148,12 @@ class State:
 
 def start(recipe: Recipe, num_classes: int, device: torch.device) -> State:
     torch.manual_seed(recipe.seed)
-    module = create(recipe.architecture, num_classes, recipe.cosine_scale).to(device, memory_format=torch.channels_last)
+    module = create(recipe.architecture, num_classes, recipe.cosine_scale).to(device)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     module.train()
     optimizer = torch.optim.SGD(module.parameters(), recipe.lr, recipe.momentum, nesterov=recipe.momentum > 0,
                                 weight_decay=recipe.weight_decay)
-    width = module.get_classifier().in_features
+    width: int = module.get_classifier().in_features  # type: ignore[operator, union-attr]
     covariance = RunningCovariance(num_classes, width, recipe.covariance, device=device)
     return State(module, optimizer, covariance, LearnedCovariance(covariance))
 
@@ -257,7 +259,7 @@ def run(
 def _figures(result: StepResult, labels: torch.Tensor) -> dict[str, float]:
     """What a step says for the log. `shift` is |S' - S| / |S|, `effect` what that change did to the loss."""
     figures = {"loss": result.loss.item(), "wrong": (result.logits_NC.argmax(1) != labels).sum().item()}
-    if result.meta_loss is not None:
+    if result.meta_loss is not None and result.loss_before is not None and result.shift is not None:
         figures |= {"meta_loss": result.meta_loss.item(), "shift": result.shift.item(),
                     "effect": (result.loss - result.loss_before).item()}
     return figures
@@ -343,12 +345,12 @@ class Log:
 def _stop_signals() -> Iterator[list[int]]:
     """A list that receives the first SIGINT or SIGTERM; the second one has its usual effect at once."""
     received: list[int] = []
-    previous = {}
+    previous: dict[signal.Signals, Any] = {}
 
     def note(number, _frame):
         received.append(number)
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+        for each, usual in previous.items():
+            signal.signal(each, usual)
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):

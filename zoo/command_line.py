@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import tyro
 
@@ -21,7 +21,7 @@ def list_table(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> 
     Args:
         as_json: One JSON array instead of the table.
     """
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": e.name, "dataset": e.dataset, "imbalance": e.imbalance, "method": e.method, "loss": e.loss,
          "weights": e.weights, "error": e.measured_error, "published_error": e.published_error, "summary": e.summary}
         for e in zoo.list_models()
@@ -111,7 +111,8 @@ def _written(rows: Iterator[Prediction], file: TextIO, top_k: int) -> Iterator[P
     writer = csv.writer(file)
     top_k = max(1, top_k)
     others = [f"{column}_{rank}" for rank in range(2, top_k + 1) for column in ("label", "probability")]
-    writer.writerow(["path", "label", "probability", "group", "train_images", "head", "medium", "tail", *others, "error"])
+    writer.writerow(["path", "label", "probability", "group", "train_images", "head", "medium", "tail", *others,
+                     "error"])
     for row in rows:
         best = row.top[0] if row.top else None
         rest = [cell for c in row.top[1:] for cell in (c.label, f"{c.probability:.6f}")]

@@ -213,9 +213,9 @@ def check_config(config: Mapping[str, Any], where: str | Path) -> None:
     need(type(config.get("num_features")) is int and config["num_features"] >= 1, "num_features", "an integer")
     need(isinstance(names, list) and len(names) == classes and all(isinstance(n, str) for n in names)
          and len(set(names)) == len(names), "label_names", f"{classes} different names")
-    cfg, ours = config.get("pretrained_cfg"), config.get("metasaug")
-    need(isinstance(cfg, dict), "pretrained_cfg", "an object")
-    need(isinstance(ours, dict), "metasaug", "an object")
+    for key in ("pretrained_cfg", "metasaug"):
+        need(isinstance(config.get(key), dict), key, "an object")
+    cfg, ours = config["pretrained_cfg"], config["metasaug"]
     size = cfg.get("input_size")
     need(isinstance(size, list) and len(size) == 3 and all(type(x) is int for x in size) and size[0] == 3
          and all(1 <= x <= 4096 for x in size), "pretrained_cfg.input_size", "[3, height, width]")

@@ -5,6 +5,7 @@ file of standard operators; anything else is refused before a session sees it.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from zoo.errors import ModelFolderError
 
@@ -73,7 +74,7 @@ def _text(message: memoryview, wanted: int) -> str:
     return next((bytes(value).decode() for field, value in _fields(message) if field == wanted), "")
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+def _fields(message: memoryview) -> Iterator[tuple[int, Any]]:
     """(number, value) of a protobuf message: integers for varints, bytes for everything else."""
     at, end = 0, len(message)
     while at < end:

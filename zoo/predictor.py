@@ -72,7 +72,9 @@ class Predictor:
     device      "cpu" or "cuda", where it really runs
     """
 
-    def __init__(self, folder: ModelFolder, backend: Backend = "onnx", device: Device = "auto", name: str | None = None):
+    def __init__(
+        self, folder: ModelFolder, backend: Backend = "onnx", device: Device = "auto", name: str | None = None
+    ):
         if backend not in ("onnx", "torch"):
             raise BackendError(f"Unknown backend {backend!r}: onnx or torch.")
         if device not in ("auto", "cpu", "cuda"):
@@ -155,7 +157,9 @@ class Predictor:
             answers = iter(self._answers(ready, [names[i] for i in good], top_k, shift_C) if good else ())
             for i, name in enumerate(names):
                 yield Prediction(name, error=errors[i]) if i in errors else next(answers)
-            names.clear(), ready.clear(), errors.clear()
+            names.clear()
+            ready.clear()
+            errors.clear()
 
         # A batch is full when it has batch_size good pictures: bad ones between never change who is computed with
         # whom, and so never a digit of the others' scores.
