@@ -51,7 +51,7 @@ def test_every_flipped_bit_is_noticed(tmp_path):
 def test_a_full_disk_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch, fails):
     # Given a whole file, and a disk that is full at some point of the next write,
     path = tmp_path / "state"
-    checkpoints.write_atomically(path, b"old")
+    checkpoints.write(path, b"old")
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -76,7 +76,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch,
         monkeypatch.setattr(os, fails, full)
     # when it is written again, then the error says so, the old content stands, and nothing else is there.
     with pytest.raises(TrainingError, match="No space left"):
-        checkpoints.write_atomically(path, b"new" * 1000)
+        checkpoints.write(path, b"new" * 1000)
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

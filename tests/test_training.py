@@ -43,7 +43,7 @@ def small_data(shuffled=False) -> LongTailed:
                       coloured_stripes([30] * 3, 2), ("a", "b", "c"), "stripes", (0.5,) * 3, (0.25,) * 3)
 
 
-class Killed(Exception):
+class Killed(Exception):  # noqa: N818
     pass
 
 
@@ -160,7 +160,7 @@ def test_a_run_folder_is_never_overwritten(tmp_path):
     loop.run(dataclasses.replace(TINY, epochs=1, augment="none"), small_data(), tmp_path, CPU)
     with pytest.raises(TrainingError, match="--resume"):
         loop.run(dataclasses.replace(TINY, epochs=1, augment="none"), small_data(), tmp_path, CPU)
-    with pytest.raises(TrainingError, match="lr 0.05"):
+    with pytest.raises(TrainingError, match=r"lr 0\.05"):
         loop.run(dataclasses.replace(TINY, epochs=1, augment="none", lr=0.1), small_data(), tmp_path, CPU, resume=True)
 
 

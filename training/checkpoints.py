@@ -7,7 +7,6 @@ bytes: content and check arrive by the same rename, so a torn write can never lo
 
 import hashlib
 import io
-import os
 import pickle
 import re
 import warnings
@@ -16,30 +15,18 @@ from pathlib import Path
 import torch
 
 from training.errors import TrainingError
+from zoo.files import write_atomically
 
 NAME = re.compile(r"step-(\d+)-(\d+)-([0-9a-f]{16})\.pt")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """All of `content` under `path`, or what was there before: temporary file, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write(path: Path, content: bytes) -> None:
+    """All of `content` under `path`, or what was there before (zoo.files), told as a TrainingError."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_atomically(path, content)
     except OSError as error:
         raise TrainingError(f"{path} could not be written ({error.strerror or error}); what stood there before is "
                             "whole. Make room or choose another --out, then go on with --resume.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save(folder: Path, state: dict, epoch: int, step: int, keep: int = 2) -> Path:
@@ -49,7 +36,7 @@ def save(folder: Path, state: dict, epoch: int, step: int, keep: int = 2) -> Pat
     content = buffer.getvalue()
     digest = hashlib.sha256(content).hexdigest()[:16]
     path = folder / f"step-{epoch:05d}-{step:07d}-{digest}.pt"
-    write_atomically(path, content)
+    write(path, content)
     for _, _, old in _newest_first(folder)[keep:]:
         old.unlink(missing_ok=True)
     return path

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from zoo.errors import ModelFolderError
+from zoo.files import write_atomically
 from zoo.labels import GROUPS, UNKNOWN
 
 CONFIG, WEIGHTS, COVARIANCE, ONNX, CARD, MANIFEST = (
@@ -159,18 +160,10 @@ def add_files(path: Path, contents: Mapping[str, bytes], present: Mapping[str, t
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_atomically(path, content)
     except OSError as error:
         raise ModelFolderError(f"{path} could not be written: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _manifest_bytes(files: Mapping[str, tuple[int, str]]) -> bytes:

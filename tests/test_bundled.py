@@ -1,0 +1,50 @@
+"""The bundled models: what their cards and the README say is what they do on the real pictures."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import zoo
+
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLED = [entry for entry in zoo.list_models() if entry.weights == "bundled"]
+
+
+def readme_row(entry) -> str:
+    """A line of the README's table of results, from the model folder that `metasaug train` wrote."""
+    results = zoo.ModelFolder(entry.folder).results
+    groups = " | ".join(f"{results['groups'][group]['accuracy']:.1%}" for group in ("head", "medium", "tail"))
+    return f"| `{entry.name}` | {results['error']:.2%} | {results['worst_class_error']:.1%} | {groups} |"
+
+
+@pytest.mark.parametrize("entry", BUNDLED, ids=lambda entry: entry.name)
+def test_the_readme_states_what_the_model_folder_measured(entry):
+    assert readme_row(entry) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("entry", BUNDLED, ids=lambda entry: entry.name)
+def test_evaluation_on_the_real_pictures_gives_the_cards_numbers_again(entry, cifar10_jpeg, tmp_path, capsys):
+    # Given CIFAR-10 (JPEG)'s test pictures, when a user evaluates a bundled model on them,
+    import metasaug
+
+    out = tmp_path / "results.json"
+    assert metasaug.main(["evaluate", entry.name, "--data", str(cifar10_jpeg / "test"), "--out", str(out)]) == 0
+    # then each count right, per group and class, is the card's. Training measured by torch, this is ONNX Runtime: of
+    # 10,000 pictures one may lie so close between two classes that the last bits decide.
+    measured, card = json.loads(out.read_text()), zoo.ModelFolder(entry.folder).results
+    assert measured["images"] == card["images"] == 10_000
+    for mine, theirs in zip(measured["per_class"], card["per_class"], strict=True):
+        assert mine["label"] == theirs["label"]
+        assert abs(mine["correct"] - theirs["correct"]) <= 1
+    assert f"{card['error']:.1%}"[:4] in capsys.readouterr().out
+
+
+def test_the_pair_shares_everything_but_the_method():
+    """MetaSAug beside plain cross entropy: same data, same length, same seed, so that the demo compares like with like."""
+    ours, plain = (zoo.ModelFolder(next(e for e in BUNDLED if e.name == name).folder).config["metasaug"]
+                   for name in ("metasaug-cifar10-lt", "ce-cifar10-lt"))
+    for key in ("dataset", "class_counts", "seed", "groups"):
+        assert ours[key] == plain[key], key
+    differing = {k for k in ours["recipe"] if ours["recipe"][k] != plain["recipe"][k]}
+    assert differing <= {"augment", "lookahead"}
