@@ -83,7 +83,7 @@ def _what_it_is(config: Mapping[str, Any]) -> str:
         rare = min(counts)
         tail = (f"It saw {sum(counts):,} training pictures: {max(counts):,} of the most frequent class, {rare:,} of "
                 "the rarest.")
-    return (f"A {config['architecture']} that tells {config['num_classes']} classes apart, trained on "
+    return (f"A `{config['architecture']}` that tells {config['num_classes']} classes apart, trained on "
             f"**{_data_in_words(ours)}**. {tail}\n\n{method}. Schedule: {ours.get('schedule', 'not known')}.")
 
 
