@@ -64,8 +64,10 @@ def _published(percent: float) -> dict[str, Any]:
 
 
 ENTRIES: tuple[Entry, ...] = (
-    Entry("metasaug-cifar10-lt", "cifar10-lt", 100, "metasaug", "ce", "bundled", None, **_published(19.46)),
-    Entry("ce-cifar10-lt", "cifar10-lt", 100, "ce", "ce", "bundled", None),
+    Entry("metasaug-cifar10-lt", "cifar10-lt", 100, "metasaug", "ce", "bundled",
+          "c30a520e03209f42733099e08c50b91c3b87f09731748610f026aae088b07989", **_published(19.46)),
+    Entry("ce-cifar10-lt", "cifar10-lt", 100, "ce", "ce", "bundled",
+          "0a4b2afb3fe07991880a6fd0712be12839ec66cbf09d9d7981b0495d65d7d8f3"),
     Entry("metasaug-cifar10-lt-200", "cifar10-lt", 200, "metasaug", "ce", **_published(23.11)),
     Entry("metasaug-cifar10-lt-50", "cifar10-lt", 50, "metasaug", "ce", **_published(15.97)),
     Entry("metasaug-cifar10-lt-20", "cifar10-lt", 20, "metasaug", "ce", **_published(12.36)),
