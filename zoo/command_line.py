@@ -1,6 +1,7 @@
 """`metasaug list`, `info` and `predict`."""
 
 import csv
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal, TextIO
 import tyro
 
 import zoo
-from zoo.errors import ZooError
+from zoo.errors import PictureError, ZooError
 from zoo.loading import open_folder
 from zoo.predictor import Prediction, Predictor
 
@@ -32,7 +33,7 @@ def list_table(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> 
     width = max(len(row["name"]) for row in rows)
     print(f"{'name':<{width}}  {'data set':<11} {'imbalance':>9}  {'weights':<11} {'error':>7} {'paper':>7}")
     for row in rows:
-        print(f"{row['name']:<{width}}  {row['dataset']:<11} {row['imbalance']:>9g}  {row['weights']:<11} "
+        print(f"{row['name']:<{width}}  {row['dataset']:<11} {'-' if row['imbalance'] is None else format(row['imbalance'], 'g'):>9}  {row['weights']:<11} "
               f"{_percent(row['error']):>7} {_percent(row['published_error']):>7}")
     print("\nerror: ours, last epoch, on the data below; paper: the published cell (original pictures, 200 epochs).")
     for row in rows:
@@ -76,6 +77,7 @@ def predict(
         raise ZooError(f"{', '.join(missing)}: no such file or folder.")
     predictor = zoo.load(model, backend=backend, device=device)
     rows = _each(predictor, paths, top_k, prior)
+    rows = itertools.chain([next(rows)], rows)  # a flag that makes no sense is told before a file is opened
     if out is None:
         return _count_bad(_printed(rows))
     if str(out) == "-":
@@ -95,7 +97,10 @@ def _each(predictor: Predictor, paths: list[Path], top_k: int, prior) -> Iterato
         if path.is_dir():
             yield from predictor.predict_each(files, top_k, prior)
             files = []
-            yield from predictor.predict_folder(path, top_k, prior)
+            try:
+                yield from predictor.predict_folder(path, top_k, prior)
+            except PictureError as error:  # a folder without files; the next path may be good
+                yield Prediction(str(path), error=str(error))
         else:
             files.append(path)
     yield from predictor.predict_each(files, top_k, prior)
@@ -103,7 +108,7 @@ def _each(predictor: Predictor, paths: list[Path], top_k: int, prior) -> Iterato
 
 def _printed(rows: Iterator[Prediction]) -> Iterator[Prediction]:
     for row in rows:
-        print(row)
+        print(_printable(str(row)))
         yield row
 
 
@@ -120,7 +125,7 @@ def _written(rows: Iterator[Prediction], file: TextIO, top_k: int) -> Iterator[P
         mass = [f"{row.groups[g]:.6f}" if g in row.groups else "" for g in ("head", "medium", "tail")]
         first = ["", "", "", ""] if best is None else [
             best.label, f"{best.probability:.6f}", best.group, "" if best.train_images is None else best.train_images]
-        writer.writerow([row.source, *first, *mass, *rest, row.error or ""])
+        writer.writerow([_printable(row.source), *first, *mass, *rest, _printable(row.error or "")])
         yield row
 
 
@@ -132,6 +137,11 @@ def _count_bad(rows: Iterator[Prediction]) -> int:
     if bad:
         print(f"{bad} of {total} could not be read; their rows say why.", file=sys.stderr)
     return 1 if bad else 0
+
+
+def _printable(text: str) -> str:
+    """File names that are no text (Linux allows any bytes) with their odd bytes as \\udcXX."""
+    return text.encode("utf-8", errors="backslashreplace").decode()
 
 
 def _percent(value: float | None) -> str:
