@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import tempfile
 import warnings
 from pathlib import Path
@@ -84,7 +85,7 @@ def metadata(config: dict[str, Any]) -> dict[str, str]:
         "std": json.dumps(cfg["std"]),
         "input_size": json.dumps(cfg["input_size"]),
         "preprocessing": (
-            f"RGB; shorter side to {round(min(height, width) / cfg['crop_pct'])} pixels ({cfg['interpolation']}), "
+            f"RGB; shorter side to {math.floor(min(height, width) / cfg['crop_pct'])} pixels ({cfg['interpolation']}), "
             f"centre crop {height} x {width}; float32, (x / 255 - mean) / std per channel; (batch, 3, H, W)"
         ),
     }

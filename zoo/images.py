@@ -1,21 +1,21 @@
 """From a file, bytes, a PIL image or an array to what a network takes: the only home of decoding, mean and std.
 
-Decoding, by rule: the first frame of an animation or page of a TIFF; EXIF orientation applied; grey, palette, CMYK
-and other colour modes to RGB; transparency over white; 16-bit scaled to 8 (never clipped). Caps: 20 MB a file, 25
-megapixels; baseline JPEG 100 megapixels, decoded at reduced size above 25.
+Decoding, by rule: the first frame of an animation or page of a TIFF; EXIF orientation applied, broken EXIF ignored;
+grey, palette, CMYK and other colour modes to RGB; transparency over white; 16-bit scaled to 8 (never clipped). Caps:
+20 MB a file, 25 megapixels; baseline JPEG 100 megapixels, decoded at a quarter of its size above 25.
 """
 
 import functools
 import io
+import math
 import os
-import struct
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from zoo.errors import PictureError
 
@@ -24,6 +24,7 @@ Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
 MAX_FILE_BYTES = 20_000_000
 MAX_PIXELS = 25_000_000
 MAX_JPEG_PIXELS = 100_000_000
+WHOLE_PIXELS = 4_000_000  # up to here a picture is resized before it is cropped, as torchvision does, to the bit
 
 # Formats that are decoded inside this process by code that takes hostile input. EPS, for one, would start Ghostscript.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000", "ICO", "PCX", "TGA")
@@ -36,9 +37,13 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-_PILLOW_RAISES = (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError, EOFError,
-                  struct.error, OverflowError, IndexError, KeyError, TypeError, AttributeError, ZeroDivisionError,
-                  MemoryError, RuntimeError)  # fmt: skip
+# What brings a picture upright, by its EXIF orientation.
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 _INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC,
@@ -49,27 +54,28 @@ _INTERPOLATIONS = {
 def decode(source: Picture, name: str | None = None) -> Image.Image:
     """The picture as 8-bit RGB, upright.
 
-    source  a path; the bytes of a file; a PIL image; or an array: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), of
-            uint8, of uint16 (65535 is white), of bool, or of floats in [0, 1]
+    source  a path; the bytes of a file; a PIL image, which stays as it is; or an array: (H, W), (H, W, 1), (H, W, 3)
+            or (H, W, 4), of uint8, of uint16 (65535 is white), of bool, or of floats in [0, 1]
     name    what messages call it; a path's own name by default
     Raises PictureError, and nothing else, for anything that does not come out as a picture.
     """
     if isinstance(source, Image.Image):
         name = name or "the PIL image"
+        _check_pixels(source.width, source.height, MAX_PIXELS, name)
     elif isinstance(source, np.ndarray):
         name = name or "the array"
-        source = _from_array(source, name)
+        source = _from_array(np.asarray(source), name)
     elif isinstance(source, (bytes, bytearray, memoryview)):
         name = name or "the bytes"
         source = _open(bytes(source), name)
     elif isinstance(source, (str, os.PathLike)):
-        name = name or str(source)
-        source = _open(_read(Path(source), name), name)
+        name = name or os.fsdecode(source)
+        source = _open(_read(Path(os.fsdecode(source)), name), name)
     else:
         raise PictureError(f"{type(source).__name__} is no picture: give a path, bytes, a PIL image or an array.")
     try:
         return _to_rgb(source)
-    except _PILLOW_RAISES as error:
+    except Exception as error:  # Pillow's decoders raise whatever they stumble over, assertions among it
         raise PictureError(f"{name} is damaged or cut off: {_first_line(error)}.") from error
 
 
@@ -87,12 +93,18 @@ def preprocess(picture: Image.Image, pretrained_cfg: Mapping[str, Any]) -> np.nd
 
 
 def _resize_and_crop(picture: Image.Image, height: int, width: int, interpolation: str, crop_pct: float):
-    scale = max(height / crop_pct / picture.height, width / crop_pct / picture.width)
-    size = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    if size == picture.size:
-        return picture.crop((left, top, left + width, top + height))
-    # Cropping in the source first: a panorama of 20,000 x 10 pixels never becomes one of 64,000 x 32.
+    """torchvision's Resize(floor(size / crop_pct)) and CenterCrop, whole pixels and rounding as there."""
+    full_height, full_width = math.floor(height / crop_pct), math.floor(width / crop_pct)
+    if picture.width * full_height <= picture.height * full_width:
+        size = (full_width, max(full_height, full_width * picture.height // picture.width))
+    else:
+        size = (max(full_width, full_height * picture.width // picture.height), full_height)
+    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+    if size[0] * size[1] <= WHOLE_PIXELS:
+        whole = picture.resize(size, _INTERPOLATIONS[interpolation])
+        return whole.crop((left, top, left + width, top + height))
+    # Cropping in the source first, where some weights round differently: a panorama of 200,000 x 10 pixels never
+    # becomes one of 640,000 x 32.
     ratio_x, ratio_y = picture.width / size[0], picture.height / size[1]
     box = (left * ratio_x, top * ratio_y, (left + width) * ratio_x, (top + height) * ratio_y)
     box = (box[0], box[1], min(box[2], picture.width), min(box[3], picture.height))
@@ -127,28 +139,45 @@ def _open(content: bytes, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own, higher, bomb warning and remarks on broken metadata
             picture = Image.open(io.BytesIO(content), formats=_formats())
+        may_shrink, tile = _may_shrink(picture, content), _tile(picture)
     except Image.DecompressionBombError:
         raise PictureError(f"{name} has too many pixels (over {MAX_JPEG_PIXELS // 1_000_000} megapixels).") from None
-    except _PILLOW_RAISES as error:
+    except Exception as error:
         raise PictureError(f"{name} {_what_it_is(content)}.") from error
-    pixels = picture.width * picture.height
-    may_shrink = picture.format in ("JPEG", "MPO") and not picture.info.get("progressive")
-    cap = MAX_JPEG_PIXELS if may_shrink else MAX_PIXELS
-    if pixels > cap:
-        raise PictureError(f"{name} has {pixels / 1e6:.0f} megapixels ({picture.width} x {picture.height}); at most "
-                           f"{cap // 1_000_000} are decoded of this kind. Make it smaller first.")
-    if pixels == 0:
-        raise PictureError(f"{name} has no pixels.")
-    if pixels > MAX_PIXELS:
-        picture.draft(None, (picture.width // 4, picture.height // 4))  # libjpeg decodes at an eighth to a half
+    _check_pixels(picture.width, picture.height, MAX_JPEG_PIXELS if may_shrink else MAX_PIXELS, name)
+    _check_pixels(*tile, MAX_PIXELS, f"A tile of {name}")
+    if picture.width * picture.height > MAX_PIXELS:
+        picture.draft(None, (picture.width // 4, picture.height // 4))
     return picture
+
+
+def _check_pixels(width: int, height: int, cap: int, name: str) -> None:
+    if width * height == 0:
+        raise PictureError(f"{name} has no pixels.")
+    if width * height > cap:
+        raise PictureError(f"{name} has {width * height / 1e6:.0f} megapixels ({width} x {height}); at most "
+                           f"{cap // 1_000_000} are decoded of this kind. Make it smaller first.")
+
+
+def _may_shrink(picture: Image.Image, content: bytes) -> bool:
+    """A JPEG that libjpeg can decode at reduced size without holding it whole: its first scan has every colour."""
+    if picture.format not in ("JPEG", "MPO"):
+        return False
+    scan = content.rfind(b"\xff\xda", 0, picture.fp.tell())  # type: ignore[attr-defined]
+    return content[scan + 4] == len(picture.getbands()) and not picture.info.get("progressive")
+
+
+def _tile(picture: Image.Image) -> tuple[int, int]:
+    """Width and height of a TIFF's tiles, each of which is decoded whole, however small the picture."""
+    tags = getattr(picture, "tag_v2", None) or {}
+    return int(tags.get(322, 1)), int(tags.get(323, 1))
 
 
 def _what_it_is(content: bytes) -> str:
     start = content[:512].lstrip()
-    if b"ftyphei" in content[:32] or b"ftyphev" in content[:32] or b"ftypmif1" in content[:32]:
+    if content[4:11] in (b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf"):
         return "is a HEIC picture, which is not supported: save it as JPEG or PNG"
-    if start.startswith((b"<svg", b"<?xml")) and b"<svg" in content[:4096]:
+    if start.startswith((b"<", b"\xef\xbb\xbf<")) and b"<svg" in content[:4096]:
         return "is an SVG drawing, which is not supported: save it as PNG"
     if start.startswith(b"%PDF"):
         return "is a PDF, not a picture: save its page as PNG"
@@ -160,16 +189,15 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
         raise PictureError(f"{name} has shape {array.shape}: expected (H, W), (H, W, 3) or (H, W, 4).")
-    if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise PictureError(f"{name} has more than {MAX_PIXELS // 1_000_000} megapixels. Make it smaller first.")
-    if array.dtype == np.uint16:
-        array = _from_16_bits(array)
+    _check_pixels(array.shape[1], array.shape[0], MAX_PIXELS, name)
+    if array.dtype.newbyteorder("=") == np.uint16:
+        array = _scaled(array, 65535)
     elif array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
     elif np.issubdtype(array.dtype, np.floating):
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
             raise PictureError(f"{name} holds floats outside [0, 1]: scale them, or give uint8.")
-        array = np.rint(array * 255).astype(np.uint8)
+        array = _scaled(array, 1)
     elif array.dtype != np.uint8:
         raise PictureError(f"{name} is of {array.dtype}: expected uint8, uint16, bool, or floats in [0, 1].")
     return Image.fromarray(np.ascontiguousarray(array))
@@ -179,35 +207,49 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         picture.load()
-        picture = ImageOps.exif_transpose(picture)
+        transparent = picture.info.get("transparency")
+        picture = _upright(picture)
         if picture.mode.startswith("I") or picture.mode == "F":
-            picture = Image.fromarray(_deep_grey(np.asarray(picture)))
-        if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-            if picture.mode in ("RGBa", "La"):
-                picture = picture.convert(picture.mode[:-1] + "A")
-            with_alpha = picture.convert("RGBA")
+            return Image.fromarray(_deep_grey(np.asarray(picture), transparent)).convert("RGB")
+        if picture.mode in ("RGBa", "La"):
+            picture = picture.convert(picture.mode[:-1] + "A")
+        if picture.mode in ("RGBA", "LA", "PA") or transparent is not None:
+            picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
             white = Image.new("RGB", picture.size, "white")
-            white.paste(with_alpha, mask=with_alpha.getchannel("A"))
+            white.paste(picture, mask=picture.getchannel("A"))
             return white
         return picture.convert("RGB")
 
 
-def _deep_grey(array: np.ndarray) -> np.ndarray:
-    """Grey of more than 8 bits to uint8. Integers: 65535 is white (larger ones: the largest is). Floats: 1 is white
-    where none is above, else 255, else the largest."""
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        turn = _UPRIGHT.get(picture.getexif().get(_ORIENTATION, 1))
+    except Exception:  # broken metadata of a picture that is whole
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _deep_grey(array: np.ndarray, transparent: Any) -> np.ndarray:
+    """Grey of more than 8 bits to uint8, the transparent value white. Integers: 65535 is white (larger ones: the
+    largest is). Floats: 1 is white where none is above, else 255, else the largest; what is not finite is black."""
     if np.issubdtype(array.dtype, np.floating):
-        array = np.nan_to_num(array.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
-        top = array.max()
-        white = 1.0 if top <= 1 else 255.0 if top <= 255 else top
-        return np.rint(array / white * 255).astype(np.uint8)
-    array = array.astype(np.int64).clip(min=0)
-    if array.max() > 65535:
-        return np.rint(array / array.max() * 255).astype(np.uint8)
-    return _from_16_bits(array)
+        top = float(array.max(initial=0, where=np.isfinite(array)))
+        grey = _scaled(array, 1 if top <= 1 else 255 if top <= 255 else top)
+    else:
+        grey = _scaled(array, max(65535, int(array.max())))
+    if isinstance(transparent, int):
+        grey[array == transparent] = 255
+    return grey
 
 
-def _from_16_bits(array: np.ndarray) -> np.ndarray:
-    return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+def _scaled(array: np.ndarray, white: float) -> np.ndarray:
+    """round(255 x / white) as uint8, below 0 and not finite as 0; in pieces, for memory."""
+    flat, scaled = array.reshape(-1), np.empty(array.size, np.uint8)
+    for start in range(0, flat.size, 1_000_000):
+        piece = flat[start : start + 1_000_000].astype(np.float64)
+        piece[~np.isfinite(piece)] = 0
+        scaled[start : start + 1_000_000] = np.rint(piece.clip(0, white) / white * 255)
+    return scaled.reshape(array.shape)
 
 
 def _first_line(error: BaseException) -> str:
