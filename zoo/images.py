@@ -2,7 +2,8 @@
 
 Decoding, by rule: the first frame of an animation or page of a TIFF; EXIF orientation applied, broken EXIF ignored;
 grey, palette, CMYK and other colour modes to RGB; transparency over white; 16-bit scaled to 8 (never clipped). Caps:
-20 MB a file, 25 megapixels; baseline JPEG 100 megapixels, decoded at a quarter of its size above 25.
+20 MB a file, 25 megapixels; baseline JPEG 100 megapixels, decoded at a quarter of its size above 25; JPEG 2000, whose
+decoder takes 40 bytes a pixel, 10 megapixels.
 """
 
 import functools
@@ -24,6 +25,7 @@ Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
 MAX_FILE_BYTES = 20_000_000
 MAX_PIXELS = 25_000_000
 MAX_JPEG_PIXELS = 100_000_000
+MAX_JPEG_2000_PIXELS = 10_000_000
 WHOLE_PIXELS = 4_000_000  # up to here a picture is resized before it is cropped, as torchvision does, to the bit
 
 # Formats that are decoded inside this process by code that takes hostile input. EPS, for one, would start Ghostscript.
@@ -139,12 +141,12 @@ def _open(content: bytes, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own, higher, bomb warning and remarks on broken metadata
             picture = Image.open(io.BytesIO(content), formats=_formats())
-        may_shrink, tile = _may_shrink(picture, content), _tile(picture)
+        cap, tile = _cap(picture, content), _tile(picture)
     except Image.DecompressionBombError:
         raise PictureError(f"{name} has too many pixels (over {MAX_JPEG_PIXELS // 1_000_000} megapixels).") from None
     except Exception as error:
         raise PictureError(f"{name} {_what_it_is(content)}.") from error
-    _check_pixels(picture.width, picture.height, MAX_JPEG_PIXELS if may_shrink else MAX_PIXELS, name)
+    _check_pixels(picture.width, picture.height, cap, name)
     _check_pixels(*tile, MAX_PIXELS, f"A tile of {name}")
     if picture.width * picture.height > MAX_PIXELS:
         picture.draft(None, (picture.width // 4, picture.height // 4))
@@ -159,12 +161,14 @@ def _check_pixels(width: int, height: int, cap: int, name: str) -> None:
                            f"{cap // 1_000_000} are decoded of this kind. Make it smaller first.")
 
 
-def _may_shrink(picture: Image.Image, content: bytes) -> bool:
-    """A JPEG that libjpeg can decode at reduced size without holding it whole: its first scan has every colour."""
-    if picture.format not in ("JPEG", "MPO"):
-        return False
+def _cap(picture: Image.Image, content: bytes) -> int:
+    if picture.format == "JPEG2000":
+        return MAX_JPEG_2000_PIXELS
+    if picture.format not in ("JPEG", "MPO") or picture.info.get("progressive"):
+        return MAX_PIXELS
+    # Where not every colour is in the first scan, libjpeg holds the picture whole, as it does a progressive one.
     scan = content.rfind(b"\xff\xda", 0, picture.fp.tell())  # type: ignore[attr-defined]
-    return content[scan + 4] == len(picture.getbands()) and not picture.info.get("progressive")
+    return MAX_JPEG_PIXELS if content[scan + 4] == len(picture.getbands()) else MAX_PIXELS
 
 
 def _tile(picture: Image.Image) -> tuple[int, int]:

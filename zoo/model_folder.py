@@ -13,7 +13,6 @@ itself by a digest, and the registry for the manifest. Nothing is ever unpickled
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -58,8 +57,8 @@ class ModelFolder:
             has = ", ".join(self.files)
             raise ModelFolderError(f"{self.path} has no {name} (it has {has})." + (
                 " `metasaug export` adds it." if name == ONNX else ""))
-        content = self._bytes(name)
         size, digest = self.files[name]
+        content = self._bytes(name, size)
         if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
             raise ModelFolderError(f"{self.path / name} is damaged or was changed: its bytes do not match "
                                    f"{MANIFEST}. Get the folder again.")
@@ -99,29 +98,37 @@ class ModelFolder:
 
         try:
             return load(self.read(name))
-        except SafetensorError as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:  # the latter: types that numpy has not
             raise ModelFolderError(f"{self.path / name} is no safetensors file: {error}.") from error
 
-    def _bytes(self, name: str) -> bytes:
+    def _bytes(self, name: str, size: int) -> bytes:
+        """The file, or a little more than `size` bytes of it: a wrong one may be endless."""
+        path = self.path / name
         try:
-            return (self.path / name).read_bytes()
+            if path.exists() and not path.is_file():
+                raise ModelFolderError(f"{path} is no regular file. Get the folder again.")
+            with open(path, "rb") as file:
+                return file.read(size + 1)
         except FileNotFoundError:
-            raise ModelFolderError(f"{self.path / name} is missing. Get the folder again.") from None
+            raise ModelFolderError(f"{path} is missing. Get the folder again.") from None
         except OSError as error:
-            raise ModelFolderError(f"{self.path / name} cannot be read: {error.strerror or error}.") from error
+            raise ModelFolderError(f"{path} cannot be read: {error.strerror or error}.") from error
 
     def _read_manifest(self, expected: str | None) -> dict[str, tuple[int, str]]:
         path = self.path / MANIFEST
         if not path.exists():
             raise ModelFolderError(f"{self.path} is no model folder: it has no {MANIFEST}. A model folder is what "
                                    "`metasaug train` leaves in RUN/model.")
-        content = self._bytes(MANIFEST)
+        content = self._bytes(MANIFEST, 100_000)
         if expected is not None and hashlib.sha256(content).hexdigest() != expected:
             raise ModelFolderError(f"{path} is not the one that the registry names. Get the folder again.")
         manifest = _parse_json(content, path)
         try:
             files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
         except (AttributeError, KeyError, TypeError):
+            files = {}
+        if not all(type(size) is int and size >= 0 and isinstance(digest, str) and digest.isascii()
+                   for size, digest in files.values()):
             files = {}
         # Written anew from what was read, it must come out the same: one changed bit anywhere shows.
         if not files or not set(files) <= set(FILES) or _manifest_bytes(files) != content:
@@ -143,9 +150,11 @@ def write_model_folder(
 
     check_config(config, "the config")
     path = Path(path)
-    (path / MANIFEST).unlink(missing_ok=True)  # from here until the end it is no model folder
-    for name in FILES:
-        (path / name).unlink(missing_ok=True)
+    try:
+        for name in (MANIFEST, *FILES):  # from the first until the end it is no model folder
+            (path / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise ModelFolderError(f"{path} cannot be written: {error.strerror or error}.") from error
     add_files(path, {CONFIG: _json_bytes(config), WEIGHTS: save(dict(weights)),
                      **({COVARIANCE: save(dict(covariance))} if covariance else {})}, {})
     return ModelFolder(path)
@@ -196,15 +205,21 @@ def check_config(config: Mapping[str, Any], where: str | Path) -> None:
         if not holds:
             raise ModelFolderError(f"{where}: {key} must be {what}.")
 
+    def text(value) -> bool:
+        """A string that can be written: a folder name of odd bytes comes as one that cannot."""
+        return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
     def numbers(value, count: int) -> bool:
-        return (isinstance(value, list) and len(value) == count
-                and all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in value))
+        return isinstance(value, list) and len(value) == count and all(number(x) for x in value)
+
+    def number(value) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
 
     need(isinstance(config.get("architecture"), str), "architecture", "a name in zoo.architectures")
     classes, names = config.get("num_classes"), config.get("label_names")
     need(type(classes) is int and classes >= 2, "num_classes", "an integer, at least 2")
     need(type(config.get("num_features")) is int and config["num_features"] >= 1, "num_features", "an integer")
-    need(isinstance(names, list) and len(names) == classes and all(isinstance(n, str) for n in names)
+    need(isinstance(names, list) and len(names) == classes and all(text(n) for n in names)
          and len(set(names)) == len(names), "label_names", f"{classes} different names")
     for key in ("pretrained_cfg", "metasaug"):
         need(isinstance(config.get(key), dict), key, "an object")
@@ -217,18 +232,18 @@ def check_config(config: Mapping[str, Any], where: str | Path) -> None:
     need(cfg.get("interpolation") in ("nearest", "bilinear", "bicubic", "lanczos"), "pretrained_cfg.interpolation",
          "nearest, bilinear, bicubic or lanczos")
     crop = cfg.get("crop_pct")
-    need(isinstance(crop, (int, float)) and 0 < crop <= 1, "pretrained_cfg.crop_pct", "a number above 0, at most 1")
+    need(number(crop) and 0.01 <= crop <= 1, "pretrained_cfg.crop_pct", "a number from 0.01 to 1")
     counts, groups = ours.get("class_counts"), ours.get("groups")
     need(counts is None or (isinstance(counts, list) and len(counts) == classes
                             and all(type(n) is int and n >= 0 for n in counts)),
          "metasaug.class_counts", f"{classes} counts, or null")
-    need(isinstance(groups, list) and len(groups) == classes and set(groups) <= {*GROUPS, UNKNOWN}, "metasaug.groups",
-         f"{classes} of head, medium, tail, unknown")
+    need(isinstance(groups, list) and len(groups) == classes and all(g in (*GROUPS, UNKNOWN) for g in groups),
+         "metasaug.groups", f"{classes} of head, medium, tail, unknown")
     need(ours.get("groups_by") in ("count", "rank", UNKNOWN), "metasaug.groups_by", "count, rank or unknown")
     for key in ("name", "method", "dataset"):
-        need(isinstance(ours.get(key), str), f"metasaug.{key}", "a text")
+        need(text(ours.get(key)), f"metasaug.{key}", "a text")
     need(ours.get("prior") in ("train", "uniform", None), "metasaug.prior", "train, uniform or null")
     scale = ours.get("cosine_scale")
-    need(scale is None or (isinstance(scale, (int, float)) and scale > 0), "metasaug.cosine_scale", "a number, or null")
+    need(scale is None or (number(scale) and scale > 0), "metasaug.cosine_scale", "a number, or null")
     results = ours.get("results")
     need(results is None or isinstance(results, dict), "metasaug.results", "an object, or null")
