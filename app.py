@@ -209,7 +209,7 @@ def answered(model: zoo.Predictor, answer: zoo.Prediction, seen: np.ndarray) -> 
   <p>{badge(best.group)} <span class="sure">{percent(best.probability)} sure</span></p></div>
 </div>
 <p class="trust">{trust(model, best)}</p>
-<h4>Likeliest classes, and how often each was seen in training</h4><ol class="top">{rows}</ol>
+<h4>Likeliest, and how often seen in training</h4><ol class="top">{rows}</ol>
 <h4>All probability, by group</h4>
 <div class="mass" aria-hidden="true">{mass}</div><ul class="mass-words">{mass_words}</ul>
 """
@@ -233,9 +233,10 @@ def trust(model: zoo.Predictor, best: zoo.TopClass) -> str:
 def trained(model: zoo.Predictor) -> str:
     facts = ours(model)
     pictures = f"{sum(model.class_counts):,} pictures of " if model.class_counts else ""
+    time = f"{facts['seconds'] / 60:,.0f} minutes on {facts['hardware']}. " if facts.get("seconds") else ""
     schedule = str(facts.get("schedule") or "schedule not known")
     return (f"<footer><b>Trained on</b> {pictures}{html.escape(str(facts['dataset']))}. <b>How long:</b> "
-            f"{html.escape(schedule)}. <code>{html.escape(model.name)}</code></footer>")
+            f"{html.escape(time + schedule)}. <code>{html.escape(model.name)}</code></footer>")
 
 
 def legend(model: zoo.Predictor) -> str:
@@ -299,19 +300,21 @@ def long_tail(models: Sequence[zoo.Predictor]) -> str:
     if not measured:
         return "<p>No bundled model of this data set has measured results.</p>"
     first = measured[0]
-    key = "".join(f'<li><i class="dot m{i}"></i>{html.escape(title(model))}</li>' for i, model in enumerate(measured))
     groups = "".join(group_row(group, measured) for group in ("head", "medium", "tail") if group in first.groups)
-    head = "".join(f"<th scope=col>{html.escape(title(model))}</th>" for model in measured)
+    names = [html.escape(title(model)) for model in measured]
+    head = "".join(f"<th scope=col>{name}</th>" for name in names)
+    keyed = "".join(f'<th scope=col class="number"><i class="dot m{i}"></i> {n}</th>' for i, n in enumerate(names))
     rows = "".join(class_row(c, measured) for c in by_size(first))
     return f"""
 <section class="longtail"><h2>Who is right, and about which classes</h2>
 <p>Measured on {results(first)["images"]:,} test pictures that no model saw in training. In brackets: where the true
 share lies, with 95% confidence, judging by that many pictures.</p>
 <table class="groups"><thead><tr><th scope=col>Group</th>{head}</tr></thead><tbody>{groups}</tbody></table>
-<h2>The smaller the class, the lower the accuracy</h2>
-<ul class="key">{key}</ul>
-<table class="classes"><thead><tr><th scope=col>Class</th><th scope=col>Training pictures</th><th scope=col>Right in the
-test, 0 to 100%</th></tr></thead><tbody>{rows}</tbody></table></section>"""
+<h2>Class by class, the largest first</h2>
+<p>The fewer pictures a class has, the more it matters how the network was trained.</p>
+<table class="classes"><thead><tr><th scope=col>Class</th><th scope=col>Training pictures</th>
+<th scope=col class="wide" aria-hidden="true"><span class="axis"><span>0%</span><span>right in the test</span>
+<span>100%</span></span></th>{keyed}</tr></thead><tbody>{rows}</tbody></table></section>"""
 
 
 def group_row(group: str, models: Sequence[zoo.Predictor]) -> str:
@@ -336,11 +339,11 @@ def class_row(c: int, models: Sequence[zoo.Predictor]) -> str:
     known = [r for r in right if r is not None]
     span = f'<i class="span" style="left:{min(known):.2%};width:{max(known) - min(known):.2%}"></i>' if known else ""
     dots = "".join(f'<i class="dot m{i}" style="left:{r:.2%}"></i>' for i, r in enumerate(right) if r is not None)
-    words = ", ".join(f"{title(m)} {percent(r)}" for m, r in zip(models, right, strict=True) if r is not None)
+    numbers = "".join(f'<td class="number">{"–" if r is None else percent(r)}</td>' for r in right)
     return (f"<tr><th scope=row>{html.escape(model.labels[c])} {badge(model.groups[c])}</th>"
-            f'<td class="size"><span class="bar"><i class="{model.groups[c]}" style="width:{share:.2%}"></i></span>'
-            f'<b>{count:,}</b></td><td><span class="scale" role="img" aria-label="{html.escape(words)}" '
-            f'title="{html.escape(words)}">{span}{dots}</span></td></tr>')
+            f'<td><div class="size"><b>{count:,}</b><span class="bar"><i class="{model.groups[c]}" '
+            f'style="width:{share:.2%}"></i></span></div></td>'
+            f'<td class="wide" aria-hidden="true"><span class="scale">{span}{dots}</span></td>{numbers}</tr>')
 
 
 def model_card(name: str) -> str:
