@@ -21,6 +21,7 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from gradio import utils as gradio_utils
 from PIL import Image
 
 import zoo
@@ -82,10 +83,17 @@ def title(model: zoo.Predictor) -> str:
 
 
 def decode(picture: Any) -> Image.Image:
-    """The upload (Gradio's file data), decoded by our rules. Raises PictureError in words that name no path."""
+    """The upload (Gradio's file data), decoded by our rules. Raises PictureError in words that name no path.
+
+    Gradio checks the place of files that are marked as such, so a request without the mark could name any file of
+    this computer: only what lies in the folder of uploads is opened.
+    """
     path = picture.get("path") if isinstance(picture, dict) else None
-    if not path:
+    if not isinstance(path, str) or not path:
         raise zoo.PictureError("No picture came with the request.")
+    uploads = os.path.realpath(gradio_utils.get_upload_folder())
+    if "\0" in path or not os.path.realpath(path).startswith(uploads + os.sep):
+        raise zoo.PictureError("No picture came with the request: upload it first.")
     return images.decode(path, name="This file")
 
 

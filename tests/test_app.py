@@ -1,6 +1,8 @@
 """The demo as a person meets it (a headless Chromium on a real server), as a program meets it, and how it stops."""
 
+import base64
 import io
+import json
 import os
 import re
 import shutil
@@ -9,6 +11,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -222,6 +226,41 @@ def test_the_api_answers_gradio_client(address, tmp_path):
     assert "bad.jpg" not in str(caught.value) and "/tmp" not in str(caught.value)
     with pytest.raises(Exception, match="Unknown model"):
         client.predict(client_library.handle_file(EXAMPLES / "ship.jpg"), "nonsense", api_name="/predict")
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_no_request_reaches_a_file_that_was_not_uploaded(address, marked):
+    # Given a picture of this computer that nobody uploaded, when a request names its path (Gradio guards files that
+    # are marked as such, so also one without the mark), or brings bytes round the upload's limit,
+    mark = {"meta": {"_type": "gradio.FileData"}} if marked else {}
+    data_url = "data:image/png;base64," + base64.b64encode(png()).decode()
+    for picture in ({"path": str(EXAMPLES / "cat.jpg")}, {"path": "/etc/passwd"}, {"path": "../../etc/passwd"},
+                    {"path": None, "url": data_url}, {"path": data_url}, {"path": "x\0y"}, {"path": 7}):
+        reply = call_api(address, [{**picture, **mark}, "ce-cifar10-lt"])
+        # then it gets an error that tells nothing.
+        assert reply.startswith("event: error")
+        assert "probability" not in reply and "Traceback" not in reply and "root:" not in reply
+        assert "no picture in" not in reply and str(ROOT) not in reply
+
+
+def test_an_upload_over_the_limit_is_refused(address):
+    head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    request = urllib.request.Request(f"{address}/gradio_api/upload", head + bytes(21_500_000) + b"\r\n--b--\r\n",
+                                     {"Content-Type": "multipart/form-data; boundary=b"})
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request)
+    assert caught.value.code == 413
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"{address}/gradio_api/file={ROOT / 'zoo' / 'registry.py'}")
+    assert caught.value.code == 403
+
+
+def call_api(address: str, data: list) -> str:
+    """The reply's text, from /predict called as curl would."""
+    request = urllib.request.Request(f"{address}/gradio_api/call/predict", json.dumps({"data": data}).encode(),
+                                     {"Content-Type": "application/json"})
+    event = json.load(urllib.request.urlopen(request))["event_id"]
+    return urllib.request.urlopen(f"{address}/gradio_api/call/predict/{event}").read().decode()
 
 
 # ---- the process ----

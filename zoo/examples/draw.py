@@ -30,8 +30,8 @@ class Scene:
         """Ground or water: a gradient from `above` down to the bottom edge, with streaks of `grain` grey levels."""
         band = self._gradient(top, bottom, UNITS - above)
         if grain:
-            streaks = self.rng.normal(0, grain, (band.height // 9 + 1, band.width // 40 + 1))
-            streaks = Image.fromarray(streaks.astype(np.float32)).resize(band.size, Image.Resampling.BICUBIC)
+            coarse = self.rng.normal(0, grain, (band.height // 9 + 1, band.width // 40 + 1)).astype(np.float32)
+            streaks = Image.fromarray(coarse).resize(band.size, Image.Resampling.BICUBIC)
             band = Image.fromarray((np.asarray(band) + np.asarray(streaks)[:, :, None]).clip(0, 255).astype(np.uint8))
         self.image.paste(band, (0, round(above * SCALE)))
 
@@ -196,8 +196,8 @@ def horse(silhouette: Path) -> Scene:
     width = 210 * SCALE
     mask = mask.resize((width, mask.height * width // mask.width), Image.Resampling.LANCZOS)
     t = np.linspace(0, 1, mask.height)[:, None, None]
-    coat = np.asarray((158, 94, 50)) * (1 - t) + np.asarray((78, 42, 24)) * t
-    coat = Image.fromarray(np.broadcast_to(coat, (mask.height, mask.width, 3)).astype(np.uint8))
+    rows = np.asarray((158, 94, 50)) * (1 - t) + np.asarray((78, 42, 24)) * t
+    coat = Image.fromarray(np.broadcast_to(rows, (mask.height, mask.width, 3)).astype(np.uint8))
     s.image.paste(coat, (23 * SCALE, round(228 * SCALE) - mask.height), mask)
     return s
 
