@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,8 @@ def list_table(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> 
     width = max(len(row["name"]) for row in rows)
     print(f"{'name':<{width}}  {'data set':<11} {'imbalance':>9}  {'weights':<11} {'error':>7} {'paper':>7}")
     for row in rows:
-        print(f"{row['name']:<{width}}  {row['dataset']:<11} {'-' if row['imbalance'] is None else format(row['imbalance'], 'g'):>9}  {row['weights']:<11} "
+        imbalance = "-" if row["imbalance"] is None else format(row["imbalance"], "g")
+        print(f"{row['name']:<{width}}  {row['dataset']:<11} {imbalance:>9}  {row['weights']:<11} "
               f"{_percent(row['error']):>7} {_percent(row['published_error']):>7}")
     print("\nerror: ours, last epoch, on the data below; paper: the published cell (original pictures, 200 epochs).")
     for row in rows:
@@ -72,7 +74,7 @@ def predict(
     """
     if not paths:
         raise ZooError("name at least one picture or folder.")
-    missing = [str(path) for path in paths if not path.exists()]
+    missing = [str(path) for path in paths if not os.path.exists(path)]
     if len(missing) == len(paths):
         raise ZooError(f"{', '.join(missing)}: no such file or folder.")
     predictor = zoo.load(model, backend=backend, device=device)
@@ -94,7 +96,7 @@ def predict(
 def _each(predictor: Predictor, paths: list[Path], top_k: int, prior) -> Iterator[Prediction]:
     files: list[Path] = []
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):
             yield from predictor.predict_each(files, top_k, prior)
             files = []
             try:

@@ -3,7 +3,6 @@
 import difflib
 import logging
 import os
-from pathlib import Path
 
 from zoo.errors import UnknownModelError, UnpublishedModelError
 from zoo.images import Picture
@@ -41,7 +40,7 @@ def open_folder(name: str | os.PathLike) -> ModelFolder:
     entry = find(name)
     if entry is not None:
         folder = _bundled(entry)
-    elif Path(name).is_dir():
+    elif os.path.isdir(name):  # False, where Path may raise for a name too long
         folder = ModelFolder(name)
     else:
         raise UnknownModelError(_unknown(name))
@@ -61,6 +60,8 @@ def _unknown(name: str) -> str:
     names = [entry.name for entry in list_models()]
     near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.6)
     meant = f" Did you mean {' or '.join(near)}?" if near else ""
+    if os.path.exists(name):
+        return f"{name} is a file: name the model folder, or a model (`metasaug list`)."
     if os.sep in name or name.startswith("."):
         return f"{name} does not exist: no model folder is there."
     return (f"No model is called {name!r}, and no folder either.{meant} `metasaug list` (zoo.list_models()) shows all "

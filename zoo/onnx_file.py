@@ -12,7 +12,8 @@ from zoo.errors import ModelFolderError
 STANDARD_DOMAINS = {"", "ai.onnx"}
 
 # Field numbers of onnx.proto.
-_MODEL_GRAPH, _MODEL_OPSETS, _MODEL_FUNCTIONS = 7, 8, 25
+_MODEL_GRAPH, _MODEL_OPSETS, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 8, 20, 25
+_OPSET_DOMAIN = 1
 _GRAPH_NODES, _GRAPH_INITIALIZERS, _GRAPH_SPARSE = 1, 5, 15
 _NODE_ATTRIBUTES, _NODE_DOMAIN = 5, 7
 _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE = 5, 6, 10, 11, (22, 23)
@@ -25,8 +26,12 @@ def refuse_unsafe(content: bytes, name: str) -> None:
         for field, value in _fields(memoryview(content)):
             if field == _MODEL_FUNCTIONS:
                 raise ModelFolderError(f"{name} defines functions of its own, which is refused.")
+            if field == _MODEL_TRAINING:
+                raise ModelFolderError(f"{name} holds graphs for training, which is refused.")
             if field == _MODEL_OPSETS:
-                _standard(_text(value, 1), name)
+                for opset_field, opset_value in _fields(value):
+                    if opset_field == _OPSET_DOMAIN:
+                        _standard(opset_value, name)
             if field == _MODEL_GRAPH:
                 _check_graph(value, name, depth=0)
     except (ValueError, IndexError, TypeError) as error:
@@ -44,7 +49,7 @@ def _check_graph(graph: memoryview, name: str, depth: int) -> None:
         elif field == _GRAPH_NODES:
             for node_field, node_value in _fields(value):
                 if node_field == _NODE_DOMAIN:
-                    _standard(bytes(node_value).decode(), name)
+                    _standard(node_value, name)
                 elif node_field == _NODE_ATTRIBUTES:
                     _check_attribute(node_value, name, depth)
 
@@ -65,13 +70,10 @@ def _check_tensor(tensor: memoryview, name: str) -> None:
             raise ModelFolderError(f"{name} keeps weights in another file, which is refused: one file only.")
 
 
-def _standard(domain: str, name: str) -> None:
+def _standard(text: memoryview, name: str) -> None:
+    domain = str(text, "utf-8")
     if domain not in STANDARD_DOMAINS:
         raise ModelFolderError(f"{name} uses operators of {domain!r}, outside the ONNX standard, which is refused.")
-
-
-def _text(message: memoryview, wanted: int) -> str:
-    return next((bytes(value).decode() for field, value in _fields(message) if field == wanted), "")
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, Any]]:

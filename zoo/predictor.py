@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from PIL import Image
 
 from zoo.errors import BackendError, ModelFolderError, PictureError, ZooError
 from zoo.images import Picture, decode, preprocess
@@ -115,6 +116,7 @@ class Predictor:
                  numbers; None takes the network's answer as it is. Logits move by tau (log prior - log own prior),
                  the own one being what the training had the network assume (Menon et al. 2021)
         """
+        _at_least_one(top_k=top_k)
         shift_C = self._prior_shift(prior, tau)
         return self._answers([self.preprocess(picture)], [_name_of(picture, 0)], top_k, shift_C)[0]
 
@@ -145,8 +147,8 @@ class Predictor:
         batch_size: int = 64,
     ) -> Iterator[Prediction]:
         """As `predict_batch`, one after another: endless input, constant memory."""
-        if batch_size < 1:
-            raise ZooError(f"batch_size {batch_size}: at least 1.")
+        _at_least_one(top_k=top_k, batch_size=batch_size)
+        _refuse_single(pictures)
         shift_C = self._prior_shift(prior, tau)
         names: list[str] = []
         ready: list[np.ndarray] = []
@@ -169,15 +171,13 @@ class Predictor:
                 ready.append(self.preprocess(picture))
             except PictureError as error:
                 errors[len(names) - 1] = str(error)
-            if len(ready) == batch_size or len(errors) == 1000:
+            if len(ready) in (0, batch_size):
                 yield from flush()
         yield from flush()
 
     def _answers(
         self, ready: list[np.ndarray], names: list[str], top_k: int, shift_C: np.ndarray | None
     ) -> list[Prediction]:
-        if top_k < 1:
-            raise ZooError(f"top_k {top_k}: at least 1.")
         logits_NC, features_NA, feature_maps = self._network(np.stack(ready))
         scores_NC = logits_NC.astype(np.float64) if shift_C is None else logits_NC + shift_C
         e_NC = np.exp(scores_NC - scores_NC.max(1, keepdims=True))
@@ -209,7 +209,11 @@ class Predictor:
             raise ZooError(f"{self.name} does not say which prior its training assumed: prior= cannot be used.")
         if not np.isfinite(tau):
             raise ZooError(f"tau {tau}: a finite number.")
-        return tau * (self._log_prior(prior) - self._log_prior(own))
+        with np.errstate(over="ignore", invalid="ignore"):
+            shift_C = tau * (self._log_prior(prior) - self._log_prior(own))
+        if not np.isfinite(shift_C).all():
+            raise ZooError(f"tau {tau} is too large for this prior.")
+        return shift_C
 
     def _log_prior(self, prior: Prior) -> np.ndarray:
         num_classes = len(self.labels)
@@ -221,11 +225,31 @@ class Predictor:
             if self.class_counts is None:
                 raise ZooError(f"The training counts of {self.name} are not known: prior 'train' cannot be used.")
             prior = self.class_counts
-        p_C = np.asarray(prior, np.float64)
+        try:
+            p_C = np.asarray(prior, np.float64)
+        except (TypeError, ValueError):
+            raise ZooError(f"A prior is uniform, train, or {num_classes} numbers above 0.") from None
         if p_C.shape != (num_classes,) or not np.isfinite(p_C).all() or (p_C <= 0).any():
             raise ZooError(f"A prior is {num_classes} numbers above 0, one a class; got shape {p_C.shape}"
                            + (", some not above 0." if p_C.shape == (num_classes,) else "."))
-        return np.log(p_C / p_C.sum())
+        log_C = np.log(p_C)
+        return log_C - np.logaddexp.reduce(log_C)
+
+
+def _at_least_one(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, (int, np.integer)) or number < 1:
+            raise ZooError(f"{name} {number!r}: an integer, at least 1.")
+
+
+def _refuse_single(pictures: Any) -> None:
+    """One picture in place of several would be taken for its letters, or its rows of pixels."""
+    if isinstance(pictures, np.ndarray):
+        single = pictures.ndim < 3 or (pictures.ndim == 3 and pictures.shape[2] <= 4)
+    else:
+        single = isinstance(pictures, (str, bytes, os.PathLike, Image.Image))
+    if single:
+        raise PictureError("One picture where several are expected: use predict, or give a list.")
 
 
 def _name_of(picture: Any, position: int) -> str:
@@ -270,15 +294,16 @@ class _OnnxNetwork:
         if device == "cuda" and self.device != "cuda":
             raise BackendError("ONNX Runtime could not start CUDA here (a driver or CUDA libraries are missing): "
                                "use device='cpu'.")
-        inputs, outputs = self.session.get_inputs(), {o.name for o in self.session.get_outputs()}
+        inputs, outputs = self.session.get_inputs(), {o.name: o.shape for o in self.session.get_outputs()}
         expected = list(folder.config["pretrained_cfg"]["input_size"])
-        if len(inputs) != 1 or list(inputs[0].shape[1:]) != expected or not outputs >= set(OUTPUTS):
-            raise ModelFolderError(f"{folder.path / ONNX} takes and gives something else than config.json says.")
+        if (len(inputs) != 1 or inputs[0].type != "tensor(float)" or list(inputs[0].shape[1:]) != expected
+                or isinstance(inputs[0].shape[0], int) or not set(outputs) >= set(OUTPUTS)):
+            raise ModelFolderError(f"{folder.path / ONNX} takes and gives something else than config.json says, or a "
+                                   "fixed number of pictures.")
         self.input = inputs[0].name
-        classes = next(o.shape[1] for o in self.session.get_outputs() if o.name == "logits")
-        if classes != folder.config["num_classes"]:
-            raise ModelFolderError(f"{folder.path / ONNX} has {classes} classes, config.json "
-                                   f"{folder.config['num_classes']}.")
+        if outputs["logits"][1:] != [folder.config["num_classes"]]:
+            raise ModelFolderError(f"{folder.path / ONNX} gives logits of shape {outputs['logits']}, config.json has "
+                                   f"{folder.config['num_classes']} classes.")
 
     def __call__(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         logits, features, feature_map = self.session.run(list(OUTPUTS), {self.input: pictures})
