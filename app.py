@@ -31,7 +31,7 @@ EXAMPLES = Path(zoo.__file__).parent / "examples"
 EXAMPLE_NAMES = ("airplane", "automobile", "bird", "cat", "horse", "ship", "truck", "coffee")
 TITLES = {"metasaug": "MetaSAug", "ce": "Plain cross entropy"}
 HOW_TRAINED = {"metasaug": "With imagined variety for rare classes", "ce": "Training as usual"}
-SUCH = {"head": "such common classes", "medium": "such middling classes", "tail": "such rare classes"}
+SUCH = {"head": "such common classes", "medium": "such mid-sized classes", "tail": "such rare classes"}
 BY_RANK = {"head": "the largest 30%", "medium": "the 40% between", "tail": "the smallest 30%"}
 BY_COUNT = {"head": "over 100 training pictures", "medium": "20 to 100", "tail": "under 20"}
 
@@ -290,7 +290,8 @@ def only_these(models: Sequence[zoo.Predictor]) -> str:
     labels = [html.escape(label) for label in models[0].labels]
     which = f"{', '.join(labels[:-1])} and {labels[-1]}" if len(labels) <= 12 else f"its {len(labels)} classes"
     return (f'<p class="aside">The models know only <b>{which}</b>. Any other picture is forced into one of these: try '
-            "the cup of coffee. Uploads are deleted within two hours, and when the demo stops.</p>")
+            'the cup of coffee.</p><p class="aside">The small picture on each card is what the network gets of it; '
+            "yellow marks what speaks for its answer. Uploads are deleted within two hours, and when the demo stops.</p>")
 
 
 def example_buttons() -> str:
@@ -333,7 +334,7 @@ def group_row(group: str, models: Sequence[zoo.Predictor]) -> str:
             cells += "<td>not measured</td>"
             continue
         low, high = figures["interval"]
-        cells += (f'<td><b>{percent(figures["accuracy"])}</b> <span>({low:.1%}–{high:.1%})</span><small>'
+        cells += (f'<td><b>{percent(figures["accuracy"])}</b> <span>({low * 100:.1f}–{high:.1%})</span><small>'
                   f'{figures["correct"]:,} of {figures["images"]:,}</small></td>')
     return f"<tr><th scope=row>{badge(group)}</th>{cells}</tr>"
 
@@ -408,7 +409,7 @@ def build_demo() -> gr.Blocks:
                 note = gr.HTML(only_these(models))
             with gr.Column(scale=9, min_width=320):
                 result = gr.HTML(compare(None, first), elem_id="result",
-                                 js_on_load="element.setAttribute('aria-live', 'polite')")
+                                 js_on_load=ANNOUNCE)
         with gr.Tab("The long tail", id="tail"):
             tail = gr.HTML(long_tail(models))
         with gr.Tab("The models", id="models"):
@@ -438,6 +439,14 @@ def list_models() -> list[dict]:
     return [{"name": e.name, "dataset": e.dataset, "imbalance": e.imbalance, "method": e.method, "weights": e.weights,
              "trained": e.summary} for e in zoo.list_models()]
 
+
+# Read out by screen readers; and on a phone, where the answer is below the picture, brought into view.
+ANNOUNCE = """
+element.setAttribute('aria-live', 'polite');
+watch('value', () => {
+  if (innerWidth < 780 && element.querySelector('.best, .notice')) element.scrollIntoView({block: 'start'});
+});
+"""
 
 CHOOSE = """
 element.addEventListener('click', (event) => {
