@@ -290,8 +290,8 @@ def only_these(models: Sequence[zoo.Predictor]) -> str:
     labels = [html.escape(label) for label in models[0].labels]
     which = f"{', '.join(labels[:-1])} and {labels[-1]}" if len(labels) <= 12 else f"its {len(labels)} classes"
     return (f'<p class="aside">The models know only <b>{which}</b>. Any other picture is forced into one of these: try '
-            'the cup of coffee.</p><p class="aside">The small picture on each card is what the network gets of it; '
-            "yellow marks what speaks for its answer. Uploads are deleted within two hours, and when the demo stops.</p>")
+            'the cup of coffee.</p><p class="aside">The small picture on each card is what the network gets; yellow '
+            "marks what speaks for its answer. Uploads are deleted within two hours, or when the demo stops.</p>")
 
 
 def example_buttons() -> str:
