@@ -58,9 +58,9 @@ def _card_data(config: Mapping[str, Any]) -> ModelCardData:
                    **{f"accuracy ({g} classes)": r["accuracy"] for g, r in results["groups"].items()
                       if r["accuracy"] is not None}}
         measured = [
-            EvalResult(task_type="image-classification", dataset_type=ours["recipe"].get("dataset", "own-pictures"),
-                       dataset_name=where, dataset_split="test", metric_type="accuracy", metric_name=name,
-                       metric_value=round(value, 4))
+            EvalResult(task_type="image-classification", dataset_name=where, dataset_split="test",
+                       dataset_type=ours.get("recipe", {}).get("dataset", "own-pictures"), metric_type="accuracy",
+                       metric_name=name, metric_value=round(value, 4))
             for name, value in figures.items()
         ]
     return ModelCardData(
@@ -76,8 +76,9 @@ def _data_in_words(ours: Mapping[str, Any]) -> str:
 
 
 def _what_it_is(config: Mapping[str, Any]) -> str:
-    ours, counts = config["metasaug"], config["metasaug"]["class_counts"]
-    method = METHODS.get(ours["method"], f"Plain training with the loss `{ours['loss']}`, no augmentation of features")
+    ours, counts = config["metasaug"], config["metasaug"].get("class_counts")
+    method = METHODS.get(ours["method"], f"Plain training with the loss `{ours.get('loss', ours['method'])}`, no "
+                                         "augmentation of features")
     tail = "The numbers of training pictures a class are not known."
     if counts:
         rare = min(counts)
@@ -91,9 +92,10 @@ def _results(ours: Mapping[str, Any]) -> list[str]:
     results = ours.get("results")
     if not results:
         return ["## Results\n\nNot measured by us."]
+    seed = f" (seed {ours['seed']})" if ours.get("seed") is not None else ""
     lines = [
         "## Results", "",
-        f"Last epoch, one run (seed {ours['seed']}), {results['images']:,} test pictures of {ours['dataset']}: "
+        f"Last epoch, one run{seed}, {results['images']:,} test pictures of {ours['dataset']}: "
         f"**error {results['error']:.2%}**, macro error {results['macro_error']:.2%}, "
         f"worst class {results['worst_class_error']:.2%}.",
     ]

@@ -385,7 +385,8 @@ NONSENSE = [
     ("metasaug.groups", ["few"] * 10), ("metasaug.groups", [["head"]] * 10), ("metasaug.groups_by", "hand"),
     ("metasaug.groups_by", ["count"]), ("metasaug.name", 3), ("metasaug.method", None), ("metasaug.dataset", "\ud800"),
     ("metasaug.prior", "flat"), ("metasaug.prior", [0.1]), ("metasaug.cosine_scale", -1),
-    ("metasaug.cosine_scale", float("inf")), ("metasaug.cosine_scale", "30"), ("metasaug.results", [])]
+    ("metasaug.cosine_scale", float("inf")), ("metasaug.cosine_scale", "30"), ("metasaug.results", []),
+    ("metasaug.results.error", "low"), ("metasaug.results.groups", []), ("metasaug.results.per_class", [{}] * 9)]
 
 
 def changed(config: dict, key: str, value) -> dict:

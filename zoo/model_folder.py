@@ -247,3 +247,9 @@ def check_config(config: Mapping[str, Any], where: str | Path) -> None:
     need(scale is None or (number(scale) and scale > 0), "metasaug.cosine_scale", "a number, or null")
     results = ours.get("results")
     need(results is None or isinstance(results, dict), "metasaug.results", "an object, or null")
+    if results:
+        for key in ("images", "error", "macro_error", "worst_class_error"):
+            need(number(results.get(key)), f"metasaug.results.{key}", "a number")
+        need(isinstance(results.get("groups"), dict), "metasaug.results.groups", "an object")
+        need(isinstance(results.get("per_class"), list) and len(results["per_class"]) == classes,
+             "metasaug.results.per_class", f"{classes} rows")

@@ -84,7 +84,7 @@ class Predictor:
         config = folder.config
         self.name: str = name or config["metasaug"]["name"]
         self.labels: tuple[str, ...] = tuple(config["label_names"])
-        counts = config["metasaug"]["class_counts"]
+        counts = config["metasaug"].get("class_counts")
         self.class_counts: tuple[int, ...] | None = None if counts is None else tuple(counts)
         self.groups: tuple[str, ...] = tuple(config["metasaug"]["groups"])
         self.groups_by: str = config["metasaug"]["groups_by"]
