@@ -233,7 +233,8 @@ def test_odd_names_neither_break_the_table_nor_the_yaml(config, tmp_path):
     ["results"], ["recipe"], ["seed"], ["loss"], ["command"], ["class_counts"], ["schedule"],
     ["versions"],
     ["imbalance"], ["published_error"], ["seconds"],
-    ["results", "recipe", "seed", "loss", "command", "class_counts", "schedule", "versions", "imbalance"]], ids="+".join)
+    ["results", "recipe", "seed", "loss", "command", "class_counts", "schedule", "versions", "imbalance"]],
+    ids="+".join)
 def test_whatever_config_is_a_model_folders_has_a_card(config, missing, tmp_path):
     """A folder that other code wrote, by the schema: what is not known is not said."""
     less = copy.deepcopy(config)
