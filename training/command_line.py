@@ -73,6 +73,10 @@ class TrainCifar100:
     options: Options = field(default_factory=RunOptions)
 
 
+LOSSES_IN_WORDS = {"ce": "cross entropy", "focal": "focal loss", "ldam": "LDAM (margins only)",
+                   "ldam-published": "LDAM as published", "balanced-softmax": "balanced softmax",
+                   "logit-adjustment": "logit adjustment"}
+
 Job = (
     Annotated[TrainCifar10, tyro.conf.subcommand("cifar10-lt", default=TrainCifar10())]
     | Annotated[TrainCifar100, tyro.conf.subcommand("cifar100-lt", default=TrainCifar100())]
@@ -210,12 +214,16 @@ def command_in_words() -> str:
 
 
 def schedule_in_words(recipe: Recipe) -> str:
-    weights = "class-balanced weights" if recipe.weighted else "no class weights"
-    second = {"none": "no augmentation", "isda": f"ISDA with {recipe.covariance} covariances",
-              "metasaug": f"MetaSAug with {recipe.covariance} covariances, look-ahead through the "
-                          f"{recipe.lookahead}, fidelity {recipe.fidelity}"}[recipe.augment]
-    return (f"{recipe.epochs} epochs: {recipe.stage2_epoch} plain with {recipe.loss}, then "
-            f"{recipe.epochs - recipe.stage2_epoch} with {weights} and {second}")
+    """How long it was trained on what, for people who read a card: "60 epochs: 48 of plain cross entropy, then …"."""
+    loss = LOSSES_IN_WORDS[recipe.loss]
+    weights = " with class-balanced weights" if recipe.weighted else ""
+    if recipe.augment == "none" and not recipe.weighted:
+        return f"{recipe.epochs} epochs of plain {loss}"
+    second = {"none": f"the same{weights}", "isda": f"ISDA ({recipe.covariance} covariances){weights}",
+              "metasaug": f"MetaSAug ({recipe.covariance} covariances, look-ahead through the {recipe.lookahead}"
+                          + (", quirks of the authors' code" if recipe.fidelity == "reference" else "") + f"){weights}"}
+    return (f"{recipe.epochs} epochs: {recipe.stage2_epoch} of plain {loss}, then "
+            f"{recipe.epochs - recipe.stage2_epoch} of {second[recipe.augment]}")
 
 
 def code_version() -> str:
