@@ -43,7 +43,7 @@ def test_evaluation_on_the_real_pictures_gives_the_cards_numbers_again(entry, ci
 
 
 def test_the_pair_shares_everything_but_the_method():
-    """MetaSAug beside plain cross entropy: same data, same length, same seed, so that the demo compares like with like."""
+    """Same data, same length, same seed: the demo compares like with like."""
     ours, plain = (zoo.ModelFolder(next(e for e in BUNDLED if e.name == name).folder).config["metasaug"]
                    for name in ("metasaug-cifar10-lt", "ce-cifar10-lt"))
     for key in ("dataset", "class_counts", "seed", "groups"):
