@@ -30,7 +30,7 @@ from zoo import images
 EXAMPLES = Path(zoo.__file__).parent / "examples"
 EXAMPLE_NAMES = ("airplane", "automobile", "bird", "cat", "horse", "ship", "truck", "coffee")
 TITLES = {"metasaug": "MetaSAug", "ce": "Plain cross entropy"}
-HOW_TRAINED = {"metasaug": "Rare classes weigh more, with imagined variety", "ce": "Training as usual"}
+HOW_TRAINED = {"metasaug": "Rare classes count more and vary more", "ce": "Training as usual"}
 SUCH = {"head": "such common classes", "medium": "such mid-sized classes", "tail": "such rare classes"}
 BY_RANK = {"head": "the largest 30%", "medium": "the 40% between", "tail": "the smallest 30%"}
 BY_COUNT = {"head": "over 100 training pictures", "medium": "20 to 100", "tail": "under 20"}
