@@ -6,6 +6,7 @@ N samples, C classes, A features.
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def spread(W, y, S):
@@ -47,20 +48,24 @@ def head_loss(f, W, b, y, S, strength, name="ce", counts=None, w=None, gamma=1.0
     return (w[y] * loss).sum() / w[y].sum()
 
 
-def double_backward_step(net, x, y, x_meta, y_meta, S, loss, alpha, lookahead="network"):
-    """loss(f, W, b, y, S) -> scalar; net(x) -> features after `with_features(net)`.
+def double_backward_step(net, x, y, x_meta, y_meta, S, loss, alpha, lookahead="network", cosine_scale=None):
+    """-> (grad_S, gradients of all parameters at S' as a function of S'). loss(f, W, b, y, S) -> scalar.
 
-    -> (grad_S, gradients at S' as a function of S').
+    cosine_scale  of LDAM as published, whose logits are scale * cosine: also those of the meta loss
     """
     params = {n: p.detach().clone().requires_grad_() for n, p in net.named_parameters()}
-    fc = [n for n, m in net.named_modules() if m is net.get_classifier()][0]
+    fc = next(n for n, m in net.named_modules() if m is net.get_classifier())
     S = S.detach().clone().requires_grad_()
     buffers = {n: b.clone() for n, b in net.named_buffers()}
 
     def head(params, x, y, S):
-        features, logits = functional_call(WithFeatures(net), _under_net(params | buffers), (x,))
-        if S is None:
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            features, logits = functional_call(WithFeatures(net), _under_net(params | buffers), (x,))
+        if S is None and cosine_scale is None:
             return F.cross_entropy(logits, y)
+        if S is None:
+            cosine = F.normalize(features) @ F.normalize(params[f"{fc}.weight"]).T
+            return F.cross_entropy(cosine_scale * cosine, y)
         return loss(features, params[f"{fc}.weight"], params.get(f"{fc}.bias"), y, S)
 
     moving = list(params) if lookahead == "network" else [n for n in params if n.startswith(f"{fc}.")]
@@ -82,3 +87,77 @@ class WithFeatures(torch.nn.Module):
 
 def _under_net(tensors):
     return {f"net.{n}": t for n, t in tensors.items()}
+
+
+def matmul_spread(W, y, S):
+    """`spread` for the diagonal form by expanding the square: what one writes who minds memory, and no more."""
+    s, w = S[y], W[y]
+    return s @ (W * W).T - 2 * (s * w) @ W.T + (s * w * w).sum(1, keepdim=True)
+
+
+def autograd_frozen_head_step(
+    f, y, f_meta, y_meta, W, b, S, strength, alpha, eta, w=None, shift=0.0, spread=matmul_spread
+):
+    """One step of a last layer on fixed features by double backward -> (grad_S, S', gradients in W and b at S').
+
+    shift  (N, C) constants added to the logits: margins or priors
+    """
+    W, b, S = (t.detach().clone().requires_grad_() for t in (W, b, S))
+
+    def loss(S):
+        return F.cross_entropy(F.linear(f, W, b) + strength / 2 * spread(W, y, S) + shift, y, weight=w)
+
+    g_W, g_b = torch.autograd.grad(loss(S), (W, b), create_graph=True)
+    (grad_S,) = torch.autograd.grad(F.cross_entropy(F.linear(f_meta, W - alpha * g_W, b - alpha * g_b), y_meta), S)
+    new_S = (S - eta * grad_S).detach()
+    return grad_S, new_S, *torch.autograd.grad(loss(new_S), (W, b))
+
+
+class EstimatorCV:
+    """The authors' running estimate (their utils/loss file, class of the same name), a class at a time.
+
+    With n_c features so far and m_c in the batch, r = m_c / (n_c + m_c), batch mean a and covariance V:
+
+        S <- (1 - r) S + r V + r (1 - r) (mean - a)(mean - a)^T,    mean <- (1 - r) mean + r a
+    """
+
+    def __init__(self, num_classes, num_features, kind, dtype=torch.float64):
+        self.kind = kind
+        self.S = torch.zeros(num_classes, *[num_features] * (2 if kind == "full" else 1), dtype=dtype)
+        self.mean = torch.zeros(num_classes, num_features, dtype=dtype)
+        self.n = torch.zeros(num_classes, dtype=dtype)
+
+    def update(self, features, labels):
+        def square(x):
+            return torch.outer(x, x) if self.kind == "full" else x * x
+
+        for c in range(len(self.n)):
+            f = features[labels == c]
+            if len(f) == 0:
+                continue
+            r = len(f) / (self.n[c] + len(f))
+            a = f.mean(0)
+            V = sum(square(x - a) for x in f) / len(f)
+            self.S[c] = (1 - r) * self.S[c] + r * V + r * (1 - r) * square(self.mean[c] - a)
+            self.mean[c] = (1 - r) * self.mean[c] + r * a
+            self.n[c] += len(f)
+
+
+def authors_steps(net, batches, estimator, loss, alpha, eta, rate, lookahead):
+    """The authors' loop: S' = S - eta grad_S serves one step; the estimate then takes in the batch. Plain SGD.
+
+    loss(f, W, b, y, S) -> scalar. Changes the parameters of `net`; returns the loss of each step.
+    """
+    losses = []
+    for x, y, x_meta, y_meta in batches:
+        grad_S, real = double_backward_step(net, x, y, x_meta, y_meta, estimator.S, loss, alpha, lookahead)
+        with torch.no_grad():
+            features, _ = WithFeatures(net)(x)
+        fc = net.get_classifier()
+        losses.append(loss(features, fc.weight, fc.bias, y, estimator.S - eta * grad_S).item())
+        grads = real(estimator.S - eta * grad_S)
+        estimator.update(features, y)
+        with torch.no_grad():
+            for p, g in zip(net.parameters(), grads, strict=True):
+                p -= rate * g
+    return losses

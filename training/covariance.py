@@ -133,6 +133,7 @@ def nearest_semidefinite(covariance_U: Tensor) -> Tensor:
     trace_U = covariance_U.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0)
     ridge_U = 4 * torch.finfo(covariance_U.dtype).eps * trace_U
     failed_U = torch.linalg.cholesky_ex(covariance_U + ridge_U[:, None, None] * eye).info != 0
+    failed_U &= trace_U.isfinite() & covariance_U.sum((1, 2)).isfinite()  # a NaN is for `check_finite` to find
     if not failed_U.any():
         return covariance_U
     values, vectors = torch.linalg.eigh(covariance_U[failed_U])

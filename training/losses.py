@@ -135,6 +135,10 @@ def class_spread(weight_CA: Tensor, classes_U: Tensor, covariance_U: Tensor) -> 
     """
     own_UA = weight_CA[classes_U]
     if covariance_U.ndim == 2:
+        if covariance_U.shape[0] * weight_CA.numel() <= _CHUNK_NUMBERS:
+            # As it stands: in float32 it errs by half of what the expanded square does.
+            away_UCA = weight_CA[None] - own_UA[:, None]
+            return (away_UCA * away_UCA * covariance_U[:, None]).sum(2)
         scaled_UA = covariance_U * own_UA
         constant_U1 = (scaled_UA * own_UA).sum(1, keepdim=True)
         return covariance_U @ (weight_CA * weight_CA).T - 2 * scaled_UA @ weight_CA.T + constant_U1

@@ -31,6 +31,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.covariance import LearnedCovariance, RunningCovariance, nearest_semidefinite
 from training.errors import DivergenceError
@@ -185,6 +186,7 @@ class TrainBatch:
             torch.no_grad(),
             batch_norm_without_memory(self.module, tangents=True),
             _replayed(self.random_state, self.pictures.device),
+            sdpa_kernel(SDPBackend.MATH),  # fused attention has no forward-mode rule
             forward_ad.dual_level(),
         ):
             moving = {n: forward_ad.make_dual(self.body[n].detach(), d) for n, d in directions.items()}
@@ -195,7 +197,7 @@ class TrainBatch:
 
 def meta_gradient(
     batch: TrainBatch,
-    S_U: Tensor,
+    covariance_U: Tensor,
     meta_pictures: Tensor,
     meta_labels: Tensor,
     inner_rate: float,
@@ -203,15 +205,17 @@ def meta_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Steps 1 to 3 -> (grad_S for the batch's classes, L(Theta, S), meta loss after the look ahead)."""
     # 1. The last layer's gradient, kept differentiable in S; into the backbone it goes on as a plain backward pass.
-    f_NA, S_U, *head = (t.detach().requires_grad_() for t in (batch.features_NA, S_U, *batch.head))
+    # In float64: it costs little beside a backbone, and differences of rounded numbers are what a mixed derivative is.
+    precise = batch.features_NA.dtype if batch.features_NA.device.type == "mps" else torch.float64
+    f_NA, S_U, *head = (t.detach().to(precise).requires_grad_() for t in (batch.features_NA, covariance_U, *batch.head))
     network = lookahead == "network" and bool(batch.body)
     loss = batch.loss(f_NA, head, S_U)
     inputs = [*head, f_NA] if network else head
     grads = torch.autograd.grad(loss, inputs, create_graph=True, materialize_grads=True)
-    body_steps = batch.body_gradient(grads[-1].detach()) if network else {}
+    body_steps = batch.body_gradient(grads[-1].detach().to(batch.features_NA.dtype)) if network else {}
 
     # 2. One plain SGD step, and the gradient of the meta loss there.
-    ahead = [_stepped(p, g, inner_rate) for p, g in zip(head, grads, strict=False)]
+    ahead = [_stepped(p, g, inner_rate) for p, g in zip(batch.head, grads, strict=False)]
     ahead_body = {n: _stepped(batch.body[n], g, inner_rate) for n, g in body_steps.items()}
     with batch_norm_without_memory(batch.module), torch.set_grad_enabled(network):
         meta_features = features_of(batch.module, meta_pictures, ahead_body)
@@ -224,11 +228,12 @@ def meta_gradient(
         directions.append(batch.tangent(dict(zip(ahead_body, v[len(head) :], strict=True))))
     along_v = torch.stack([(g * d).sum() for g, d in zip(grads, directions, strict=True)]).sum()
     (grad_U,) = torch.autograd.grad(along_v, S_U, materialize_grads=True)
-    return -inner_rate * grad_U, loss.detach(), meta_loss.detach()
+    dtype = covariance_U.dtype
+    return (-inner_rate * grad_U).to(dtype), loss.detach().to(dtype), meta_loss.detach()
 
 
 def _stepped(parameter: Tensor, gradient: Tensor, rate: float) -> Tensor:
-    return (parameter.detach() - rate * gradient.detach()).requires_grad_()
+    return (parameter.detach() - rate * gradient.detach().to(parameter.dtype)).requires_grad_()
 
 
 def check_finite(**tensors: Sequence[Tensor]) -> None:

@@ -1,0 +1,257 @@
+"""The whole MetaSAug step of a last layer on a frozen backbone, in closed form: a few matrix products, no autograd.
+
+The large-scale setting of the paper: features are computed once, only W and b are trained, covariances are diagonal.
+`training.meta.metasaug_step` on such features gives the same numbers; this gives them faster and in less memory.
+
+    result = frozen_head_step(layer, features, labels, meta_features, meta_labels, learned, HeadLoss("ce"),
+                              strength=..., inner_rate=...)
+    optimizer.step()
+
+Shape suffixes: N samples, M samples of the meta batch, C classes, A features, U the distinct classes of the batch,
+K the classes of one chunk. With c_n the weight of a sample (they sum to 1), y its class, G = c (softmax - one-hot):
+
+                                                                                                matrix products
+    z = h W^T + lambda/2 s_y (W*W)^T + a constant a row,    h = f - lambda s_y w_y                      2
+    g = dL/dW = G^T h + lambda (G^T s_y) W,  less lambda s_y (G W)_n in row y                           3  (2)
+    z_meta = f_meta (W - alpha g)^T + ...,   V = dL_meta/d(W - alpha g) = G_meta^T f_meta               2
+    z_dot = h V^T - lambda (s_y v_y) W^T + lambda s_y (W V)^T + v_b                                     3  (2)
+    H = c P (z_dot - <P, z_dot>)
+    dL_meta/ds_y = -alpha (lambda/2 (H (W*W) - 2 w_y H W) + lambda (G (W V) - w_y G V - v_y G W))       4  (3)
+    z and g again, with S'                                                                              5
+
+19 products of N C A multiplications, where plain cross entropy has 2. Three of them go (the counts in brackets): g
+and V are of low rank where a product follows, as in f_meta (G^T h)^T = (f_meta h^T) G, which costs M N (A + C), an
+eighth of N C A at N = 256, A = 2048. Of the 16 that stay 11 have a row a distinct class instead of a row a sample. All
+go over the classes in chunks: W*W, W V and G^T s are never whole in memory, and only the batch's rows of S are read.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.covariance import LearnedCovariance
+from training.errors import TrainingError
+from training.losses import HeadLoss
+from training.meta import Fidelity, StepResult, check_finite
+
+# Cross entropies of shifted logits: the shift is constant, so the closed form is the same.
+SUPPORTED_LOSSES = ("ce", "ldam", "balanced-softmax", "logit-adjustment")
+
+# Numbers in one chunk of classes, (K, A): 4 MB of float32, which stay in a core's share of the last cache.
+_CHUNK_NUMBERS = 1_000_000
+
+
+@torch.no_grad()
+def frozen_head_step(
+    layer: nn.Linear,
+    features_NA: Tensor,
+    labels_N: Tensor,
+    meta_features_MA: Tensor,
+    meta_labels_M: Tensor,
+    learned: LearnedCovariance,
+    head_loss: HeadLoss,
+    *,
+    strength: float,
+    inner_rate: float,
+    meta_rate: float = 0.1,
+    fidelity: Fidelity = "fixed",
+    class_weights: Tensor | None = None,
+) -> StepResult:
+    """`metasaug_step(lookahead="classifier")` where the features do not depend on what is trained.
+
+    Leaves the gradient of L(W, b, S') in `layer.weight.grad` and `layer.bias.grad`, and updates `learned`, as there.
+
+    layer      the last layer, (C, A); its optimizer's step is the caller's
+    learned    diagonal covariances
+    head_loss  one of SUPPORTED_LOSSES
+    raises     TrainingError for another loss or full covariances; DivergenceError before anything is updated
+    """
+    check_supported(head_loss, learned)
+    fixed = fidelity == "fixed"
+    head = ClosedFormHead(layer, features_NA, labels_N, head_loss, strength, class_weights)
+    S_UA = learned.rows(head.classes_U) if fixed else learned.running.covariance[head.classes_U]
+    grad_UA, meta_loss = head.meta_gradient(S_UA, meta_features_MA, meta_labels_M, inner_rate)
+    loss_before = head.loss
+    check_finite(loss=[loss_before], meta_loss=[meta_loss], meta_gradient=[grad_UA])
+
+    new_UA = S_UA - meta_rate * grad_UA
+    if fixed:
+        new_UA.clamp_min_(0)
+    grad_CA, grad_C = head.gradient_after_move(new_UA - S_UA, new_UA)
+    check_finite(loss=[head.loss], gradient=[grad_CA, grad_C])
+    layer.weight.grad = grad_CA
+    if layer.bias is not None:
+        layer.bias.grad = grad_C
+    if fixed:
+        learned.keep(head.classes_U, new_UA)
+    learned.running.update(features_NA, labels_N)
+
+    size = torch.linalg.vector_norm(S_UA)
+    shift = torch.where(size > 0, torch.linalg.vector_norm(new_UA - S_UA) / size, 0.0)
+    return StepResult(head.loss, features_NA, head.plain_logits(), meta_loss, loss_before, shift)
+
+
+def check_supported(head_loss: HeadLoss, learned: LearnedCovariance) -> None:
+    """TrainingError where the closed form does not hold; `metasaug_step` covers those."""
+    if head_loss.loss not in SUPPORTED_LOSSES:
+        raise TrainingError(
+            f"The closed form of the last layer has no --loss {head_loss.loss}: one of {', '.join(SUPPORTED_LOSSES)}, "
+            "or training.meta.metasaug_step."
+        )
+    if learned.running.kind != "diagonal":
+        raise TrainingError(
+            "The closed form of the last layer is for diagonal covariances: --covariance diagonal, or "
+            "training.meta.metasaug_step."
+        )
+
+
+class Softmax(NamedTuple):
+    """Cross entropy at some logits."""
+
+    loss: Tensor
+    probability_NC: Tensor
+    grad_NC: Tensor  # G = c (P - one-hot)
+
+
+class ClosedFormHead:
+    """The formulas at the top of this file; each method is a line or two of them."""
+
+    def __init__(
+        self,
+        layer: nn.Linear,
+        features_NA: Tensor,
+        labels_N: Tensor,
+        head_loss: HeadLoss,
+        strength: float,
+        class_weights: Tensor | None,
+    ):
+        self.W, self.f_NA, self.labels_N = layer.weight.detach(), features_NA, labels_N
+        self.b_C = self.W.new_zeros(len(self.W)) if layer.bias is None else layer.bias.detach()
+        self.head_loss, self.strength = head_loss, strength
+        self.classes_U, self.index_N = labels_N.unique(return_inverse=True)
+        self.w_UA = self.W[self.classes_U]
+        weights_N = torch.ones_like(features_NA[:, 0])
+        if class_weights is not None:
+            weights_N = class_weights.to(weights_N)[labels_N]
+        self.c_N1 = (weights_N / weights_N.sum())[:, None]
+
+    @property
+    def loss(self) -> Tensor:
+        """L at the S that was last used."""
+        return self.at.loss
+
+    def meta_gradient(
+        self, S_UA: Tensor, meta_features_MA: Tensor, meta_labels_M: Tensor, inner_rate: float
+    ) -> tuple[Tensor, Tensor]:
+        """-> (grad_S for the batch's classes, meta loss after the look ahead)."""
+        lam, f_MA = self.strength, meta_features_MA
+        h_NA = self._centred(S_UA)
+        self.z_NC = self._forward(h_NA, S_UA)
+        self.at = self._softmax(self.z_NC)
+        _, P_NC, G_NC = self.at
+        G_UC = self._by_class(G_NC)
+
+        # The look ahead: (W - alpha g) only as what it makes of the meta features.
+        z_MC, GW_UA = f_MA.new_empty(len(f_MA), len(self.W)), torch.zeros_like(S_UA)
+        for k, W_KA in self._chunks():
+            moved_KA = _times(G_UC[:, k].T, S_UA.T).mul_(-inner_rate * lam).add_(1).mul_(W_KA)
+            z_MC[:, k] = _times(f_MA, moved_KA)
+            GW_UA += _times(G_UC[:, k], W_KA.T)
+        z_MC.addmm_(f_MA @ h_NA.T, G_NC, alpha=-inner_rate).add_(self.b_C - inner_rate * G_NC.sum(0))
+        z_MC[:, self.classes_U] += inner_rate * lam * (f_MA @ (S_UA * GW_UA).T)
+        meta_loss, _, Gv_MC = _softmax_at(z_MC, meta_labels_M, f_MA.new_full((len(f_MA), 1), 1 / len(f_MA)))
+
+        # The tangent of z along V.
+        v_UA = Gv_MC[:, self.classes_U].T @ f_MA
+        back_UA = -lam * S_UA * v_UA
+        z_dot_UC, GWV_UA = torch.empty_like(G_UC), torch.zeros_like(S_UA)
+        for k, W_KA in self._chunks():
+            WV_KA = _times(Gv_MC[:, k].T, f_MA.T).mul_(W_KA)
+            GWV_UA += _times(G_UC[:, k], WV_KA.T)
+            z_dot_UC[:, k] = _times(S_UA, WV_KA).mul_(lam).add_(_times(back_UA, W_KA))
+        z_dot_NC = torch.addmm(Gv_MC.sum(0), h_NA @ f_MA.T, Gv_MC).add_(z_dot_UC[self.index_N])
+        z_dot_NC -= (P_NC * z_dot_NC).sum(1, keepdim=True)
+        H_UC = self._by_class(z_dot_NC.mul_(P_NC).mul_(self.c_N1))
+
+        HW_UA, HW2_UA = torch.zeros_like(S_UA), torch.zeros_like(S_UA)
+        for k, W_KA in self._chunks():
+            HW_UA += _times(H_UC[:, k], W_KA.T)
+            HW2_UA += _times(H_UC[:, k], (W_KA * W_KA).T)
+        GV_UA = (G_UC @ Gv_MC.T) @ f_MA
+        d_UA = lam / 2 * (HW2_UA - 2 * self.w_UA * HW_UA)
+        d_UA += lam * (GWV_UA - self.w_UA * GV_UA - v_UA * GW_UA)
+        return -inner_rate * d_UA, meta_loss
+
+    def gradient_after_move(self, move_UA: Tensor, S_UA: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of L in W and b once S has moved by `move_UA`, to `S_UA`."""
+        lam = self.strength
+        move_UC, back_UA = move_UA.new_empty(len(move_UA), len(self.W)), -2 * move_UA * self.w_UA
+        for k, W_KA in self._chunks():
+            move_UC[:, k] = _times(move_UA, W_KA * W_KA).add_(_times(back_UA, W_KA))
+        move_UC += (move_UA * self.w_UA * self.w_UA).sum(1, keepdim=True)
+        self.z_NC.add_(move_UC[self.index_N], alpha=lam / 2)
+        self.at = self._softmax(self.z_NC)
+        G_NC, h_NA = self.at.grad_NC, self._centred(S_UA)
+        G_UC = self._by_class(G_NC)
+
+        grad_CA, GW_UA = torch.empty_like(self.W), torch.zeros_like(S_UA)
+        for k, W_KA in self._chunks():
+            grad_CA[k] = _times(G_UC[:, k].T, S_UA.T).mul_(W_KA).mul_(lam).add_(_times(G_NC[:, k].T, h_NA.T))
+            GW_UA += _times(G_UC[:, k], W_KA.T)
+        grad_CA[self.classes_U] -= lam * S_UA * GW_UA
+        return grad_CA, G_NC.sum(0)
+
+    def plain_logits(self) -> Tensor:
+        """Evaluation logits, (N, C)."""
+        return F.linear(self.f_NA, self.W, self.b_C)
+
+    def _forward(self, h_NA: Tensor, S_UA: Tensor) -> Tensor:
+        z_NC, spread_UC = h_NA.new_empty(len(h_NA), len(self.W)), S_UA.new_empty(len(S_UA), len(self.W))
+        for k, W_KA in self._chunks():
+            z_NC[:, k] = _times(h_NA, W_KA)
+            spread_UC[:, k] = _times(S_UA, W_KA * W_KA)
+        spread_UC += (S_UA * self.w_UA * self.w_UA).sum(1, keepdim=True)
+        return z_NC.add_(self.b_C).add_(spread_UC[self.index_N], alpha=self.strength / 2)
+
+    def _centred(self, S_UA: Tensor) -> Tensor:
+        """h = f - lambda s_y w_y."""
+        return self.f_NA - (self.strength * S_UA * self.w_UA)[self.index_N]
+
+    def _softmax(self, z_NC: Tensor) -> Softmax:
+        return _softmax_at(self.head_loss.shifted(z_NC, self.labels_N), self.labels_N, self.c_N1)
+
+    def _by_class(self, x_NC: Tensor) -> Tensor:
+        """Rows of the same class summed -> (U, C)."""
+        return x_NC.new_zeros(len(self.classes_U), x_NC.shape[1]).index_add_(0, self.index_N, x_NC)
+
+    def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        classes, features = self.W.shape
+        chunk = max(1, _CHUNK_NUMBERS // features)
+        for first in range(0, classes, chunk):
+            k = slice(first, min(first + chunk, classes))
+            yield k, self.W[k]
+
+
+def _softmax_at(z_NC: Tensor, labels_N: Tensor, c_N1: Tensor) -> Softmax:
+    log_P_NC = z_NC.log_softmax(1)
+    loss = -(c_N1 * log_P_NC.gather(1, labels_N[:, None])).sum()
+    P_NC = log_P_NC.exp_()
+    G_NC = P_NC.scatter_add(1, labels_N[:, None], -torch.ones_like(c_N1)).mul_(c_N1)
+    return Softmax(loss, P_NC, G_NC)
+
+
+# oneDNN's float32 product is up to twice as fast as the BLAS of torch.mm where that is MKL and the processor AMD's.
+USE_ONEDNN = torch.backends.mkldnn.is_available()
+# Below this many multiplications its copies cost more than it gains.
+_ONEDNN_FROM = 10_000_000
+
+
+def _times(x_RK: Tensor, w_SK: Tensor) -> Tensor:
+    """x w^T."""
+    large = x_RK.numel() * w_SK.shape[0] >= _ONEDNN_FROM
+    if USE_ONEDNN and large and x_RK.device.type == "cpu" and x_RK.dtype == torch.float32:
+        return F.linear(x_RK.to_mkldnn(), w_SK.to_mkldnn()).to_dense()
+    return x_RK @ w_SK.T
