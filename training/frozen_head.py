@@ -21,7 +21,7 @@ K the classes of one chunk. With c_n the weight of a sample (they sum to 1), y i
 
 19 products of N C A multiplications, where plain cross entropy has 2. Three of them go (the counts in brackets): g
 and V are of low rank where a product follows, as in f_meta (G^T h)^T = (f_meta h^T) G, which costs M N (A + C), an
-eighth of N C A at N = 256, A = 2048. Of the 16 that stay 11 have a row a distinct class instead of a row a sample. All
+eighth of N C A at N = 256, A = 2048. Of the 16 that stay 12 have a row a distinct class instead of a row a sample. All
 go over the classes in chunks: W*W, W V and G^T s are never whole in memory, and only the batch's rows of S are read.
 """
 

@@ -22,6 +22,7 @@ get_classifier() -> nn.Linear. Shape suffixes: N samples, C classes, A features,
 import contextlib
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -186,6 +187,7 @@ class TrainBatch:
             torch.no_grad(),
             batch_norm_without_memory(self.module, tangents=True),
             _replayed(self.random_state, self.pictures.device),
+            warnings.catch_warnings(action="ignore", category=FutureWarning),  # of torch about its own forward rules
             sdpa_kernel(SDPBackend.MATH),  # fused attention has no forward-mode rule
             forward_ad.dual_level(),
         ):

@@ -1,0 +1,113 @@
+"""`python -m benchmarks.head`: a whole MetaSAug step of a last layer on a frozen backbone, at iNaturalist's size.
+
+C = 8142 classes, A = 2048 features, batch 256, diagonal covariances, made-up features. Against forward and backward
+of plain cross entropy on the same layer, and against autograd over the matmul form (tests/twins_method.py).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+from benchmarks.measuring import Row, added_memory, figure_row, ratio_row, report, side_by_side
+from tests import twins_method as naive
+from training.covariance import LearnedCovariance, RunningCovariance
+from training.frozen_head import frozen_head_step
+from training.losses import HeadLoss
+
+CLASSES, FEATURES, BATCH = 8142, 2048, 256
+SCALING = (1024, 2048, 4096, 8192, 16384)
+
+
+def _setting(classes: int):
+    torch.manual_seed(0)
+    layer = nn.Linear(FEATURES, classes)
+    f, f_meta = torch.randn(BATCH, FEATURES).relu(), torch.randn(BATCH, FEATURES).relu()
+    y, y_meta = torch.randint(0, classes, (BATCH,)), torch.randint(0, classes, (BATCH,))
+    running = RunningCovariance(classes, FEATURES, "diagonal")
+    running.covariance.uniform_(0, 0.1)
+    return layer, f, y, f_meta, y_meta, running
+
+
+def plain(classes: int) -> Callable[[], object]:
+    layer, f, y, *_ = _setting(classes)
+
+    def step():
+        layer.zero_grad()
+        F.cross_entropy(layer(f), y).backward()
+
+    return step
+
+
+def ours(classes: int) -> Callable[[], object]:
+    layer, f, y, f_meta, y_meta, running = _setting(classes)
+    learned = LearnedCovariance(running)
+    return lambda: frozen_head_step(layer, f, y, f_meta, y_meta, learned, HeadLoss("ce"), strength=0.25,
+                                    inner_rate=3e-4)
+
+
+def autograd(classes: int) -> Callable[[], object]:
+    layer, f, y, f_meta, y_meta, running = _setting(classes)
+    return lambda: naive.autograd_frozen_head_step(f, y, f_meta, y_meta, layer.weight, layer.bias, running.covariance,
+                                                   0.25, 3e-4, 0.1)
+
+
+def update(classes: int) -> Callable[[], object]:
+    _, f, y, _, _, running = _setting(classes)
+    return lambda: running.update(f, y)
+
+
+def rows_at_full_size(rounds: int) -> list[Row]:
+    _, _, y, *_ = _setting(CLASSES)
+    present = len(y.unique())
+    product = 2 * BATCH * CLASSES * FEATURES
+    work = product * (5 + 12 * present / BATCH)
+    W = CLASSES * FEATURES * 4
+    times = side_by_side({"plain": plain(CLASSES), "ours": ours(CLASSES), "autograd": autograd(CLASSES),
+                          "update": update(CLASSES)}, rounds)
+    rate = work / sorted(times["ours"])[rounds // 2] / 1e9
+    plain_rate = 2 * product / sorted(times["plain"])[rounds // 2] / 1e9
+    # Seven passes over W, in chunks that stay in the cache for all products of a pass; the gradient is written once.
+    counted = (f"16 products and one for the logits of the log, of {product / 1e9:.1f} GFLOP ({present} distinct "
+               f"classes in the batch), plain has 2; {8 * W / 1e6:.0f} MB of W and its gradient moved; {rate:.0f} "
+               f"GFLOP/s, plain {plain_rate:.0f}")
+    memory, memory_autograd = added_memory(ours, CLASSES), added_memory(autograd, CLASSES)
+    return [
+        ratio_row("MetaSAug step / plain step", times["ours"], times["plain"], 8.0, counted),
+        ratio_row("MetaSAug step / autograd over the matmul form", times["ours"], times["autograd"]),
+        ratio_row("estimator update / plain step", times["update"], times["plain"], 0.2, f"{present} rows touched"),
+        figure_row("extra memory of the MetaSAug step", memory, "MB", 500.0,
+                   f"its gradient of W alone: {W / 1e6:.0f} MB; autograd: {memory_autograd:.0f} MB"),
+    ]
+
+
+def rows_by_size(rounds: int) -> list[Row]:
+    """Cost grows as N C A: the time for 1,000 classes stays the same."""
+    rows = []
+    for classes in SCALING:
+        times = side_by_side({"plain": plain(classes), "ours": ours(classes)}, rounds)
+        per_thousand = sorted(times["ours"])[rounds // 2] / classes * 1e6
+        rows.append(ratio_row(f"MetaSAug step / plain step, {classes} classes", times["ours"], times["plain"], None,
+                              f"{per_thousand:.0f} ms for 1,000 classes"))
+    return rows
+
+
+def main(json: bool = False, out: Path | None = None, rounds: int = 7, threads: int | None = None) -> None:
+    """Time the frozen backbone's step.
+
+    Args:
+        json: One JSON object a line instead of the table.
+        out: Write those lines here too.
+        rounds: Rounds that count; in each every step is taken once.
+        threads: CPU threads, torch's own choice by default.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    report(rows_at_full_size(rounds) + rows_by_size(max(3, rounds // 2)), json, out)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, prog="python -m benchmarks.head")

@@ -1,0 +1,118 @@
+"""Timing side by side, peak memory in a process of its own, and the rows that every benchmark prints and writes."""
+
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One claim: `ratio` (or a plain figure, where `unit` is not "x") beside what is to be reached."""
+
+    name: str
+    ratio: float  # median over the rounds
+    low: float  # smallest and largest round
+    high: float
+    target: float | None
+    holds: bool | None
+    unit: str
+    note: str
+    machine: str
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def side_by_side(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step, taken in turn `rounds` times after one round that does not count: what disturbs the
+    machine disturbs all of them."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds + 1):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if turn:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def ratio_row(
+    name: str, times: list[float], reference: list[float], target: float | None = None, note: str = ""
+) -> Row:
+    """The ratio of two steps, round by round."""
+    ratios = [a / b for a, b in zip(times, reference, strict=True)]
+    middle = statistics.median(ratios)
+    said = f"{statistics.median(times) * 1e3:.0f} ms against {statistics.median(reference) * 1e3:.0f} ms"
+    return Row(name, round(middle, 3), round(min(ratios), 3), round(max(ratios), 3), target,
+               None if target is None else middle <= target, "x", f"{said}; {note}" if note else said, machine())
+
+
+def figure_row(name: str, figure: float, unit: str, target: float | None = None, note: str = "") -> Row:
+    return Row(name, round(figure, 3), round(figure, 3), round(figure, 3), target,
+               None if target is None else figure <= target, unit, note, machine())
+
+
+def added_memory(prepare: Callable[..., Callable[[], object]], *arguments) -> float:
+    """MB by which two steps raise the peak of a process of their own above what its data take.
+
+    prepare(*arguments) makes the data and returns the step; a function of a module, so that the process finds it
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_watched, args=(sender, prepare, arguments, torch.get_num_threads()))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    finally:
+        process.join()
+
+
+def _watched(sender, prepare, arguments, threads: int) -> None:
+    torch.set_num_threads(threads)
+    step = prepare(*arguments)
+    before = _peak_mb()
+    step()
+    step()
+    sender.send(_peak_mb() - before)
+
+
+def _peak_mb() -> float:
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux hands the parent's ru_maxrss on to the child
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6  # bytes on macOS
+
+
+def report(rows: list[Row], as_json: bool, out: Path | None) -> None:
+    """One JSON object a line, or a table; the lines also into `out`."""
+    lines = [json.dumps(asdict(row)) for row in rows]
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("\n".join(lines) + "\n")
+    if as_json:
+        print("\n".join(lines))
+        return
+    width = max(len(row.name) for row in rows)
+    print(rows[0].machine)
+    for row in rows:
+        reach = "" if row.target is None else f"  to reach {row.target:g} {row.unit}: {'yes' if row.holds else 'NO'}"
+        spread = f"({row.low:.2f} to {row.high:.2f})"
+        print(f"{row.name:<{width}}  {row.ratio:8.2f} {row.unit:<2} {spread}{reach}   {row.note}")

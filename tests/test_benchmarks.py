@@ -1,0 +1,55 @@
+"""The benchmarks count what they say, and the docs state what they wrote."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from benchmarks import measuring  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def docs_row(row: dict) -> str:
+    """A line of the table in docs/method.md."""
+    reach = "none" if row["target"] is None else f"≤ {row['target']:g} {row['unit']}".replace(" x", " ×")
+    figure = f"{row['ratio']:.2f} ×" if row["unit"] == "x" else f"{row['ratio']:.0f} {row['unit']}"
+    spread = "" if row["low"] == row["high"] else f"{row['low']:.2f} to {row['high']:.2f}"
+    return f"| {row['name']} | {figure} | {spread} | {reach} |"
+
+
+@pytest.mark.parametrize("name", ["meta_step", "head"])
+def test_the_docs_state_what_the_benchmarks_wrote(name):
+    docs = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    for line in (ROOT / "benchmarks" / "results" / f"{name}.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert docs_row(row) in docs
+        assert row["holds"] in (True, None), row
+
+
+def test_steps_are_taken_in_turn_and_the_first_round_does_not_count():
+    # Given two steps that leave their names, when timed over three rounds,
+    taken = []
+    times = measuring.side_by_side({"a": lambda: taken.append("a"), "b": lambda: taken.append("b")}, 3)
+    # then they took turns, four times, of which three count.
+    assert taken == ["a", "b"] * 4
+    assert [len(t) for t in times.values()] == [3, 3]
+
+
+def test_a_ratio_is_taken_round_by_round():
+    # Given a machine that was twice as slow in the second of three rounds,
+    row = measuring.ratio_row("x", [2.0, 4.0, 3.0], [1.0, 2.0, 1.0], target=2.5)
+    # then the ratio does not see it.
+    assert (row.ratio, row.low, row.high, row.holds) == (2.0, 2.0, 3.0, True)
+
+
+def test_added_memory_sees_what_a_step_takes():
+    # Given a step that fills 200 MB on top of 50 MB of data, then the process's peak grows by the step's.
+    assert measuring.added_memory(fills, 50, 200) == pytest.approx(200, abs=30)
+
+
+def fills(data_mb: int, step_mb: int):
+    data = b"x" * (data_mb * 1_000_000)
+    return lambda: len(b"x" * (step_mb * 1_000_000)) + len(data)
