@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from benchmarks import measuring  # noqa: E402
+from benchmarks import measuring
 
 ROOT = Path(__file__).resolve().parent.parent
 
