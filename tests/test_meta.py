@@ -164,8 +164,8 @@ def test_float32_errs_no_more_than_double_backward(lookahead):
         truth = gradients(torch.float64)[1]
         for name, grad in zip(errors, gradients(torch.float32), strict=True):
             errors[name] += ((grad - truth).norm() / truth.norm()).item() / 8
-    # then our error is no larger (a tenth is left to chance: both are rounding, of the same kind).
-    assert errors["ours"] <= 1.1 * errors["twin"]
+    # then our error is no larger (measured: 0.7 to 0.9 of it; the last layer's second derivative is in float64).
+    assert errors["ours"] <= errors["twin"]
     assert errors["ours"] < 1e-5
 
 
