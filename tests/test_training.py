@@ -186,6 +186,14 @@ def test_the_schedule_is_the_papers_at_200_epochs_and_scales():
     assert (short.stage2_epoch, short.lr_at(53), short.lr_at(54)) == (48, pytest.approx(1e-3), pytest.approx(1e-5))
 
 
+@pytest.mark.parametrize("epochs", range(1, 12))
+def test_the_shortest_run_still_has_a_stage_2(epochs):
+    """ceil(0.8 epochs) is past the end of a run of one to four: it was plain training under the method's name."""
+    recipe = Cifar10LT(epochs=epochs)
+    assert recipe.stage2_epoch < epochs
+    assert 0 < recipe.strength_at(recipe.stage2_epoch) <= recipe.strength
+
+
 @pytest.mark.parametrize("flags", [{"epochs": 0}, {"batch_size": 1}, {"lr": float("nan")}, {"meta_per_class": 0}])
 def test_senseless_flags_are_refused(flags):
     with pytest.raises(TrainingError, match="--"):

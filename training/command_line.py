@@ -218,11 +218,12 @@ def schedule_in_words(recipe: Recipe) -> str:
     loss = LOSSES_IN_WORDS[recipe.loss]
     weights = " with class-balanced weights" if recipe.weighted else ""
     if recipe.augment == "none" and not recipe.weighted:
-        return f"{recipe.epochs} epochs of plain {loss}"
+        return f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''} of plain {loss}"
     second = {"none": f"the same{weights}", "isda": f"ISDA ({recipe.covariance} covariances){weights}",
               "metasaug": f"MetaSAug ({recipe.covariance} covariances, look-ahead through the {recipe.lookahead}"
                           + (", quirks of the authors' code" if recipe.fidelity == "reference" else "") + f"){weights}"}
-    return (f"{recipe.epochs} epochs: {recipe.stage2_epoch} of plain {loss}, then "
+    first = f"{recipe.stage2_epoch} of plain {loss}, then " if recipe.stage2_epoch else ""
+    return (f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''}: {first}"
             f"{recipe.epochs - recipe.stage2_epoch} of {second[recipe.augment]}")
 
 

@@ -105,15 +105,18 @@ class Recipe:
 
     @property
     def stage2_epoch(self) -> int:
-        """First epoch (from 0) of stage 2: re-weighting and augmentation on, learning rate dropped. 160 of 200."""
-        return math.ceil(0.8 * self.epochs)
+        """First epoch (from 0) of stage 2: re-weighting and augmentation on, learning rate dropped. 160 of 200.
+
+        The last epoch is always in it: however short a run, it is of the method whose name it gets.
+        """
+        return min(math.ceil(0.8 * self.epochs), self.epochs - 1)
 
     def lr_at(self, epoch: int) -> float:
         drops = (epoch >= self.stage2_epoch) + (epoch >= math.ceil(0.9 * self.epochs))
         return self.lr * self.lr_drop**drops
 
     def strength_at(self, epoch: int) -> float:
-        return self.strength * epoch / self.epochs
+        return self.strength * max(epoch, 1) / self.epochs  # a run of a single epoch has its strength too
 
     @property
     def weighted(self) -> bool:
