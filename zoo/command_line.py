@@ -37,7 +37,8 @@ def list_table(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> 
         imbalance = "-" if row["imbalance"] is None else format(row["imbalance"], "g")
         print(f"{row['name']:<{width}}  {row['dataset']:<11} {imbalance:>9}  {row['weights']:<11} "
               f"{_percent(row['error']):>7} {_percent(row['published_error']):>7}")
-    print("\nerror: ours, last epoch, on the data below; paper: the published cell (CIFAR: original pictures, 200 epochs).")
+    print("\nerror: ours, last epoch, on the data below; "
+          "paper: the published cell (CIFAR: original pictures, 200 epochs).")
     for row in rows:
         if row["weights"] == "bundled":
             print(f"{row['name']}: {row['summary']}")
