@@ -14,6 +14,7 @@ from torch import nn
 
 from benchmarks.measuring import Row, added_memory, figure_row, ratio_row, report, side_by_side
 from tests import twins_method as naive
+from training import frozen_head
 from training.covariance import LearnedCovariance, RunningCovariance
 from training.frozen_head import frozen_head_step
 from training.losses import HeadLoss
@@ -49,6 +50,29 @@ def ours(classes: int) -> Callable[[], object]:
                                     inner_rate=3e-4)
 
 
+def without_onednn(classes: int) -> Callable[[], object]:
+    """The same step on torch.mm alone: what is left where oneDNN is no faster than the BLAS of plain training."""
+    step = ours(classes)
+
+    def without():
+        usual, frozen_head.USE_ONEDNN = frozen_head.USE_ONEDNN, False
+        try:
+            step()
+        finally:
+            frozen_head.USE_ONEDNN = usual
+
+    return without
+
+
+def authors(classes: int, batch: int = 8) -> Callable[[], object]:
+    """The authors' formulation, over (N, C, A) differences: only memory is measured, at a batch that fits."""
+    layer, f, y, f_meta, y_meta, running = _setting(classes)
+    return lambda: naive.autograd_frozen_head_step(
+        f[:batch], y[:batch], f_meta[:batch], y_meta[:batch], layer.weight, layer.bias, running.covariance, 0.25, 3e-4,
+        0.1, spread=naive.spread,
+    )  # fmt: skip
+
+
 def autograd(classes: int) -> Callable[[], object]:
     layer, f, y, f_meta, y_meta, running = _setting(classes)
     return lambda: naive.autograd_frozen_head_step(f, y, f_meta, y_meta, layer.weight, layer.bias, running.covariance,
@@ -66,8 +90,8 @@ def rows_at_full_size(rounds: int) -> list[Row]:
     product = 2 * BATCH * CLASSES * FEATURES
     work = product * (5 + 12 * present / BATCH)
     W = CLASSES * FEATURES * 4
-    times = side_by_side({"plain": plain(CLASSES), "ours": ours(CLASSES), "autograd": autograd(CLASSES),
-                          "update": update(CLASSES)}, rounds)
+    times = side_by_side({"plain": plain(CLASSES), "ours": ours(CLASSES), "torch.mm": without_onednn(CLASSES),
+                          "autograd": autograd(CLASSES), "update": update(CLASSES)}, rounds)
     rate = work / sorted(times["ours"])[rounds // 2] / 1e9
     plain_rate = 2 * product / sorted(times["plain"])[rounds // 2] / 1e9
     # Seven passes over W, in chunks that stay in the cache for all products of a pass; the gradient is written once.
@@ -75,12 +99,16 @@ def rows_at_full_size(rounds: int) -> list[Row]:
                f"classes in the batch), plain has 2; {8 * W / 1e6:.0f} MB of W and its gradient moved; {rate:.0f} "
                f"GFLOP/s, plain {plain_rate:.0f}")
     memory, memory_autograd = added_memory(ours, CLASSES), added_memory(autograd, CLASSES)
+    memory_authors = added_memory(authors, CLASSES)
     return [
         ratio_row("MetaSAug step / plain step", times["ours"], times["plain"], 8.0, counted),
+        ratio_row("MetaSAug step without oneDNN / plain step", times["torch.mm"], times["plain"], None,
+                  "torch.mm alone, as in the plain step"),
         ratio_row("MetaSAug step / autograd over the matmul form", times["ours"], times["autograd"]),
         ratio_row("estimator update / plain step", times["update"], times["plain"], 0.2, f"{present} rows touched"),
         figure_row("extra memory of the MetaSAug step", memory, "MB", 500.0,
-                   f"its gradient of W alone: {W / 1e6:.0f} MB; autograd: {memory_autograd:.0f} MB"),
+                   f"its gradient of W alone: {W / 1e6:.0f} MB; autograd: {memory_autograd:.0f} MB; "
+                   f"the authors' formulation at batch 8: {memory_authors:.0f} MB"),
     ]
 
 
