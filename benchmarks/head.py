@@ -5,14 +5,12 @@ of plain cross entropy on the same layer, and against autograd over the matmul f
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
-from benchmarks.measuring import Row, added_memory, figure_row, ratio_row, report, side_by_side
+from benchmarks.measuring import Row, added_memory, command, figure_row, ratio_row, side_by_side
 from tests import twins_method as naive
 from training import frozen_head
 from training.covariance import LearnedCovariance, RunningCovariance
@@ -123,19 +121,9 @@ def rows_by_size(rounds: int) -> list[Row]:
     return rows
 
 
-def main(json: bool = False, out: Path | None = None, rounds: int = 7, threads: int | None = None) -> None:
-    """Time the frozen backbone's step.
-
-    Args:
-        json: One JSON object a line instead of the table.
-        out: Write those lines here too.
-        rounds: Rounds that count; in each every step is taken once.
-        threads: CPU threads, torch's own choice by default.
-    """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    report(rows_at_full_size(rounds) + rows_by_size(max(3, rounds // 2)), json, out)
+def measure(rounds: int) -> list[Row]:
+    return rows_at_full_size(rounds) + rows_by_size(max(3, rounds // 2))
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog="python -m benchmarks.head")
+    command("python -m benchmarks.head", measure)

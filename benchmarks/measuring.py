@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import tyro
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,25 @@ def _peak_mb() -> float:
         return int(line.split()[1]) * 1024 / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6  # bytes on macOS
+
+
+def command(prog: str, measure: Callable[[int], list[Row]]) -> None:
+    """The command line of a benchmark: `measure(rounds)` gives its rows."""
+
+    def main(json: bool = False, out: Path | None = None, rounds: int = 7, threads: int | None = None) -> None:
+        """Measure side by side, and print each ratio with its spread.
+
+        Args:
+            json: One JSON object a line instead of the table.
+            out: Write those lines here too.
+            rounds: Rounds that count; in each every step is taken once.
+            threads: CPU threads, torch's own choice by default.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        report(measure(rounds), json, out)
+
+    tyro.cli(main, prog=prog)
 
 
 def report(rows: list[Row], as_json: bool, out: Path | None) -> None:

@@ -5,13 +5,11 @@ tests/twins_method.py: double backward through everything, with the same result.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 
-from benchmarks.measuring import Row, added_memory, ratio_row, report, side_by_side
+from benchmarks.measuring import Row, added_memory, command, figure_row, ratio_row, side_by_side
 from tests import twins_method as naive
 from training.covariance import LearnedCovariance, RunningCovariance
 from training.losses import HeadLoss
@@ -79,25 +77,14 @@ def rows_for(num_classes: int, rounds: int) -> list[Row]:
                   "3.7 by counting passes"),
         ratio_row(f"network, S kept and projected / plain step, {classes}", times["fixed"], times["plain"]),
         ratio_row(f"classifier / plain step, {classes}", times["classifier"], times["plain"], 1.5),
-        Row(f"peak memory, network / double backward, {classes}", *[round(memory["ours"] / memory["twin"], 3)] * 3, 0.8,
-            memory["ours"] <= 0.8 * memory["twin"], "x", f"{memory['ours']:.0f} MB against {memory['twin']:.0f} MB "
-            "above the process's own", ratio_row("", [1], [1]).machine),
+        figure_row(f"peak memory, network / double backward, {classes}", memory["ours"] / memory["twin"], "x", 0.8,
+                   f"{memory['ours']:.0f} MB against {memory['twin']:.0f} MB above the process's own"),
     ]
 
 
-def main(json: bool = False, out: Path | None = None, rounds: int = 7, threads: int | None = None) -> None:
-    """Time the meta step.
-
-    Args:
-        json: One JSON object a line instead of the table.
-        out: Write those lines here too.
-        rounds: Rounds that count; in each every step is taken once.
-        threads: CPU threads, torch's own choice by default.
-    """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    report([row for num_classes in (10, 100) for row in rows_for(num_classes, rounds)], json, out)
+def measure(rounds: int) -> list[Row]:
+    return [row for num_classes in (10, 100) for row in rows_for(num_classes, rounds)]
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog="python -m benchmarks.meta_step")
+    command("python -m benchmarks.meta_step", measure)

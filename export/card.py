@@ -29,8 +29,7 @@ METHODS = {
 def write_card(path: str | Path) -> None:
     """Writes README.md into a model folder, in place of an older one."""
     folder = ModelFolder(path)
-    present = {name: entry for name, entry in folder.files.items() if name != CARD}
-    add_files(folder.path, {CARD: card(folder.config).encode()}, present)
+    add_files(folder.path, {CARD: card(folder.config).encode()}, folder.files)
 
 
 def card(config: Mapping[str, Any]) -> str:

@@ -43,8 +43,7 @@ def export_folder(path: str | Path) -> float:
     content = onnx_bytes(module, folder.config)
     refuse_unsafe(content, ONNX)
     difference = check_parity(content, module, folder.config)
-    present = {name: entry for name, entry in folder.files.items() if name != ONNX}
-    add_files(folder.path, {ONNX: content}, present)
+    add_files(folder.path, {ONNX: content}, folder.files)
     return difference
 
 

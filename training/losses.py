@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from zoo.architectures import cosine_logits
+
 LossName = Literal["ce", "focal", "ldam", "ldam-published", "balanced-softmax", "logit-adjustment"]
 
 # A chunk of classes may fill this many numbers, (chunk, C, A), at a time; 4 M float32 are 16 MB.
@@ -96,11 +98,6 @@ def less_margin(logits_NC: Tensor, labels_N: Tensor, margins_C: Tensor) -> Tenso
     """z_ny - m_y at the true class, z elsewhere (Cao et al. 2019, eq. 12, without the scale)."""
     margin_N = _like(margins_C, logits_NC)[labels_N]
     return logits_NC.scatter_add(1, labels_N[:, None], -margin_N[:, None])
-
-
-def cosine_logits(features_NA: Tensor, weight_CA: Tensor, scale: float) -> Tensor:
-    """scale * cos(f_n, w_c), the last layer of LDAM as published."""
-    return scale * F.linear(F.normalize(features_NA), F.normalize(weight_CA))
 
 
 # ---- the augmentation ----

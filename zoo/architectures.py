@@ -69,15 +69,20 @@ class CifarResNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def cosine_logits(features_NA: Tensor, weight_CA: Tensor, scale: float) -> Tensor:
+    """scale * cos(f_n, w_c) -> (N, C)."""
+    return scale * F.linear(F.normalize(features_NA), F.normalize(weight_CA))
+
+
 class CosineClassifier(nn.Linear):
-    """scale * cos(f_n, w_c): the last layer of LDAM as published (Cao et al. 2019). No bias."""
+    """`cosine_logits`: the last layer of LDAM as published (Cao et al. 2019). No bias."""
 
     def __init__(self, in_features: int, num_classes: int, scale: float):
         super().__init__(in_features, num_classes, bias=False)
         self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
+        return cosine_logits(features, self.weight, self.scale)
 
 
 def create(architecture: str, num_classes: int, cosine_scale: float | None = None) -> nn.Module:

@@ -124,9 +124,7 @@ def _read(path: Path, name: str) -> bytes:
             raise PictureError(f"{name} does not exist.")
         if not path.is_file():
             raise PictureError(f"{name} is no regular file.")
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise PictureError(f"{name} has {size / 1e6:.0f} MB; at most {MAX_FILE_BYTES / 1e6:.0f} MB are read.")
+        _check_size(path.stat().st_size, name)
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise PictureError(f"{name} cannot be read: {_first_line(error)}.") from error
@@ -135,8 +133,7 @@ def _read(path: Path, name: str) -> bytes:
 def _open(content: bytes, name: str) -> Image.Image:
     if not content:
         raise PictureError(f"{name} is empty.")
-    if len(content) > MAX_FILE_BYTES:
-        raise PictureError(f"{name} has {len(content) / 1e6:.0f} MB; at most {MAX_FILE_BYTES / 1e6:.0f} MB are read.")
+    _check_size(len(content), name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own, higher, bomb warning and remarks on broken metadata
@@ -151,6 +148,11 @@ def _open(content: bytes, name: str) -> Image.Image:
     if picture.width * picture.height > MAX_PIXELS:
         picture.draft(None, (picture.width // 4, picture.height // 4))
     return picture
+
+
+def _check_size(size: int, name: str) -> None:
+    if size > MAX_FILE_BYTES:
+        raise PictureError(f"{name} has {size / 1e6:.0f} MB; at most {MAX_FILE_BYTES / 1e6:.0f} MB are read.")
 
 
 def _check_pixels(width: int, height: int, cap: int, name: str) -> None:

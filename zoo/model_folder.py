@@ -161,7 +161,8 @@ def write_model_folder(
 
 
 def add_files(path: Path, contents: Mapping[str, bytes], present: Mapping[str, tuple[int, str]]) -> None:
-    """Write files and, last, the manifest that names them beside those `present`; each is whole or not there."""
+    """Write files and, last, the manifest that names them beside those `present`, replacing older ones; each
+    is whole or not there."""
     for name, content in contents.items():
         _write(path / name, content)
     added = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in contents.items()}
