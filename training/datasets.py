@@ -1,9 +1,11 @@
-"""Labelled pictures in memory, and class folders."""
+"""Labelled pictures, in memory or on disk, and class folders."""
 
 import hashlib
 import os
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,11 @@ from training.errors import DataError
 from zoo.errors import PictureError
 from zoo.images import decode
 
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp", ".ppm",
+                    ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".mpo", ".tga", ".pcx"}
+
+# What operating systems and archivers leave in folders, beside files whose name starts with a dot.
+LEFT_BEHIND = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "system volume information"}
 
 
 @dataclass(frozen=True)
@@ -30,25 +36,132 @@ class Split:
 
 
 @dataclass(frozen=True)
-class LongTailed:
-    """A data set ready to train on. `source` names the pictures, for every table: "CIFAR-10 (JPEG)"."""
+class PictureFiles:
+    """Pictures on disk, of any size.
 
-    train: Split
-    meta: Split
-    test: Split
+    root     folder that the names start from
+    names    of the files, relative to `root`, with "/": what messages show and cuts are fixed by
+    labels   int64 (N,), the class of each
+    sizes    int32 (N, 2), width and height, where every picture was decoded on the way; else None
+    """
+
+    root: Path
+    names: tuple[str, ...]
+    labels: np.ndarray
+    sizes: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(self.root / name for name in self.names)
+
+    def at(self, indices: Iterable[int] | np.ndarray) -> "PictureFiles":
+        """The pictures at these places, in this order."""
+        at = np.fromiter(indices, np.int64)
+        return PictureFiles(self.root, tuple(self.names[i] for i in at), self.labels[at],
+                            None if self.sizes is None else self.sizes[at])
+
+
+@dataclass(frozen=True)
+class LongTailed:
+    """A data set ready to train on. `source` names the pictures, for every table: "CIFAR-10 (JPEG)".
+
+    meta and training share no picture but those of `shared_meta_classes` (and all of meta where it is added to
+    training by request). A class without test pictures may exist: `untested_classes`.
+
+    mean, std             per channel, in [0, 1]: the benchmark's own, or measured on the training pictures
+    shared_meta_classes   classes whose meta pictures are in training as well, being too small to spare them
+    notes                 sentences about what was decided on the way: cuts, copies, pictures left out
+    """
+
+    train: Split | PictureFiles
+    meta: Split | PictureFiles
+    test: Split | PictureFiles
     label_names: tuple[str, ...]
     source: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    shared_meta_classes: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def class_counts(self) -> tuple[int, ...]:
         return tuple(np.bincount(self.train.labels, minlength=len(self.label_names)).tolist())
 
+    @property
+    def untested_classes(self) -> tuple[int, ...]:
+        tested = np.bincount(self.test.labels, minlength=len(self.label_names))
+        return tuple(np.flatnonzero(tested == 0).tolist())
+
 
 def content_key(content: bytes) -> bytes:
     """Equal where the content is equal: tells copies of a picture under other names."""
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def find_classes(root: Path) -> list[str]:
+    """Names of the class folders in `root`, sorted. Raises DataError: no folder, none in it, names that clash."""
+    if not root.is_dir():
+        raise DataError(f"{root} is no folder: name one that holds a folder of pictures for each class.")
+    names = sorted(entry.name for entry in _scan(root) if entry.is_dir())
+    if not names:
+        raise DataError(f"{root} holds no class folders: expected {root}/CLASS/picture.jpg.")
+    check_class_names(names, str(root))
+    return names
+
+
+def check_class_names(names: Iterable[str], where: str) -> None:
+    """Two names that differ only by case or in how accents are stored would be one folder on other machines."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if any("\udc80" <= letter <= "\udcff" for letter in name):
+            raise DataError(f"{where}: the class name {printable(name)} is not UTF-8: rename it.")
+        twin = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if twin != name:
+            raise DataError(f"{where} has two classes of one name but for case or accents, {twin} and {name}: rename "
+                            "or join them.")
+
+
+def printable(text: str) -> str:
+    """File names that are no text (Linux allows any bytes) with their odd bytes as \\udcXX."""
+    return text.encode("utf-8", errors="backslashreplace").decode()
+
+
+def listed(items: Sequence[str], between: str, most: int = 10) -> str:
+    """The first few, and how many more there are."""
+    return between.join([*items[:most], *([f"… and {len(items) - most:,} more"] if len(items) > most else [])])
+
+
+def find_files(folder: Path) -> list[str]:
+    """Files at any depth, relative to `folder`, with "/", sorted.
+
+    Passed over: hidden files and folders, and what operating systems leave behind. Linked folders are followed, but
+    for a link that leads back to a folder above itself.
+    """
+    found: list[str] = []
+
+    def walk(here: Path, prefix: str, above: frozenset[tuple[int, int]]) -> None:
+        for entry in _scan(here):
+            if entry.is_dir():
+                status = entry.stat()
+                if (identity := (status.st_dev, status.st_ino)) not in above:
+                    walk(here / entry.name, f"{prefix}{entry.name}/", above | {identity})
+            elif entry.is_file():
+                found.append(prefix + entry.name)
+
+    status = folder.stat()
+    walk(folder, "", frozenset({(status.st_dev, status.st_ino)}))
+    return sorted(found)
+
+
+def _scan(folder: Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return [e for e in entries if not e.name.startswith(".") and e.name.casefold() not in LEFT_BEHIND]
+    except OSError as error:
+        raise DataError(f"{printable(str(folder))} cannot be read: {error.strerror or error}.") from error
 
 
 def list_class_folders(root: Path) -> tuple[list[Path], np.ndarray, tuple[str, ...]]:
@@ -57,20 +170,12 @@ def list_class_folders(root: Path) -> tuple[list[Path], np.ndarray, tuple[str, .
     Returns paths, labels int64 (N,), class names. Raises DataError: no folder, no class, a class without
     pictures, two classes that differ only by case.
     """
-    if not root.is_dir():
-        raise DataError(f"{root} is no folder: name one that holds a folder of pictures for each class.")
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise DataError(f"{root} holds no class folders: expected {root}/CLASS/picture.jpg.")
-    by_case: dict[str, str] = {}
-    for name in names:
-        twin = by_case.setdefault(name.casefold(), name)
-        if twin != name:
-            raise DataError(f"{root} has two classes of one name but for case, {twin} and {name}: rename or join them.")
     paths: list[Path] = []
     labels: list[int] = []
+    names = find_classes(root)
     for c, name in enumerate(names):
-        found = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
+        found = [root / name / file for file in find_files(root / name)
+                 if os.path.splitext(file)[1].lower() in PICTURE_SUFFIXES]
         if not found:
             raise DataError(f"{root / name} holds no pictures: remove the folder or fill it.")
         paths += found
@@ -91,6 +196,5 @@ def read_pictures(paths: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
         except PictureError as error:
             bad.append(str(error))
     if bad:
-        more = f"\n  … and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise DataError(f"{len(bad)} of {len(paths)} pictures cannot be used:\n  " + "\n  ".join(bad[:10]) + more)
+        raise DataError(f"{len(bad)} of {len(paths)} pictures cannot be used:\n  " + listed(bad, "\n  "))
     return pictures

@@ -183,8 +183,8 @@ def run(
     groups, _ = assign_groups(data.class_counts)
     state = start(recipe, len(data.label_names), device)
     _find_start(recipe, state, folder, device, resume, stage1)
-    batches = Batches(data.train, data, recipe.seed, recipe.batch_size, device)
-    meta_batches = Batches(data.meta, data, recipe.seed, recipe.batch_size, device)
+    batches = Batches(data.train, data, recipe.seed, recipe.batch_size, device)  # type: ignore[arg-type]
+    meta_batches = Batches(data.meta, data, recipe.seed, recipe.batch_size, device)  # type: ignore[arg-type]
     head_loss = HeadLoss(recipe.loss, data.class_counts, gamma=recipe.gamma, max_margin=recipe.max_margin,
                          scale=recipe.scale, tau=recipe.tau)
     weights = class_balanced_weights(data.class_counts, recipe.beta).to(device) if recipe.weighted else None
@@ -241,7 +241,7 @@ def run(
             line = _log_line(recipe, state)
             state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
             if state.epoch % evaluate_every == 0 or state.epoch == recipe.epochs:
-                results = evaluate(state.module, data.test, data, groups, device)
+                results = evaluate(state.module, data.test, data, groups, device)  # type: ignore[arg-type]
                 line["test"] = {k: v for k, v in results.items() if k != "per_class"}
             state.log_bytes = log.write(line)
             if state.epoch == recipe.stage2_epoch:
@@ -252,7 +252,7 @@ def run(
                 raise Interrupted(f"stopped after epoch {state.epoch} of {recipe.epochs}; nothing is lost: the same "
                                   "command with --resume goes on.", 128 + stopped[0])
     if not results:  # resumed after the last epoch
-        results = evaluate(state.module, data.test, data, groups, device)
+        results = evaluate(state.module, data.test, data, groups, device)  # type: ignore[arg-type]
     return state, {"split": "test", "epoch": state.epoch, **results}
 
 

@@ -1,0 +1,131 @@
+"""Test and meta sets cut from one's own pictures by file name: the same names are always cut alike.
+
+The rule, for a class of n pictures. Test: those whose hash (of name and seed) is in the lowest `share`; at least 2 and
+at most a third, of fewer than 6 pictures half. Meta: of the n left, `meta_per_class` by another hash, at most a
+quarter; a class with under 20 left lends its meta pictures, and they stay in training as well.
+
+Pictures that belong together (one animal, one track, one camera; copies of one file) are one unit and never stand on
+two sides; a unit's hash is that of its group id or, without one, of its first name. New pictures do not move old ones,
+but where a class is so small that its minimum or maximum comes in.
+"""
+
+import hashlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+SMALL_CLASS = 20  # under so many training pictures a class lends its meta pictures, as zoo.labels' tail
+
+
+@dataclass(frozen=True)
+class Units:
+    """What must stay on one side. of: int64 (N,), the unit of each picture; names: one a unit, to hash."""
+
+    of: np.ndarray
+    names: tuple[str, ...]
+
+    def members(self) -> list[np.ndarray]:
+        order = np.argsort(self.of, kind="stable")
+        return np.split(order, np.cumsum(np.bincount(self.of, minlength=len(self.names)))[:-1])
+
+
+def tie(names: Sequence[str], group_ids: Sequence[str | None] | None = None,
+        contents: Sequence[Hashable] | None = None) -> Units:
+    """Join pictures of one group id, and of one content, into units, also where one picture links two of them."""
+    parent = list(range(len(names)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for keys in (group_ids, contents):
+        first: dict[Hashable, int] = {}
+        for i, key in enumerate(keys or ()):
+            if key is not None:
+                parent[root(i)] = root(first.setdefault(key, i))
+    roots = np.array([root(i) for i in range(len(names))], np.int64)
+    _, of = np.unique(roots, return_inverse=True)
+    ids: dict[int, str] = {}
+    for i, unit in enumerate(of.tolist()):
+        group = group_ids[i] if group_ids is not None else None
+        # A group id sorts before every name, so that a group is hashed by its id.
+        own = f"0 {group}" if group is not None else f"1 {names[i]}"
+        ids[unit] = min(ids.get(unit, own), own)
+    return Units(of, tuple(ids[unit] for unit in range(len(ids))))
+
+
+def draw(name: str, purpose: str, seed: int) -> float:
+    """A number in [0, 1) that depends on nothing but its arguments."""
+    text = f"{seed}\0{purpose}\0{name}".encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2**64
+
+
+def cut_test(units: Units, labels: np.ndarray, num_classes: int, share: float, seed: int) -> np.ndarray:
+    """bool (N,): the test pictures, by the rule above. A class that cannot be cut without parting a unit, or without
+    leaving its training empty, has none."""
+    total = np.bincount(labels, minlength=num_classes)
+    least = np.minimum(2, total // 2) if share > 0 else np.zeros_like(total)
+    most = np.maximum(least, total // 3)
+    chosen = np.zeros(len(labels), bool)
+    taken = np.zeros(num_classes, np.int64)
+    members = units.members()
+    counts = [np.bincount(labels[m], minlength=0) for m in members]
+    drawn = [draw(name, "test", seed) for name in units.names]
+    in_order = sorted(range(len(members)), key=drawn.__getitem__)
+
+    def take_if(unit: int, limit: np.ndarray) -> bool:
+        more = counts[unit]
+        here = np.flatnonzero(more)
+        if chosen[members[unit][0]] or np.any(taken[here] + more[here] > limit[here]):
+            return False
+        chosen[members[unit]] = True
+        taken[here] += more[here]
+        return True
+
+    for unit in in_order:
+        if drawn[unit] < share:
+            take_if(unit, np.maximum(most, np.ceil(share * total)))
+    of_class: dict[int, list[int]] = {c: [] for c in np.flatnonzero(taken < least).tolist()}
+    for unit in in_order:
+        for c in np.flatnonzero(counts[unit]).tolist():
+            if c in of_class:
+                of_class[c].append(unit)
+    for c, candidates in of_class.items():
+        for unit in candidates:
+            if taken[c] >= least[c]:
+                break
+            take_if(unit, np.maximum(most, total // 2))
+    return chosen
+
+
+def cut_meta(
+    units: Units, names: Sequence[str], labels: np.ndarray, available: np.ndarray, num_classes: int, per_class: int,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+    """The meta set out of the pictures that are `available` (bool (N,), whole units).
+
+    Returns bool (N,): the meta pictures; bool (N,): those of them that leave training; and the classes whose meta
+    pictures stay in training, being fewer than 20 or not to be parted from their units.
+    """
+    left = np.bincount(labels[available], minlength=num_classes)
+    wanted = np.where(left < SMALL_CLASS, 0, np.minimum(per_class, left // 4))
+    most = np.where(left < SMALL_CLASS, 0, left // 4)
+    members = [m for m in units.members() if available[m[0]]]
+    drawn = [draw(units.names[units.of[m[0]]], "meta", seed) for m in members]
+    removed = np.zeros(len(labels), bool)
+    taken = np.zeros(num_classes, np.int64)
+    for i in sorted(range(len(members)), key=drawn.__getitem__):
+        more = np.bincount(labels[members[i]], minlength=0)
+        here = np.flatnonzero(more)
+        if np.any(taken[here] < wanted[here]) and np.all(taken[here] + more[here] <= most[here]):
+            removed[members[i]] = True
+            taken[here] += more[here]
+    meta = removed.copy()
+    shared = np.flatnonzero((taken == 0) & (left > 0))
+    for c in shared.tolist():
+        pool = np.flatnonzero(available & (labels == c)).tolist()
+        meta[sorted(pool, key=lambda i: draw(names[i], "meta", seed))[:per_class]] = True
+    return meta, removed, tuple(shared.tolist())

@@ -1,0 +1,63 @@
+"""Look at every picture once, many at a time: can it be decoded, how large is it, is it a copy, how bright is it."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from zoo.errors import PictureError
+from zoo.images import decode
+
+AT_ONCE = 32  # pictures a task
+SHOWN_FROM = 2000  # pictures from which on a progress bar is worth its line
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What was seen of N pictures.
+
+    errors      why, for each picture that cannot be decoded, by its place
+    keys        equal where the pixels are equal; None for an unreadable one
+    sizes       int32 (N, 2): width and height, upright; 0 for an unreadable one
+    moments     float64 (N, 2, 3): mean and mean square of each channel, in [0, 1]
+    """
+
+    errors: dict[int, str]
+    keys: list[bytes | None]
+    sizes: np.ndarray
+    moments: np.ndarray
+
+
+def look_at(paths: Sequence[Path], names: Sequence[str]) -> Looked:
+    """Decode every picture, on all cores (Pillow's decoders run outside Python's lock). `names` are for messages."""
+    looked = Looked({}, [None] * len(paths), np.zeros((len(paths), 2), np.int32), np.zeros((len(paths), 2, 3)))
+
+    def look(start: int) -> int:
+        places = range(start, min(start + AT_ONCE, len(paths)))
+        for i in places:
+            try:
+                picture = decode(paths[i], names[i])
+            except PictureError as error:
+                looked.errors[i] = str(error)
+                continue
+            pixels = picture.tobytes()
+            looked.keys[i] = hashlib.blake2b(pixels, digest_size=16, salt=picture.width.to_bytes(8, "big")).digest()
+            looked.sizes[i] = picture.size
+            if picture.width * picture.height > 64 * 64:
+                picture = picture.resize((64, 64), Image.Resampling.BOX)
+            array = np.asarray(picture, np.float32).reshape(-1, 3) / 255
+            looked.moments[i] = array.mean(0), (array**2).mean(0)
+        return len(places)
+
+    with (ThreadPoolExecutor(os.cpu_count() or 1) as pool,
+          tqdm(total=len(paths), unit="picture", desc="looking at the pictures",
+               disable=len(paths) < SHOWN_FROM or None) as bar):
+        for done in pool.map(look, range(0, len(paths), AT_ONCE)):
+            bar.update(done)
+    return looked
