@@ -1,67 +1,17 @@
 """Your own pictures: class folders or a table, with meta and test sets cut by file name where none are given."""
 
-import os
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from training import cuts
-from training.datasets import (
-    PICTURE_SUFFIXES,
-    LongTailed,
-    PictureFiles,
-    find_classes,
-    find_files,
-    listed,
-    printable,
-)
+from training.datasets import LongTailed, PictureFiles, listed, printable
 from training.errors import DataError
+from training.listings import Listing, list_folder, list_table, refuse
 from training.looking import look_at
-
-# Pictures by their ending that zoo.images does not read: named like damaged ones, never passed over in silence.
-UNSUPPORTED_SUFFIXES = {".heic", ".heif", ".svg", ".jxl", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"}
-
-SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-               "test": "test", "testing": "test", "meta": "meta"}
-
-
-@dataclass(frozen=True)
-class Listing:
-    """Labelled pictures as somebody keeps them, before any cut.
-
-    names    relative to root          labels   int64 (N,)
-    splits   train, val, test, meta, or None where that is not said
-    groups   what must not be parted (an animal, a track, a camera), or None
-    """
-
-    root: Path
-    source: str
-    names: Sequence[str]
-    labels: np.ndarray
-    label_names: tuple[str, ...]
-    splits: Sequence[str | None]
-    groups: Sequence[str | None] | None = None
-    notes: tuple[str, ...] = ()
-
-    def at(self, keep: np.ndarray) -> "Listing":
-        def take(values: Sequence) -> list:
-            return [values[i] for i in keep]
-
-        return Listing(self.root, self.source, take(self.names), self.labels[keep], self.label_names,
-                       take(self.splits), None if self.groups is None else take(self.groups), self.notes)
-
-    def without_classes(self, gone: Iterable[int]) -> "tuple[Listing, np.ndarray]":
-        """The rest with its classes numbered anew, and the places of its pictures."""
-        gone = set(gone)
-        kept = [c for c in range(len(self.label_names)) if c not in gone]
-        place = {c: i for i, c in enumerate(kept)}
-        keep = np.flatnonzero([int(c) in place for c in self.labels])
-        rest = self.at(keep)
-        return Listing(rest.root, rest.source, rest.names, np.array([place[int(c)] for c in rest.labels], np.int64),
-                       tuple(self.label_names[c] for c in kept), rest.splits, rest.groups, rest.notes), keep
 
 
 @dataclass(frozen=True)
@@ -79,9 +29,6 @@ class CutRule:
             raise DataError(f"--test-share {self.test_share:g}: the share of a class to test on, between 0 and 1.")
 
 
-# ---- class folders ----
-
-
 def load_folder(
     root: Path, *, test: Path | None = None, meta: Path | None = None, meta_per_class: int = 10,
     test_share: float = 0.2, subset_seed: int = 0, meta_in_training: bool = False, skip_bad: bool = False,
@@ -96,80 +43,20 @@ def load_folder(
     return assemble(list_folder(root.expanduser(), test, meta, skip_bad), rule)
 
 
-def list_folder(root: Path, test: Path | None = None, meta: Path | None = None, skip_bad: bool = False) -> Listing:
-    """The pictures of class folders, and of the split folders above them where there are such."""
-    parts = _split_folders(root)
-    if test is not None:
-        parts["test"] = test.expanduser()
-    if meta is not None:
-        parts["meta"] = meta.expanduser()
-    training_folder = parts["train"]
-    title = (root if SPLIT_NAMES.get(root.name.casefold()) != "train" else root.resolve().parent).resolve().name
-    if len(parts) == 1:
-        root = training_folder  # names, and with them the cut, do not change where train/ is named itself
-    class_names = find_classes(training_folder)
-    place = {name: c for c, name in enumerate(class_names)}
-    names: list[str] = []
-    labels: list[int] = []
-    splits: list[str | None] = []
-    empty, others, notes = [], Counter[str](), []
-    for split, folder in parts.items():
-        for name in find_classes(folder):
-            files = find_files(folder / name)
-            found = [file for file in files if _suffix(file) in PICTURE_SUFFIXES | UNSUPPORTED_SUFFIXES]
-            others.update(_suffix(file) or "without ending" for file in set(files) - set(found))
-            if name not in place and found:
-                raise DataError(f"{folder} has the class {name}, which {training_folder} has not: a model cannot be "
-                                "tested on what it never sees. Rename or remove the folder.")
-            if not found and split == "train":
-                empty.append(name)
-            names += [os.path.relpath(folder / name / file, root) for file in found]
-            labels += [place[name]] * len(found) if found else []
-            splits += [None if len(parts) == 1 else split] * len(found)
-    if len(class_names) == 1:
-        inside = find_classes_quietly(training_folder / class_names[0])
-        hint = f" It holds folders itself ({', '.join(inside[:3])} …): did you mean that one?" if inside else ""
-        raise DataError(f"{training_folder} has one class only, {class_names[0]}: nothing to tell apart.{hint}")
-    loose = sum(_suffix(file) in PICTURE_SUFFIXES for file in os.listdir(training_folder))
-    if loose:
-        notes.append(f"{loose:,} pictures lie in {training_folder} itself, in no class: they are not used.")
-    if others:
-        notes.append("No pictures by their ending, and not used: "
-                     + ", ".join(f"{n:,} {suffix}" for suffix, n in others.most_common(5)) + ".")
-    listing = Listing(root, f"{title} (class folders)", names, np.array(labels, np.int64),
-                      tuple(class_names), splits, notes=tuple(notes))
-    if empty:
-        _refuse(f"{len(empty)} class folder{'s hold' if len(empty) > 1 else ' holds'} no pictures", empty,
-                "Fill or remove them", skip_bad)
-        listing, _ = listing.without_classes(place[name] for name in empty)
-        return Listing(**{**vars(listing), "notes": (*notes, "Left out, classes without pictures: "
-                                                     + listed(empty, ", ") + ".")})
-    return listing
+def load_table(
+    table: Path, root: Path | None = None, *, meta_per_class: int = 10, test_share: float = 0.2, subset_seed: int = 0,
+    meta_in_training: bool = False, skip_bad: bool = False, path_column: str | None = None,
+    label_column: str | None = None, split_column: str | None = None, group_column: str | None = None,
+) -> LongTailed:
+    """A CSV table with a row a picture: path, label and, where there are such columns, split and group.
 
-
-def _split_folders(root: Path) -> dict[str, Path]:
-    """{"train": root}, or the folders train, val, test, meta in it where it holds nothing else."""
-    folders = find_classes(root)
-    named = [SPLIT_NAMES.get(name.casefold()) for name in folders]
-    if "train" not in named or None in named or not find_classes_quietly(root / folders[named.index("train")]):
-        return {"train": root}
-    parts: dict[str, Path] = {}
-    for split, name in sorted(zip(named, folders, strict=True), key=lambda pair: pair[0] != "train"):
-        if split in parts:
-            raise DataError(f"{root} holds {parts[split].name}/ and {name}/, two folders of one meaning: join them.")
-        parts[str(split)] = root / name
-    return parts
-
-
-def find_classes_quietly(folder: Path) -> list[str]:
-    try:
-        return find_classes(folder)
-    except DataError:
-        return []
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
+    root   folder that the paths start from; without it the table's own
+    Pictures of one group (an animal, a track, a camera) are never parted between training and test. The columns are
+    found by their usual names (training.listings.COLUMN_NAMES) or named. Otherwise as load_folder.
+    """
+    rule = CutRule(meta_per_class, test_share, subset_seed, meta_in_training, skip_bad)
+    return assemble(list_table(table, root, skip_bad, path=path_column, label=label_column, split=split_column,
+                               group=group_column), rule)
 
 
 # ---- from a listing to a data set ----
@@ -192,7 +79,7 @@ def assemble(listing: Listing, rule: CutRule) -> LongTailed:
     notes = list(listing.notes)
     if looked.errors:
         reasons = [looked.errors[i] for i in sorted(looked.errors)]
-        _refuse(f"{len(reasons):,} of {len(listing.names):,} pictures cannot be used", reasons,
+        refuse(f"{len(reasons):,} of {len(listing.names):,} pictures cannot be used", reasons,
                 "Mend or remove them", rule.skip_bad)
         notes.append(f"Left out, {len(reasons):,} of {len(listing.names):,} pictures, unreadable: "
                      + listed(reasons, " "))
@@ -225,7 +112,7 @@ def _without_small_classes(
     if not len(small):
         return listing, keep
     names = [f"{listing.label_names[c]} ({counts[c]})" for c in small]
-    _refuse(f"{len(names)} class{'es have' if len(names) > 1 else ' has'} fewer than {least} usable "
+    refuse(f"{len(names)} class{'es have' if len(names) > 1 else ' has'} fewer than {least} usable "
             f"picture{'s' if least > 1 else ''}" + (", one to train and one to test on" if least > 1 else ""), names,
             "Add pictures, join classes or remove them", rule.skip_bad)
     notes.append("Left out, classes with too few pictures: " + listed(names, ", ") + ".")
@@ -357,8 +244,3 @@ def _check_trainable(data: LongTailed) -> None:
                         "remove the classes.")
     if len(data.label_names) < 2:
         raise DataError(f"there is one class only, {data.label_names[0]}: nothing to tell apart.")
-
-
-def _refuse(what: str, each: Sequence[str], remedy: str, skip_bad: bool) -> None:
-    if not skip_bad:
-        raise DataError(f"{what}:\n  {listed(each, chr(10) + '  ')}\n{remedy}, or leave them out with --skip-bad.")
