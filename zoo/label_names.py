@@ -1,0 +1,37 @@
+"""Class names of the large benchmarks, by official class index, for data and weights that carry numbers only."""
+
+from functools import cache
+from pathlib import Path
+
+_FOLDER = Path(__file__).with_name("names")
+
+
+@cache
+def inat18() -> tuple[str, ...]:
+    """The 8,142 species of iNaturalist 2018, which its first JSON files hid behind numbers."""
+    return tuple((_FOLDER / "inat18.txt").read_text(encoding="utf-8").splitlines())
+
+
+@cache
+def imagenet() -> tuple[str, ...]:
+    """The 1,000 classes of ImageNet, in the order of their WordNet ids; as torchvision calls them."""
+    return tuple(name for _, _, name in _imagenet())
+
+
+@cache
+def imagenet_wnids() -> tuple[str, ...]:
+    """WordNet ids ("n01440764"), the names of ImageNet's class folders; class c is the c-th."""
+    return tuple(wnid for wnid, _, _ in _imagenet())
+
+
+@cache
+def imagenet_lt_counts() -> tuple[int, ...]:
+    """Training pictures a class in ImageNet-LT (Liu et al. 2019): 115,846 in all, 1,280 to 5."""
+    return tuple(int(count) for _, count, _ in _imagenet())
+
+
+@cache
+def _imagenet() -> tuple[tuple[str, str, str], ...]:
+    lines = (_FOLDER / "imagenet.tsv").read_text(encoding="utf-8").splitlines()
+    rows = [line.split("\t") for line in lines[1:]]
+    return tuple((wnid, count, name) for wnid, count, name in rows)
