@@ -158,6 +158,32 @@ def test_a_shared_stage_1_is_the_same_as_training_it_oneself(tmp_path):
         loop.run(TINY, small_data(), tmp_path / "none", CPU, stage1=tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("second", [
+    {"loss": "ldam", "augment": "metasaug"}, {"loss": "focal", "augment": "isda"},
+    {"loss": "balanced-softmax", "augment": "none", "stage1_loss": "ce"},
+    {"augment": "none", "class_weights": "balanced", "meta_in_training": "stage2"},
+])  # fmt: skip
+def test_methods_that_begin_with_plain_cross_entropy_share_its_stage_1(tmp_path, second):
+    # Given plain cross entropy, and a method that differs from it in stage 2 only,
+    loop.run(dataclasses.replace(TINY, augment="none"), small_data(), tmp_path / "plain", CPU)
+    method = dataclasses.replace(TINY, **second)
+    # when it starts from the shared stage 1, then it ends as if it had trained that itself,
+    shared, results = loop.run(method, small_data(), tmp_path / "shared", CPU, stage1=tmp_path / "plain")
+    own, _ = loop.run(method, small_data(), tmp_path / "own", CPU)
+    assert_same_bits(shared, own)
+    # and its counts are those of what it trained on in the end.
+    extra = 6 if method.meta_in_training == "stage2" else 0
+    assert [row["train_images"] for row in results["per_class"]] == [40 + extra, 20 + extra, 10 + extra]
+
+
+def test_a_loss_of_both_stages_does_not_pass_for_plain_cross_entropy(tmp_path):
+    loop.run(dataclasses.replace(TINY, augment="none"), small_data(), tmp_path / "plain", CPU)
+    for other in ({"loss": "focal"}, {"loss": "ldam-published"}, {"meta_in_training": "always"}):
+        method = dataclasses.replace(TINY, augment="none", **other)
+        with pytest.raises(TrainingError, match="another stage 1"):
+            loop.run(method, small_data(), tmp_path / "other", CPU, stage1=tmp_path / "plain")
+
+
 def test_a_run_folder_is_never_overwritten(tmp_path):
     loop.run(dataclasses.replace(TINY, epochs=1, augment="none"), small_data(), tmp_path, CPU)
     with pytest.raises(TrainingError, match="--resume"):

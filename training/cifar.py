@@ -95,7 +95,7 @@ CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
 def load_cifar(
     dataset: str, root: Path | None, imbalance: float, meta_per_class: int, subset_seed: int,
-    meta_in_training: bool = False, download: bool = False,
+    download: bool = False,
 ) -> LongTailed:
     """CIFAR-10-LT or CIFAR-100-LT from `root`: the original files, or class folders train/CLASS and test/CLASS.
 
@@ -140,8 +140,6 @@ def load_cifar(
         source = f"{about.title} ({', '.join(sorted(kinds))})"
     else:
         raise DataError(_cifar_missing(about, dataset, root))
-    if meta_in_training:
-        train = Split(np.concatenate([train.pictures, meta.pictures]), np.concatenate([train.labels, meta.labels]))
     return LongTailed(train, meta, test, names, source, CIFAR_MEAN, CIFAR_STD)
 
 

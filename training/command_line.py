@@ -106,7 +106,8 @@ def train(job: Annotated[Job, tyro.conf.arg(name="")]) -> Path | None:
         state, results = loop.run(recipe, data, folder, device, options.resume, options.stage1,
                                   options.evaluate_every, options.save_every)
         model = folder / "model"
-        write_model(model, options.name or run_name(recipe), recipe, data, state, results)
+        write_model(model, options.name or run_name(recipe), recipe, loop.data_of_stage(recipe, data, 2), state,
+                    results)
     print(results_table(results))
     return model
 
@@ -115,7 +116,7 @@ def load_data(recipe: Cifar10LT, options: RunOptions):
     from training.cifar import load_cifar
 
     return load_cifar(recipe.dataset, options.data, recipe.imbalance, recipe.meta_per_class, recipe.subset_seed,
-                      recipe.meta_in_training, options.download)
+                      options.download)
 
 
 def run_name(recipe: Recipe) -> str:
@@ -215,16 +216,20 @@ def command_in_words() -> str:
 
 def schedule_in_words(recipe: Recipe) -> str:
     """How long it was trained on what, for people who read a card: "60 epochs: 48 of plain cross entropy, then …"."""
-    loss = LOSSES_IN_WORDS[recipe.loss]
     weights = " with class-balanced weights" if recipe.weighted else ""
-    if recipe.augment == "none" and not recipe.weighted:
-        return f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''} of plain {loss}"
-    second = {"none": f"the same{weights}", "isda": f"ISDA ({recipe.covariance} covariances){weights}",
-              "metasaug": f"MetaSAug ({recipe.covariance} covariances, look-ahead through the {recipe.lookahead}"
-                          + (", quirks of the authors' code" if recipe.fidelity == "reference" else "") + f"){weights}"}
-    first = f"{recipe.stage2_epoch} of plain {loss}, then " if recipe.stage2_epoch else ""
-    return (f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''}: {first}"
-            f"{recipe.epochs - recipe.stage2_epoch} of {second[recipe.augment]}")
+    first, second = (LOSSES_IN_WORDS[loss] for loss in (recipe.first_loss, recipe.loss))
+    if recipe.augment == "isda":
+        second = f"ISDA ({recipe.covariance} covariances)"
+    elif recipe.augment == "metasaug":
+        second = (f"MetaSAug ({recipe.covariance} covariances, look-ahead through the {recipe.lookahead}"
+                  + (", quirks of the authors' code" if recipe.fidelity == "reference" else "") + ")")
+    meta = {"never": "", "stage2": ", the meta pictures among those trained on"}
+    second = f"{'the same' if first == second else second}{weights}{meta.get(recipe.meta_in_training, '')}"
+    epochs = f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''}"
+    if second == "the same":
+        return f"{epochs} of plain {first}"
+    before = f"{recipe.stage2_epoch} of plain {first}, then " if recipe.stage2_epoch else ""
+    return f"{epochs}: {before}{recipe.epochs - recipe.stage2_epoch} of {second}"
 
 
 def code_version() -> str:

@@ -1,5 +1,6 @@
 """Labelled pictures, in memory or on disk, and class folders."""
 
+import dataclasses
 import hashlib
 import os
 import unicodedata
@@ -94,6 +95,17 @@ class LongTailed:
     def untested_classes(self) -> tuple[int, ...]:
         tested = np.bincount(self.test.labels, minlength=len(self.label_names))
         return tuple(np.flatnonzero(tested == 0).tolist())
+
+    def with_meta_in_training(self) -> "LongTailed":
+        """The same, its training set joined by those meta pictures that are not in it."""
+        train, meta = self.train, self.meta
+        labels = np.concatenate([train.labels, meta.labels])
+        if isinstance(train, Split) and isinstance(meta, Split):
+            return dataclasses.replace(self, train=Split(np.concatenate([train.pictures, meta.pictures]), labels))
+        assert isinstance(train, PictureFiles) and isinstance(meta, PictureFiles)
+        joined = PictureFiles(train.root, train.names + meta.names, labels)
+        first_of_name = {name: i for i, name in reversed([*enumerate(joined.names)])}
+        return dataclasses.replace(self, train=joined.at(sorted(first_of_name.values())))
 
 
 def content_key(content: bytes) -> bytes:

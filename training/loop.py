@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -161,6 +161,29 @@ def start(recipe: Recipe, num_classes: int, device: torch.device) -> State:
 # ---- the loop ----
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What one of the two stages trains on and against."""
+
+    batches: Batches
+    loss: HeadLoss
+    weights: torch.Tensor | None
+
+
+def data_of_stage(recipe: Recipe, data: LongTailed, stage: Literal[1, 2]) -> LongTailed:
+    joined = {"never": (), "stage2": (2,), "always": (1, 2)}[recipe.meta_in_training]
+    return data.with_meta_in_training() if stage in joined else data
+
+
+def _stage(recipe: Recipe, data: LongTailed, number: Literal[1, 2], device: torch.device) -> Stage:
+    data = data_of_stage(recipe, data, number)
+    loss = HeadLoss(recipe.first_loss if number == 1 else recipe.loss, data.class_counts, gamma=recipe.gamma,
+                    max_margin=recipe.max_margin, scale=recipe.scale, tau=recipe.tau)
+    weighted = number == 2 and recipe.weighted
+    return Stage(Batches(data.train, data, recipe.seed, recipe.batch_size, device), loss,  # type: ignore[arg-type]
+                 class_balanced_weights(data.class_counts, recipe.beta).to(device) if weighted else None)
+
+
 def run(
     recipe: Recipe,
     data: LongTailed,
@@ -180,14 +203,13 @@ def run(
     Returns the state after the last epoch and its test results. Raises TrainingError, DivergenceError before an
     update that would spread NaN, Interrupted once the state is saved.
     """
-    groups, _ = assign_groups(data.class_counts)
+    final = data_of_stage(recipe, data, 2)
+    groups, _ = assign_groups(final.class_counts)
     state = start(recipe, len(data.label_names), device)
     _find_start(recipe, state, folder, device, resume, stage1)
-    batches = Batches(data.train, data, recipe.seed, recipe.batch_size, device)  # type: ignore[arg-type]
+    stages = {number: _stage(recipe, data, number, device) for number in (1, 2)}
+    steps = [stages[1 + (epoch >= recipe.stage2_epoch)].batches.steps for epoch in range(recipe.epochs)]
     meta_batches = Batches(data.meta, data, recipe.seed, recipe.batch_size, device)  # type: ignore[arg-type]
-    head_loss = HeadLoss(recipe.loss, data.class_counts, gamma=recipe.gamma, max_margin=recipe.max_margin,
-                         scale=recipe.scale, tau=recipe.tau)
-    weights = class_balanced_weights(data.class_counts, recipe.beta).to(device) if recipe.weighted else None
     results: dict = {}
 
     def save_state() -> None:
@@ -196,29 +218,29 @@ def run(
     with (
         _stop_signals() as stopped,
         Log(folder / "log.jsonl", state.log_bytes) as log,
-        tqdm(total=recipe.epochs * batches.steps, initial=state.epoch * batches.steps + state.step,
-             unit="step", dynamic_ncols=True) as bar,
+        tqdm(total=sum(steps), initial=sum(steps[: state.epoch]) + state.step, unit="step", dynamic_ncols=True) as bar,
     ):
         while state.epoch < recipe.epochs:
             in_stage2 = state.epoch >= recipe.stage2_epoch
+            stage = stages[1 + in_stage2]
             for group in state.optimizer.param_groups:
                 group["lr"] = recipe.lr_at(state.epoch)
-            for pictures, labels in batches.epoch(state.epoch, state.step):
+            for pictures, labels in stage.batches.epoch(state.epoch, state.step):
                 began = time.monotonic()
                 strength = recipe.strength_at(state.epoch)
                 try:
                     if in_stage2 and recipe.augment == "metasaug":
                         result = metasaug_step(
                             state.module, pictures, labels, *meta_batches.meta_batch(state.epoch, state.step),
-                            state.learned, head_loss, strength=strength, inner_rate=_inner_rate(recipe, state.epoch),
+                            state.learned, stage.loss, strength=strength, inner_rate=_inner_rate(recipe, state.epoch),
                             meta_rate=recipe.meta_rate, lookahead=recipe.lookahead, fidelity=recipe.fidelity,
-                            class_weights=weights,
+                            class_weights=stage.weights,
                         )
                     elif in_stage2 and recipe.augment == "isda":
-                        result = isda_step(state.module, pictures, labels, state.covariance, head_loss, strength,
-                                           weights)
+                        result = isda_step(state.module, pictures, labels, state.covariance, stage.loss, strength,
+                                           stage.weights)
                     else:
-                        result = plain_step(state.module, pictures, labels, head_loss, weights if in_stage2 else None)
+                        result = plain_step(state.module, pictures, labels, stage.loss, stage.weights)
                 except DivergenceError as error:
                     where = f"epoch {state.epoch + 1}, step {state.step + 1}"
                     raise DivergenceError(f"{where}: {error} Stopped before the update; the last checkpoint is good. "
@@ -233,15 +255,15 @@ def run(
                                     f"error {state.sums['wrong'] / seen:.1%}", refresh=False)
                 if on_progress is not None:
                     on_progress(state)
-                if stopped and state.step < batches.steps:
+                if stopped and state.step < stage.batches.steps:
                     save_state()
                     raise Interrupted(f"stopped in epoch {state.epoch + 1}, after step {state.step} of "
-                                      f"{batches.steps}; nothing is lost: the same command with --resume goes on.",
-                                      128 + stopped[0])
+                                      f"{stage.batches.steps}; nothing is lost: the same command with --resume goes "
+                                      "on.", 128 + stopped[0])
             line = _log_line(recipe, state)
             state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
             if state.epoch % evaluate_every == 0 or state.epoch == recipe.epochs:
-                results = evaluate(state.module, data.test, data, groups, device)  # type: ignore[arg-type]
+                results = evaluate(state.module, data.test, final, groups, device)  # type: ignore[arg-type]
                 line["test"] = {k: v for k, v in results.items() if k != "per_class"}
             state.log_bytes = log.write(line)
             if state.epoch == recipe.stage2_epoch:
@@ -252,7 +274,7 @@ def run(
                 raise Interrupted(f"stopped after epoch {state.epoch} of {recipe.epochs}; nothing is lost: the same "
                                   "command with --resume goes on.", 128 + stopped[0])
     if not results:  # resumed after the last epoch
-        results = evaluate(state.module, data.test, data, groups, device)  # type: ignore[arg-type]
+        results = evaluate(state.module, data.test, final, groups, device)  # type: ignore[arg-type]
     return state, {"split": "test", "epoch": state.epoch, **results}
 
 

@@ -26,7 +26,11 @@ class Recipe:
     """Network, one of zoo.architectures: resnet32 (for CIFAR), resnet10, resnet18, resnet50, resnext50_32x4d …"""
 
     loss: Loss = "ce"
-    """Loss of both stages; ldam: margins only, as the authors use it; ldam-published: the LDAM paper's own."""
+    """Loss; ldam: margins only, as the authors use it; ldam-published: the LDAM paper's own."""
+
+    stage1_loss: Literal["auto", "ce", "same"] = "auto"
+    """Loss of stage 1. ce: plain cross entropy, as the authors' code has with every loss; same: --loss; auto: ce
+    with isda and metasaug, same otherwise. (ldam-published has its own in both.)"""
 
     augment: Augment = "metasaug"
     """Stage 2: none, isda (covariances as estimated) or metasaug (covariances learned on the meta set)."""
@@ -57,8 +61,9 @@ class Recipe:
     meta_per_class: int = 10
     """Pictures a class for the meta set, taken out before the long tail is cut."""
 
-    meta_in_training: bool = False
-    """Add the meta pictures to training as well: the fair control for methods that need none."""
+    meta_in_training: Literal["never", "stage2", "always"] = "never"
+    """Train on the meta pictures as well: the fair control for methods that need none. stage2: in stage 2 only,
+    which is when MetaSAug sees them."""
 
     gamma: float = 1.0
     """Focal loss: the exponent."""
@@ -137,11 +142,24 @@ class Recipe:
         """One word for tables: metasaug, isda, or the loss's own name."""
         return self.loss if self.augment == "none" else self.augment
 
+    @property
+    def first_loss(self) -> Loss:
+        """The loss of stage 1."""
+        if self.loss == "ldam-published":  # its cosine classifier is another network than the other losses'
+            return self.loss
+        plain = self.stage1_loss == "ce" or (self.stage1_loss == "auto" and self.augment != "none")
+        return "ce" if plain else self.loss
+
     def stage1_key(self) -> str:
         """Two recipes with the same key have the same stage 1, bit for bit, and may share it."""
         only_stage2 = {"augment", "class_weights", "beta", "covariance", "lookahead", "fidelity", "strength",
-                       "meta_rate"}
-        shared = {k: v for k, v in self.to_dict().items() if k not in only_stage2}
+                       "meta_rate", "loss"}
+        unused = {"gamma", "max_margin", "scale", "tau"} - {
+            {"focal": "gamma", "ldam": "max_margin", "logit-adjustment": "tau"}.get(self.first_loss, "")}
+        if self.first_loss == "ldam-published":
+            unused -= {"max_margin", "scale"}
+        shared = {k: v for k, v in self.to_dict().items() if k not in only_stage2 | unused}
+        shared |= {"stage1_loss": self.first_loss, "meta_in_training": self.meta_in_training == "always"}
         return json.dumps(shared, sort_keys=True)
 
     def to_dict(self) -> dict:
