@@ -1,0 +1,249 @@
+"""Does it help? Every cell of ledger.toml, run once, from one stage 1 a set and seed.
+
+    python -m benchmarks.ledger run --data DIR        # goes on where it was stopped
+    python -m benchmarks.ledger status                # what is missing, and how long it will take
+    python -m benchmarks.ledger page                  # the tables and the curve in docs/ledger.md
+"""
+
+import json
+import statistics
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from training.errors import TrainingError
+from training.recipes import Cifar10LT, Cifar100LT, Recipe
+from zoo.files import write_atomically
+from zoo.labels import GROUPS
+
+HERE = Path(__file__).resolve().parent
+PROTOCOL, RESULTS, PAGE = HERE / "ledger.toml", HERE / "results" / "ledger.json", HERE.parent / "docs" / "ledger.md"
+RECIPES = {recipe.dataset: recipe for recipe in (Cifar10LT, Cifar100LT)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    set: str
+    method: str
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.set}/{self.method}/{self.seed}"
+
+
+class Protocol:
+    """ledger.toml, read."""
+
+    def __init__(self, path: Path = PROTOCOL):
+        self._content = tomllib.loads(path.read_text(encoding="utf-8"))
+        self.metric: str = self._content["metric"]
+        self.methods: dict[str, dict[str, Any]] = self._content["methods"]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """In the order of running: a seed of a set after the other, cross entropy first, whose stage 1 all share."""
+        return [Cell(part["name"], method, seed) for part in self._content["sets"] for seed in part["seeds"]
+                for method in part["methods"]]
+
+    def recipe(self, cell: Cell) -> Recipe:
+        flags = dict(next(part["recipe"] for part in self._content["sets"] if part["name"] == cell.set))
+        make = RECIPES[flags.pop("dataset")]
+        return make(**flags, **self.methods[cell.method], stage1_loss="ce", seed=cell.seed, subset_seed=cell.seed)
+
+
+# ---- running ----
+
+
+def run(data: Path, runs: Path = Path("runs/ledger"), results: Path = RESULTS, limit: int | None = None) -> None:
+    """Run the cells that are missing, one after the other; a cell done is never run again.
+
+    Args:
+        data: Folder of the CIFAR-10 pictures, as for `metasaug train cifar10-lt`.
+        runs: Where the runs live; a run that was stopped goes on to the same bits.
+        results: The file that takes each cell's figures as it ends.
+        limit: Stop after so many cells.
+    """
+    protocol = Protocol()
+    missing = _missing(protocol, results)
+    for number, cell in enumerate(missing[:limit], 1):
+        print(f"[{number}/{len(missing)}] {cell.key}", flush=True)
+        figures = _run_cell(protocol.recipe(cell), cell, data, runs)
+        write_atomically(results, _as_json([*_done(results), figures]))
+        print(f"    {protocol.metric} {figures[protocol.metric]:.2%}", flush=True)
+
+
+def _run_cell(recipe: Recipe, cell: Cell, data: Path, runs: Path) -> dict[str, Any]:
+    import torch
+
+    from benchmarks.measuring import machine
+    from training import loop
+    from training.command_line import RunOptions, code_version, load_data
+
+    pictures = load_data(recipe, RunOptions(data=data))  # type: ignore[arg-type]
+    folder = runs / cell.set / str(cell.seed)
+    stage1 = folder / "stage1"  # the first cell's; the others start from it
+    own = folder / cell.method
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    state, measured = loop.run(recipe, pictures, own, device, resume=True, stage1=stage1 if stage1.exists() else None,
+                               evaluate_every=recipe.epochs)
+    if not stage1.exists():
+        (own / "stage1").rename(stage1)
+    second = [line for line in map(json.loads, (own / "log.jsonl").read_text().splitlines()) if line["stage"] == 2]
+    counts = loop.data_of_stage(recipe, pictures, 2).class_counts
+    return {
+        **asdict(cell), "data": pictures.source, "imbalance": recipe.to_dict().get("imbalance"),
+        "fidelity": recipe.fidelity if recipe.augment == "metasaug" else None, "epochs": recipe.epochs,
+        "error": measured["error"], "macro_error": measured["macro_error"],
+        "worst_class_error": measured["worst_class_error"],
+        "groups": {group: row["accuracy"] for group, row in measured["groups"].items()},
+        "classes": [{"train_images": n, "correct": row["correct"], "test_images": row["test_images"]}
+                    for n, row in zip(counts, measured["per_class"], strict=True)],
+        "stage2_log": [{name: line[name] for name in ("epoch", "loss", "shift", "effect") if name in line}
+                       for line in second],
+        "seconds": round(state.seconds), "machine": machine(), "code_version": code_version(),
+    }
+
+
+def _done(results: Path) -> list[dict[str, Any]]:
+    return json.loads(results.read_text())["cells"] if results.exists() else []
+
+
+def _missing(protocol: Protocol, results: Path) -> list[Cell]:
+    done = {Cell(row["set"], row["method"], row["seed"]) for row in _done(results)}
+    return [cell for cell in protocol.cells if cell not in done]
+
+
+def _as_json(cells: Sequence[Mapping[str, Any]]) -> bytes:
+    """A cell a line: a commit shows which one came."""
+    return ('{"cells": [\n' + ",\n".join(json.dumps(cell) for cell in cells) + "\n]}\n").encode()
+
+
+# ---- status ----
+
+
+def status(results: Path = RESULTS) -> None:
+    """What is done, what is missing, and the time left, by what like cells took."""
+    protocol, done = Protocol(), _done(results)
+    missing = _missing(protocol, results)
+    for cell in missing:
+        print(f"missing  {cell.key}")
+    left = _hours_left(protocol, missing, done)
+    print(f"{len(done)} cells done, {len(missing)} missing"
+          + ("" if left is None else f"; about {left:.1f} hours left at the speed of the cells done"))
+
+
+# Time of a stage-2 step by the time of a plain one; measured by benchmarks/meta_step.py.
+STEP_COST = {"none": 1.0, "isda": 1.1, "classifier": 1.4, "network": 3.8}
+
+
+def _hours_left(protocol: Protocol, missing: Sequence[Cell], done: Sequence[Mapping[str, Any]]) -> float | None:
+    plain = [row["seconds"] / (row["epochs"] * _steps(protocol.recipe(Cell(row["set"], "ce", row["seed"]))))
+             for row in done if row["method"] == "ce"]
+    if not plain:
+        return None
+    steps, begun = 0.0, {(row["set"], row["seed"]) for row in done}
+    for cell in missing:
+        recipe = protocol.recipe(cell)
+        epochs = STEP_COST[recipe.lookahead if recipe.augment == "metasaug" else recipe.augment] * (
+            recipe.epochs - recipe.stage2_epoch)
+        if (cell.set, cell.seed) not in begun:  # the first cell of a set and seed runs their stage 1
+            begun.add((cell.set, cell.seed))
+            epochs += recipe.stage2_epoch
+        steps += epochs * _steps(recipe)
+    return steps * statistics.median(plain) / 3600
+
+
+def _steps(recipe: Recipe) -> int:
+    """Steps an epoch."""
+    from training.cifar import CIFAR, long_tail_counts
+
+    assert isinstance(recipe, Cifar10LT)
+    about = CIFAR[recipe.dataset]
+    counts = long_tail_counts(about.class_size - recipe.meta_per_class, about.num_classes, recipe.imbalance)
+    return -(-sum(counts) // recipe.batch_size)
+
+
+# ---- the page ----
+
+
+def tables(cells: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """A table a set, in Markdown: a line a method, means over its seeds."""
+    parts = []
+    for name in dict.fromkeys(cell["set"] for cell in cells):
+        rows = [cell for cell in cells if cell["set"] == name]
+        base = {cell["seed"]: cell[metric] for cell in rows if cell["method"] == "isda"}
+        base = base or {cell["seed"]: cell[metric] for cell in rows if cell["method"] == "reweighting"}
+        against = "ISDA + re-weighting" if any(cell["method"] == "isda" for cell in rows) else "re-weighting"
+        first = rows[0]
+        parts += [
+            f"### {first['data']}" + (f", imbalance {first['imbalance']:g}" if first["imbalance"] else ""), "",
+            f"| method | seeds | macro error | against {against} | head | medium | tail | worst class |",
+            "|---|---|---|---|---|---|---|---|"]
+        for method in dict.fromkeys(cell["method"] for cell in rows):
+            mine = sorted((cell for cell in rows if cell["method"] == method), key=lambda cell: cell["seed"])
+            differences = [cell[metric] - base[cell["seed"]] for cell in mine if cell["seed"] in base]
+            groups = [_mean([cell["groups"][group] for cell in mine]) for group in GROUPS]
+            parts.append(f"| `{method}` | {len(mine)} | {_spread([cell[metric] for cell in mine])} | "
+                         f"{_spread(differences, signed=True) if differences else '–'} | " + " | ".join(groups)
+                         + f" | {_mean([cell['worst_class_error'] for cell in mine])} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.1%}"
+
+
+def _spread(values: Sequence[float], signed: bool = False) -> str:
+    """Mean and standard error, in per cent."""
+    mean = 100 * statistics.mean(values)
+    shown = f"{mean:+.2f}" if signed else f"{mean:.2f}"
+    if len(values) < 2:
+        return shown
+    return f"{shown} ± {100 * statistics.stdev(values) / len(values) ** 0.5:.2f}"
+
+
+def shift_table(cells: Sequence[Mapping[str, Any]]) -> str:
+    """How far the meta step moved S, and what that did to the loss, an epoch a line: means over the steps."""
+    shown = [cell for cell in cells if cell["method"].startswith("metasaug") and cell["seed"] == 0
+             and cell["set"] == "cifar10-lt-100"]
+    if not shown:
+        return ""
+    heads = [f"`{cell['method']}`" for cell in shown]
+    lines = ["| epoch | " + " | ".join(f"{head} shift | effect" for head in heads) + " |",
+             "|---|" + "---|---|" * len(shown)]
+    for logged in zip(*(cell["stage2_log"] for cell in shown), strict=True):
+        figures = " | ".join(f"{line['shift']:.1e} | {line['effect']:+.1e}" for line in logged)
+        lines.append(f"| {logged[0]['epoch']} | {figures} |")
+    return "\n".join(lines)
+
+
+def page(results: Path = RESULTS, into: Path = PAGE) -> None:
+    """Write the tables into docs/ledger.md, between their markers."""
+    into.write_text(with_tables(into.read_text(encoding="utf-8"), _done(results)), encoding="utf-8")
+
+
+def with_tables(text: str, cells: Sequence[Mapping[str, Any]]) -> str:
+    """The page with its generated parts made anew."""
+    for name, content in {"results": tables(cells, Protocol().metric), "shift": shift_table(cells)}.items():
+        begin, end = f"<!-- {name}: python -m benchmarks.ledger page -->", f"<!-- end of {name} -->"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise TrainingError(f"the page has no {begin} … {end}")
+        text = f"{before}{begin}\n{content}\n{end}{after}"
+    return text
+
+
+def main() -> None:
+    tyro.extras.subcommand_cli_from_dict({"run": run, "status": status, "page": page}, prog="benchmarks.ledger",
+                                         description=__doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The ledger: its cells differ by the method alone, none is run twice, and the docs state what was run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from benchmarks import ledger
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_within_a_set_and_seed_all_cells_share_one_stage_1():
+    protocol = ledger.Protocol()
+    for name, seed in {(cell.set, cell.seed) for cell in protocol.cells}:
+        group = [cell for cell in protocol.cells if (cell.set, cell.seed) == (name, seed)]
+        assert len({protocol.recipe(cell).stage1_key() for cell in group}) == 1
+        # Plain cross entropy runs first: its stage 1 is what the others start from.
+        assert group[0].method == "ce"
+    assert len(set(protocol.cells)) == len(protocol.cells)
+
+
+def test_the_page_states_what_was_run():
+    # Given the committed results, when the page is made anew, then it is the committed page.
+    cells = json.loads(ledger.RESULTS.read_text())["cells"]
+    page = ledger.PAGE.read_text(encoding="utf-8")
+    assert ledger.with_tables(page, cells) == page
+    # And every cell is one of the protocol's.
+    listed = {cell.key for cell in ledger.Protocol().cells}
+    assert {f"{row['set']}/{row['method']}/{row['seed']}" for row in cells} <= listed
+
+
+def made_up(method: str, seed: int, error: float) -> dict:
+    return {"set": "x", "method": method, "seed": seed, "data": "stripes", "imbalance": 7, "macro_error": error,
+            "worst_class_error": error, "groups": {"head": 0.9, "medium": 0.5, "tail": 0.1}}
+
+
+def test_differences_are_paired_by_seed():
+    # Given two methods whose error varies far more by the seed than by the method,
+    cells = [made_up("isda", 0, 0.10), made_up("isda", 1, 0.30), made_up("metasaug", 0, 0.09),
+             made_up("metasaug", 1, 0.28)]
+    # when they are set side by side, then the spread of the difference is not that of the errors.
+    line = next(line for line in ledger.tables(cells, "macro_error").splitlines() if line.startswith("| `metasaug`"))
+    assert line.startswith("| `metasaug` | 2 | 18.50 ± 9.50 | -1.50 ± 0.50 |")
+
+
+def test_a_cell_is_run_once_from_the_shared_stage_1(tmp_path, monkeypatch):
+    # Given a protocol of two tiny cells on ten class folders of stripes,
+    from tests.test_datasets import write_class_folders
+
+    for part, count, seed in (("train", 12, 0), ("test", 2, 1)):
+        write_class_folders(tmp_path / part, {f"c{i}": count for i in range(10)}, seed=seed)
+    listed = tmp_path / "ledger.toml"
+    listed.write_text("""metric = "macro_error"
+[methods]
+ce = { augment = "none", class_weights = "none" }
+metasaug = { augment = "metasaug" }
+[[sets]]
+name = "tiny"
+recipe = { dataset = "cifar10-lt", imbalance = 2, epochs = 2, meta_per_class = 2, batch_size = 20 }
+seeds = [3]
+methods = ["ce", "metasaug"]
+""")
+    protocol = ledger.Protocol(listed)
+    monkeypatch.setattr(ledger, "Protocol", lambda: protocol)
+    results = tmp_path / "ledger.json"
+    # when the first is run, and then the rest, and then all again,
+    ledger.run(tmp_path, tmp_path / "runs", results, limit=1)
+    first = json.loads(results.read_text())["cells"]
+    ledger.run(tmp_path, tmp_path / "runs", results)
+    both = json.loads(results.read_text())["cells"]
+    ledger.run(tmp_path, tmp_path / "runs", results)
+    # then each ran once, the second began after stage 1, and its log says how far S moved.
+    assert [row["method"] for row in both] == ["ce", "metasaug"]
+    assert both[0] == first[0]
+    assert json.loads(results.read_text())["cells"] == both
+    assert [line["epoch"] for line in both[1]["stage2_log"]] == [2]
+    assert both[1]["stage2_log"][0]["shift"] > 0
+    log = (tmp_path / "runs" / "tiny" / "3" / "metasaug" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in log] == [2]
