@@ -343,3 +343,18 @@ def test_unknown_backends_and_devices_list_the_known(tiny_model_folder, wrong):
 
 def test_it_prints_as_what_it_is(model):
     assert repr(model) == "<tiny: 10 classes, onnx on cpu>"
+
+
+def test_an_answer_is_reweighed_without_the_network(tiny_model_folder, pictures):
+    # Given an answer, when another prior is asked for, then it is what predict says for that prior, and None undoes it.
+    model = zoo.load(tiny_model_folder)
+    model.folder.config["metasaug"]["prior"] = "uniform"
+    plain = model.predict(pictures / "a.png")
+    inverted = 1 / np.array(model.class_counts)
+    model_network, model._network = model._network, None  # any pass through it now would fail
+    for prior in ("train", inverted):
+        again = model.reweigh(plain, prior=prior, tau=0.5, top_k=3)
+        model._network = model_network
+        assert again == model.predict(pictures / "a.png", prior=prior, tau=0.5, top_k=3)
+        model._network = None
+        assert again != plain and model.reweigh(again) == plain

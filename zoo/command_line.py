@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal, TextIO
 import tyro
 
 import zoo
+from zoo.archives import is_zip
 from zoo.errors import PictureError, ZooError
 from zoo.loading import open_folder
 from zoo.predictor import Prediction, Predictor
+from zoo.rows import cells, header, printable
 
 
 def list_table(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
@@ -66,7 +68,7 @@ def predict(
 
     Args:
         model: A name from `metasaug list`, or a model folder.
-        paths: Pictures, or folders of them.
+        paths: Pictures, folders of them, or zip files of them, which are read without unpacking.
         out: Write rows here as CSV instead of printing; - is standard output.
         top_k: Classes shown for each picture.
         prior: Answer for pictures whose classes are equally frequent, or as frequent as in training.
@@ -97,12 +99,13 @@ def predict(
 def _each(predictor: Predictor, paths: list[Path], top_k: int, prior) -> Iterator[Prediction]:
     files: list[Path] = []
     for path in paths:
-        if os.path.isdir(path):
+        if os.path.isdir(path) or is_zip(path):
             yield from predictor.predict_each(files, top_k, prior)
             files = []
+            whole = predictor.predict_folder if os.path.isdir(path) else predictor.predict_archive
             try:
-                yield from predictor.predict_folder(path, top_k, prior)
-            except PictureError as error:  # a folder without files; the next path may be good
+                yield from whole(path, top_k, prior)
+            except PictureError as error:  # a folder without files, a refused zip; the next path may be good
                 yield Prediction(str(path), error=str(error))
         else:
             files.append(path)
@@ -111,24 +114,15 @@ def _each(predictor: Predictor, paths: list[Path], top_k: int, prior) -> Iterato
 
 def _printed(rows: Iterator[Prediction]) -> Iterator[Prediction]:
     for row in rows:
-        print(_printable(str(row)))
+        print(printable(str(row)))
         yield row
 
 
 def _written(rows: Iterator[Prediction], file: TextIO, top_k: int) -> Iterator[Prediction]:
     writer = csv.writer(file)
-    top_k = max(1, top_k)
-    others = [f"{column}_{rank}" for rank in range(2, top_k + 1) for column in ("label", "probability")]
-    writer.writerow(["path", "label", "probability", "group", "train_images", "head", "medium", "tail", *others,
-                     "error"])
+    writer.writerow(header(top_k))
     for row in rows:
-        best = row.top[0] if row.top else None
-        rest = [cell for c in row.top[1:] for cell in (c.label, f"{c.probability:.6f}")]
-        rest += [""] * (len(others) - len(rest))
-        mass = [f"{row.groups[g]:.6f}" if g in row.groups else "" for g in ("head", "medium", "tail")]
-        first = ["", "", "", ""] if best is None else [
-            best.label, f"{best.probability:.6f}", best.group, "" if best.train_images is None else best.train_images]
-        writer.writerow([_printable(row.source), *first, *mass, *rest, _printable(row.error or "")])
+        writer.writerow(cells(row, top_k))
         yield row
 
 
@@ -140,11 +134,6 @@ def _count_bad(rows: Iterator[Prediction]) -> int:
     if bad:
         print(f"{bad} of {total} could not be read; their rows say why.", file=sys.stderr)
     return 1 if bad else 0
-
-
-def _printable(text: str) -> str:
-    """File names that are no text (Linux allows any bytes) with their odd bytes as \\udcXX."""
-    return text.encode("utf-8", errors="backslashreplace").decode()
 
 
 def _percent(value: float | None) -> str:

@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,14 @@ from PIL import Image
 from zoo.errors import PictureError
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
+
+
+class NamedPicture(NamedTuple):
+    """A picture and what results call it, where it has no path of its own; or why it could not be had."""
+
+    name: str
+    picture: Picture | PictureError
+
 
 MAX_FILE_BYTES = 20_000_000
 MAX_PIXELS = 25_000_000
@@ -185,6 +193,8 @@ def _what_it_is(content: bytes) -> str:
         return "is a HEIC picture, which is not supported: save it as JPEG or PNG"
     if start.startswith((b"<", b"\xef\xbb\xbf<")) and b"<svg" in content[:4096]:
         return "is an SVG drawing, which is not supported: save it as PNG"
+    if content.startswith(b"PK\x03\x04"):
+        return "is a zip archive, not a picture"
     if start.startswith(b"%PDF"):
         return "is a PDF, not a picture: save its page as PNG"
     return "is no picture in a supported format (JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF …), or its header is damaged"

@@ -5,15 +5,16 @@ Shape suffixes: N pictures, C classes, A features.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
 
+from zoo.archives import open_zip
 from zoo.errors import BackendError, ModelFolderError, PictureError, ZooError
-from zoo.images import Picture, decode, preprocess
+from zoo.images import NamedPicture, Picture, decode, preprocess
 from zoo.labels import GROUPS, UNKNOWN
 from zoo.model_folder import ONNX, ModelFolder
 
@@ -121,7 +122,7 @@ class Predictor:
         return self._answers([self.preprocess(picture)], [_name_of(picture, 0)], top_k, shift_C)[0]
 
     def predict_batch(
-        self, pictures: Iterable[Picture], top_k: int = 5, prior: Prior | None = None, tau: float = 1.0,
+        self, pictures: Iterable[Picture | NamedPicture], top_k: int = 5, prior: Prior | None = None, tau: float = 1.0,
         batch_size: int = 64,
     ) -> list[Prediction]:
         """One prediction a picture, in order; a bad picture is one with `error` and never ends the batch."""
@@ -142,8 +143,30 @@ class Predictor:
             raise PictureError(f"{root} holds no files.")
         return self.predict_each(files, top_k, prior, tau, batch_size)
 
+    def predict_archive(
+        self, archive: str | os.PathLike, top_k: int = 5, prior: Prior | None = None, tau: float = 1.0,
+        batch_size: int = 64,
+    ) -> Iterator[Prediction]:
+        """Every picture of a zip, which is never unpacked; `source` is its path and the name inside.
+
+        Raises PictureError where the archive is refused (zoo.archives says which are).
+        """
+        pictures = (NamedPicture(f"{os.fspath(archive)}/{name}", picture) for name, picture in open_zip(archive)[1])
+        return self.predict_each(pictures, top_k, prior, tau, batch_size)
+
+    def reweigh(
+        self, answer: Prediction, prior: Prior | None = None, tau: float = 1.0, top_k: int = 5
+    ) -> Prediction:
+        """The same answer for another prior, from its logits: what `predict` would say, without the network."""
+        _at_least_one(top_k=top_k)
+        if answer.logits is None:
+            return answer
+        p_C = self._probabilities(answer.logits[None], self._prior_shift(prior, tau))[0]
+        return replace(answer, top=self._top(p_C, top_k), groups=self._group_mass(p_C),
+                       probabilities=p_C.astype(np.float32))
+
     def predict_each(
-        self, pictures: Iterable[Picture], top_k: int = 5, prior: Prior | None = None, tau: float = 1.0,
+        self, pictures: Iterable[Picture | NamedPicture], top_k: int = 5, prior: Prior | None = None, tau: float = 1.0,
         batch_size: int = 64,
     ) -> Iterator[Prediction]:
         """As `predict_batch`, one after another: endless input, constant memory."""
@@ -166,9 +189,12 @@ class Predictor:
         # A batch is full when it has batch_size good pictures: bad ones between never change who is computed with
         # whom, and so never a digit of the others' scores.
         for i, picture in enumerate(pictures):
-            names.append(_name_of(picture, i))
+            name, content = picture if isinstance(picture, NamedPicture) else (None, picture)
+            names.append(name or _name_of(content, i))
             try:
-                ready.append(self.preprocess(picture))
+                if isinstance(content, PictureError):
+                    raise content
+                ready.append(self.preprocess(content, name))
             except PictureError as error:
                 errors[len(names) - 1] = str(error)
             if len(ready) in (0, batch_size):
@@ -179,15 +205,19 @@ class Predictor:
         self, ready: list[np.ndarray], names: list[str], top_k: int, shift_C: np.ndarray | None
     ) -> list[Prediction]:
         logits_NC, features_NA, feature_maps = self._network(np.stack(ready))
-        scores_NC = logits_NC.astype(np.float64) if shift_C is None else logits_NC + shift_C
-        e_NC = np.exp(scores_NC - scores_NC.max(1, keepdims=True))
-        p_NC = e_NC / e_NC.sum(1, keepdims=True)
+        p_NC = self._probabilities(logits_NC, shift_C)
         return [
             Prediction(name, self._top(p_C, top_k), self._group_mass(p_C), p_C.astype(np.float32), logits_C,
                        features_A, feature_map)
             for name, p_C, logits_C, features_A, feature_map
             in zip(names, p_NC, logits_NC, features_NA, feature_maps, strict=True)
         ]
+
+    @staticmethod
+    def _probabilities(logits_NC: np.ndarray, shift_C: np.ndarray | None) -> np.ndarray:
+        scores_NC = logits_NC.astype(np.float64) if shift_C is None else logits_NC + shift_C
+        e_NC = np.exp(scores_NC - scores_NC.max(1, keepdims=True))
+        return e_NC / e_NC.sum(1, keepdims=True)
 
     def _top(self, p_C: np.ndarray, top_k: int) -> tuple[TopClass, ...]:
         best = np.argsort(-p_C, kind="stable")[:top_k]
@@ -247,7 +277,7 @@ def _refuse_single(pictures: Any) -> None:
     if isinstance(pictures, np.ndarray):
         single = pictures.ndim < 3 or (pictures.ndim == 3 and pictures.shape[2] <= 4)
     else:
-        single = isinstance(pictures, (str, bytes, os.PathLike, Image.Image))
+        single = isinstance(pictures, (str, bytes, os.PathLike, Image.Image, NamedPicture))
     if single:
         raise PictureError("One picture where several are expected: use predict, or give a list.")
 
