@@ -3,12 +3,13 @@
 import hashlib
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from training.authors_subsets import authors_long_tail, authors_meta
 from training.datasets import LongTailed, Split, content_key, list_class_folders, read_pictures
 from training.errors import DataError
 
@@ -62,6 +63,19 @@ def cut(
     return np.array(train), np.array(meta)
 
 
+def cut_as_the_authors(
+    labels: np.ndarray, num_classes: int, meta_per_class: int, imbalance: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The authors' own training and meta pictures; see training.authors_subsets."""
+    sizes = np.bincount(labels, minlength=num_classes)
+    if sizes.min() <= meta_per_class:
+        raise DataError(f"a class has {sizes.min()} pictures, not enough for --meta-per-class {meta_per_class} "
+                        "and one to train on.")
+    meta, rest = authors_meta(labels, num_classes, meta_per_class)
+    counts = long_tail_counts(int(sizes.max()) - meta_per_class, num_classes, imbalance)
+    return rest[authors_long_tail(labels[rest], counts)], meta
+
+
 @dataclass(frozen=True)
 class _Cifar:
     title: str
@@ -95,13 +109,15 @@ CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
 def load_cifar(
     dataset: str, root: Path | None, imbalance: float, meta_per_class: int, subset_seed: int,
-    download: bool = False,
+    download: bool = False, subset: str = "seeded",
 ) -> LongTailed:
     """CIFAR-10-LT or CIFAR-100-LT from `root`: the original files, or class folders train/CLASS and test/CLASS.
 
     dataset    "cifar10-lt" or "cifar100-lt"
     root       folder that holds cifar-10-batches-py (or is it), or train/ and test/
     download   fetch the original files into `root` first, by torchvision
+    subset     "seeded": by `subset_seed`, without copies; "authors": the very pictures of the paper's code, where the
+               files are the original ones or class folders whose names keep the original order
     Raises DataError where the pictures are not there or not whole.
     """
     about = CIFAR[dataset]
@@ -116,31 +132,65 @@ def load_cifar(
             raise DataError(f"{about.title} could not be downloaded into {root}: {error}") from error
     batches = root if root.name == about.folder else root / about.folder
     if batches.is_dir():
-        train_all, test, names, source = _read_cifar_batches(about, batches)
-        keys = [content_key(picture.tobytes()) for picture in train_all.pictures]
-        banned = {content_key(picture.tobytes()) for picture in test.pictures}
-        train_at, meta_at = cut(keys, train_all.labels, banned, len(names), meta_per_class, imbalance, subset_seed)
-        train, meta = (Split(train_all.pictures[at], train_all.labels[at]) for at in (train_at, meta_at))
+        pool = _from_batches(about, batches)
     elif (root / "train").is_dir() and (root / "test").is_dir():
-        train_paths, train_labels, names = list_class_folders(root / "train")
-        test_paths, test_labels, test_names = list_class_folders(root / "test")
-        if names != test_names:
-            raise DataError(f"{root}: train/ and test/ have different classes: "
-                            f"{', '.join(sorted(set(names) ^ set(test_names))[:10])}.")
-        if len(names) != about.num_classes:
-            raise DataError(f"{root / 'train'} has {len(names)} class folders; {about.title} has {about.num_classes}.")
-        banned = {content_key(path.read_bytes()) for path in test_paths}
-        keys = [content_key(path.read_bytes()) for path in train_paths]
-        train_at, meta_at = cut(keys, train_labels, banned, len(names), meta_per_class, imbalance, subset_seed)
-        train, meta = (
-            Split(read_pictures([train_paths[i] for i in at], (32, 32)), train_labels[at]) for at in (train_at, meta_at)
-        )
-        test = Split(read_pictures(test_paths, (32, 32)), test_labels)
-        kinds = {path.suffix.lower().lstrip(".").replace("jpg", "jpeg").upper() for path in test_paths}
-        source = f"{about.title} ({', '.join(sorted(kinds))})"
+        pool = _from_class_folders(about, root)
     else:
         raise DataError(_cifar_missing(about, dataset, root))
-    return LongTailed(train, meta, test, names, source, CIFAR_MEAN, CIFAR_STD)
+    classes = len(pool.label_names)
+    notes: tuple[str, ...] = ()
+    if subset == "authors":
+        train_at, meta_at = cut_as_the_authors(pool.labels, classes, meta_per_class, imbalance)
+        copies = sum(pool.keys[i] in pool.banned for i in (*train_at, *meta_at))
+        notes = ("The authors' subset, their very pictures where the files keep the original order; "
+                 f"copies of test pictures stay in, as in their code: {copies:,}.",)
+    else:
+        train_at, meta_at = cut(pool.keys, pool.labels, pool.banned, classes, meta_per_class, imbalance, subset_seed)
+    return LongTailed(pool.pick(train_at), pool.pick(meta_at), pool.test, pool.label_names, pool.source, CIFAR_MEAN,
+                      CIFAR_STD, notes=notes)
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """All that may be trained on, and the test set. pick: places -> pictures; banned: keys of the test pictures."""
+
+    labels: np.ndarray
+    keys: list[bytes]
+    banned: set[bytes]
+    pick: Callable[[np.ndarray], Split]
+    test: Split
+    label_names: tuple[str, ...]
+    source: str
+
+
+def _from_batches(about: _Cifar, folder: Path) -> _Pool:
+    train, test, names, source = _read_cifar_batches(about, folder)
+    keys, banned = ([content_key(picture.tobytes()) for picture in split.pictures] for split in (train, test))
+    return _Pool(train.labels, keys, set(banned), lambda at: Split(train.pictures[at], train.labels[at]), test, names,
+                 source)
+
+
+def _from_class_folders(about: _Cifar, root: Path) -> _Pool:
+    paths, labels, names = list_class_folders(root / "train")
+    test_paths, test_labels, test_names = list_class_folders(root / "test")
+    if names != test_names:
+        raise DataError(f"{root}: train/ and test/ have different classes: "
+                        f"{', '.join(sorted(set(names) ^ set(test_names))[:10])}.")
+    if len(names) != about.num_classes:
+        raise DataError(f"{root / 'train'} has {len(names)} class folders; {about.title} has {about.num_classes}.")
+    keys, banned = ([content_key(_bytes_of(path)) for path in each] for each in (paths, test_paths))
+    test = Split(read_pictures(test_paths, (32, 32)), test_labels)
+    kinds = {path.suffix.lower().lstrip(".").replace("jpg", "jpeg").upper() for path in test_paths}
+    return _Pool(labels, keys, set(banned),
+                 lambda at: Split(read_pictures([paths[i] for i in at], (32, 32)), labels[at]), test, names,
+                 f"{about.title} ({', '.join(sorted(kinds))})")
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def _cifar_missing(about: _Cifar, dataset: str, root: Path) -> str:

@@ -116,7 +116,7 @@ def load_data(recipe: Cifar10LT, options: RunOptions):
     from training.cifar import load_cifar
 
     return load_cifar(recipe.dataset, options.data, recipe.imbalance, recipe.meta_per_class, recipe.subset_seed,
-                      options.download)
+                      options.download, recipe.subset)
 
 
 def run_name(recipe: Recipe) -> str:

@@ -21,7 +21,6 @@ class CutRule:
     meta_per_class: int = 10
     test_share: float = 0.2
     subset_seed: int = 0
-    meta_in_training: bool = False
     skip_bad: bool = False
 
     def __post_init__(self):
@@ -31,7 +30,7 @@ class CutRule:
 
 def load_folder(
     root: Path, *, test: Path | None = None, meta: Path | None = None, meta_per_class: int = 10,
-    test_share: float = 0.2, subset_seed: int = 0, meta_in_training: bool = False, skip_bad: bool = False,
+    test_share: float = 0.2, subset_seed: int = 0, skip_bad: bool = False,
 ) -> LongTailed:
     """Class folders ROOT/CLASS/picture.jpg, or ROOT/train/CLASS with test/ (and val/ or meta/) beside it.
 
@@ -39,13 +38,13 @@ def load_folder(
     skip_bad     leave out pictures that cannot be decoded and classes too small to use, instead of stopping
     Every picture is decoded once. What is not given is cut by training.cuts. Raises DataError.
     """
-    rule = CutRule(meta_per_class, test_share, subset_seed, meta_in_training, skip_bad)
+    rule = CutRule(meta_per_class, test_share, subset_seed, skip_bad)
     return assemble(list_folder(root.expanduser(), test, meta, skip_bad), rule)
 
 
 def load_table(
     table: Path, root: Path | None = None, *, meta_per_class: int = 10, test_share: float = 0.2, subset_seed: int = 0,
-    meta_in_training: bool = False, skip_bad: bool = False, path_column: str | None = None,
+    skip_bad: bool = False, path_column: str | None = None,
     label_column: str | None = None, split_column: str | None = None, group_column: str | None = None,
 ) -> LongTailed:
     """A CSV table with a row a picture: path, label and, where there are such columns, split and group.
@@ -54,7 +53,7 @@ def load_table(
     Pictures of one group (an animal, a track, a camera) are never parted between training and test. The columns are
     found by their usual names (training.listings.COLUMN_NAMES) or named. Otherwise as load_folder.
     """
-    rule = CutRule(meta_per_class, test_share, subset_seed, meta_in_training, skip_bad)
+    rule = CutRule(meta_per_class, test_share, subset_seed, skip_bad)
     return assemble(list_table(table, root, skip_bad, path=path_column, label=label_column, split=split_column,
                                group=group_column), rule)
 
@@ -90,8 +89,7 @@ def assemble(listing: Listing, rule: CutRule) -> LongTailed:
     if not parts.test.any():
         raise DataError("no class has pictures to test on: every class is a single group or full of copies. Give a "
                         "test set of its own.")
-    train, meta, test = (np.flatnonzero(part) for part in
-                         (parts.train | parts.meta if rule.meta_in_training else parts.train, parts.meta, parts.test))
+    train, meta, test = (np.flatnonzero(part) for part in (parts.train, parts.meta, parts.test))
     files = PictureFiles(listing.root, tuple(listing.names), listing.labels, looked.sizes[keep])
     moments = looked.moments[keep][train].mean(0)
     data = LongTailed(

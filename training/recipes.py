@@ -179,6 +179,9 @@ class Cifar10LT(Recipe):
     imbalance: float = 100
     """Largest class / smallest class. The paper: 10, 20, 50, 100, 200; 1 is the balanced set."""
 
+    subset: Literal["seeded", "authors"] = "seeded"
+    """authors: the very pictures that the paper's code draws; seeded: drawn by --subset-seed, without copies."""
+
 
 @dataclass(frozen=True)
 class Cifar100LT(Cifar10LT):
