@@ -19,9 +19,11 @@ from zoo.model_folder import (
     CARD,
     CONFIG,
     COVARIANCE,
+    FIGURE,
     FILES,
     MANIFEST,
     ONNX,
+    ONNX_INT8,
     WEIGHTS,
     ModelFolder,
     add_files,
@@ -40,7 +42,8 @@ def small(tmp_path_factory, tiny_model_folder) -> Path:
     rng = np.random.default_rng(0)
     opened = write_model_folder(folder, config, {"fc.weight": rng.normal(size=(10, 8)).astype(np.float32)},
                                 {"running": np.ones((10, 8), np.float32)})
-    add_files(folder, {ONNX: rng.bytes(300), CARD: b"# small\n"}, opened.files)
+    add_files(folder, {ONNX: rng.bytes(300), ONNX_INT8: rng.bytes(100), CARD: b"# small\n", FIGURE: rng.bytes(50)},
+              opened.files)
     return folder
 
 

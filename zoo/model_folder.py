@@ -4,7 +4,9 @@
     model.safetensors       weights, by their names in zoo.architectures
     covariance.safetensors  optional: running class covariances and what was learned on top
     onnx/model.onnx         one file; outputs logits, features, feature_map
+    onnx/model_int8.onnx    optional: the same, quantised
     README.md               the model card
+    accuracy.png            optional: its figure, accuracy per class
     manifest.json           sha256 and size of every file above
 
 A file is read once, as bytes, and used only if those bytes have the manifest's sha256; the manifest vouches for
@@ -25,9 +27,10 @@ from zoo.errors import ModelFolderError
 from zoo.files import write_atomically
 from zoo.labels import GROUPS, UNKNOWN
 
-CONFIG, WEIGHTS, COVARIANCE, ONNX, CARD, MANIFEST = (
-    "config.json", "model.safetensors", "covariance.safetensors", "onnx/model.onnx", "README.md", "manifest.json")
-FILES = (CONFIG, WEIGHTS, COVARIANCE, ONNX, CARD)
+CONFIG, WEIGHTS, COVARIANCE = "config.json", "model.safetensors", "covariance.safetensors"
+ONNX, ONNX_INT8 = "onnx/model.onnx", "onnx/model_int8.onnx"
+CARD, FIGURE, MANIFEST = "README.md", "accuracy.png", "manifest.json"
+FILES = (CONFIG, WEIGHTS, COVARIANCE, ONNX, ONNX_INT8, CARD, FIGURE)
 
 
 class ModelFolder:
