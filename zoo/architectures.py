@@ -1,8 +1,15 @@
 """The networks, with timm's interface: forward_features, forward_head(pre_logits=), get_classifier. Needs torch.
 
-Feature maps are (N, A, H, W), features (N, A), logits (N, C); every network here ends in global average pooling and
-one linear layer, so that class activation maps are exact.
+Feature maps are (N, A, H, W), features (N, A), logits (N, C). Every network ends in one linear layer over A =
+`num_features` features. Those of `ARCHITECTURES` average their feature map to get them, so that class activation maps
+are exact; of timm's networks some do too (`has_feature_map` says which).
 """
+
+import difflib
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,24 +92,81 @@ class CosineClassifier(nn.Linear):
         return cosine_logits(features, self.weight, self.scale)
 
 
-def create(architecture: str, num_classes: int, cosine_scale: float | None = None) -> nn.Module:
-    """The network by its name, with fresh weights from torch's global random state.
+def create(architecture: str, num_classes: int, cosine_scale: float | None = None) -> Any:
+    """The network by its name, with fresh weights from torch's global random state. Nothing is downloaded.
 
+    architecture  one of `ARCHITECTURES`, or a network of timm by its name, "timm:convnext_atto"; without "timm:" too,
+                  where no name here is the same, which is how a model folder that timm opens has it
     cosine_scale  where given, the last layer is a CosineClassifier of this scale
-    Raises ZooError for a name that is not in `ARCHITECTURES`.
+    Raises ZooError for a name that is neither, and for networks that do not end in one linear layer.
     """
-    try:
-        make = ARCHITECTURES[architecture]
-    except KeyError:
-        raise ZooError(f"Unknown architecture {architecture!r}: one of {', '.join(ARCHITECTURES)}.") from None
-    module = make(num_classes)
+    module: Any
+    if architecture in ARCHITECTURES:
+        module = ARCHITECTURES[architecture](num_classes)
+        module.has_feature_map = True
+    else:
+        module = _timm(architecture, num_classes)
     if cosine_scale is not None:
-        module.fc = CosineClassifier(module.fc.in_features, num_classes, cosine_scale)
+        parent, _, name = classifier_name(module).rpartition(".")
+        cosine = CosineClassifier(module.num_features, num_classes, cosine_scale)
+        setattr(module.get_submodule(parent), name, cosine)
     return module
 
 
-def _torchvision_resnet(block: str, layers: list[int], **options):
-    """torchvision's ResNet, whose parameter names are also timm's, with timm's interface."""
+def classifier_name(module: Any) -> str:
+    """The name of the last layer in the module: "fc", "head.fc" …; timm's `pretrained_cfg["classifier"]`."""
+    last = module.get_classifier()
+    return next(name for name, layer in module.named_modules() if layer is last)
+
+
+def _timm(architecture: str, num_classes: int) -> Any:
+    name = architecture.removeprefix("timm:")
+    try:
+        import timm
+    except ModuleNotFoundError:
+        raise ZooError(f"Architecture {architecture!r} is none of {', '.join(ARCHITECTURES)}. For timm's networks: "
+                       "pip install 'metasaug[timm]'.") from None
+    # timm itself would take "hf-hub:…" and "local-dir:…" too, and read or fetch weights from there.
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, {*ARCHITECTURES, *timm.list_models()}, n=3)
+        meant = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ZooError(f"Unknown architecture {architecture!r}.{meant} There are {', '.join(ARCHITECTURES)} and, as "
+                       "timm:NAME, the networks of timm (timm.list_models()).")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = timm.create_model(name, pretrained=False, num_classes=num_classes)
+        return _checked(module)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise ZooError(f"timm's {name} cannot be used here: {error}") from error
+
+
+def _checked(module: Any) -> Any:
+    """By what the network does, not by its name: is it features and a linear layer, and are they a map's mean?"""
+    last = module.get_classifier()
+    if not isinstance(last, nn.Linear):
+        raise ValueError("it does not end in one linear layer")
+    training, size = module.training, module.default_cfg["input_size"]
+    picture = torch.linspace(-2, 2, 2 * math.prod(size)).sin().view(2, *size)
+    with torch.no_grad():
+        feature_map = module.eval().forward_features(picture)
+        features = module.forward_head(feature_map, pre_logits=True)
+        if features.shape != (2, last.in_features) or not torch.allclose(last(features), module(picture), atol=1e-5):
+            raise ValueError("its logits are not one linear layer over its features")
+    module.train(training)
+    module.num_features = last.in_features  # some of timm count the channels before a hidden layer of the head
+    module.has_feature_map = (
+        isinstance(feature_map, Tensor) and feature_map.dim() == 4 and feature_map.shape[1] == last.in_features
+        and torch.allclose(feature_map.mean((2, 3)), features, atol=1e-5))
+    return module
+
+
+def _torchvision_resnet(block: str, layers: list[int], small: bool, **options):
+    """torchvision's ResNet, whose parameter names are also timm's, with timm's interface.
+
+    small  for pictures of 32 to 96 pixels: the stem is one 3 x 3 convolution of stride 1, without pooling, where the
+           usual one leaves a quarter of the width and height
+    """
 
     def make(num_classes: int) -> nn.Module:
         from torchvision.models import resnet
@@ -124,18 +188,28 @@ def _torchvision_resnet(block: str, layers: list[int], **options):
 
         module = ResNet(getattr(resnet, block), layers, num_classes, **options)
         module.num_classes, module.num_features = num_classes, module.fc.in_features
+        if small:
+            module.conv1, module.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+            nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
         return module
 
     return make
 
 
-ARCHITECTURES = {
+_RESNETS = {
+    "resnet10": ("BasicBlock", [1, 1, 1, 1], {}),
+    "resnet18": ("BasicBlock", [2, 2, 2, 2], {}),
+    "resnet34": ("BasicBlock", [3, 4, 6, 3], {}),
+    "resnet50": ("Bottleneck", [3, 4, 6, 3], {}),
+    "resnet101": ("Bottleneck", [3, 4, 23, 3], {}),
+    "resnet152": ("Bottleneck", [3, 8, 36, 3], {}),
+    "resnext50_32x4d": ("Bottleneck", [3, 4, 6, 3], {"groups": 32, "width_per_group": 4}),
+}
+
+ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
     "resnet32": lambda num_classes: CifarResNet(num_classes, 5),
-    "resnet10": _torchvision_resnet("BasicBlock", [1, 1, 1, 1]),
-    "resnet18": _torchvision_resnet("BasicBlock", [2, 2, 2, 2]),
-    "resnet34": _torchvision_resnet("BasicBlock", [3, 4, 6, 3]),
-    "resnet50": _torchvision_resnet("Bottleneck", [3, 4, 6, 3]),
-    "resnet101": _torchvision_resnet("Bottleneck", [3, 4, 23, 3]),
-    "resnet152": _torchvision_resnet("Bottleneck", [3, 8, 36, 3]),
-    "resnext50_32x4d": _torchvision_resnet("Bottleneck", [3, 4, 6, 3], groups=32, width_per_group=4),
+    **{name: _torchvision_resnet(block, layers, False, **options)
+       for name, (block, layers, options) in _RESNETS.items()},
+    **{f"{name}-small": _torchvision_resnet(block, layers, True, **options)
+       for name, (block, layers, options) in _RESNETS.items()},
 }

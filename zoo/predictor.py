@@ -3,6 +3,7 @@
 Shape suffixes: N pictures, C classes, A features.
 """
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,7 +43,7 @@ class Prediction:
     groups         probability mass of head, medium and tail, in that order
     probabilities  (C,) float32, in the order of the model's labels; softmax of logits and prior
     logits         (C,) as the network gives them, before any prior
-    features       (A,) what enters the last layer          feature_map   (A, H, W) before pooling
+    features       (A,) what enters the last layer          feature_map   (A, H, W) whose mean they are, or None
     """
 
     source: str
@@ -205,12 +206,13 @@ class Predictor:
         self, ready: list[np.ndarray], names: list[str], top_k: int, shift_C: np.ndarray | None
     ) -> list[Prediction]:
         logits_NC, features_NA, feature_maps = self._network(np.stack(ready))
+        maps = itertools.repeat(None, len(ready)) if feature_maps is None else feature_maps
         p_NC = self._probabilities(logits_NC, shift_C)
         return [
             Prediction(name, self._top(p_C, top_k), self._group_mass(p_C), p_C.astype(np.float32), logits_C,
                        features_A, feature_map)
             for name, p_C, logits_C, features_A, feature_map
-            in zip(names, p_NC, logits_NC, features_NA, feature_maps, strict=True)
+            in zip(names, p_NC, logits_NC, features_NA, maps, strict=True)
         ]
 
     @staticmethod
@@ -286,16 +288,16 @@ def _name_of(picture: Any, position: int) -> str:
     return str(picture) if isinstance(picture, (str, os.PathLike)) else f"picture {position + 1}"
 
 
-# ---- the two backends: float32 (N, 3, H, W) -> logits (N, C), features (N, A), feature maps (N, A, H, W) ----
+# ---- the two backends: float32 (N, 3, H, W) -> logits (N, C), features (N, A), feature maps (N, A, H, W) or None ----
 
 
 class _Network(Protocol):
     device: str
 
-    def __call__(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+    def __call__(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]: ...
 
 
-OUTPUTS = ("logits", "features", "feature_map")
+OUTPUTS = ("logits", "features", "feature_map")  # the last one only where the features are its mean
 
 
 class _OnnxNetwork:
@@ -327,7 +329,7 @@ class _OnnxNetwork:
         inputs, outputs = self.session.get_inputs(), {o.name: o.shape for o in self.session.get_outputs()}
         expected = list(folder.config["pretrained_cfg"]["input_size"])
         if (len(inputs) != 1 or inputs[0].type != "tensor(float)" or list(inputs[0].shape[1:]) != expected
-                or isinstance(inputs[0].shape[0], int) or not set(outputs) >= set(OUTPUTS)):
+                or isinstance(inputs[0].shape[0], int) or not set(outputs) >= set(OUTPUTS[:2])):
             raise ModelFolderError(f"{folder.path / ONNX} takes and gives something else than config.json says, or a "
                                    "fixed number of pictures.")
         self.input = inputs[0].name
@@ -335,9 +337,11 @@ class _OnnxNetwork:
             raise ModelFolderError(f"{folder.path / ONNX} gives logits of shape {outputs['logits']}, config.json has "
                                    f"{folder.config['num_classes']} classes.")
 
-    def __call__(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        logits, features, feature_map = self.session.run(list(OUTPUTS), {self.input: pictures})
-        return logits, features, feature_map
+        self.outputs = [name for name in OUTPUTS if name in outputs]
+
+    def __call__(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        logits, features, *feature_map = self.session.run(self.outputs, {self.input: pictures})
+        return logits, features, *(feature_map or [None])
 
 
 def _has_nvidia_driver() -> bool:
@@ -361,19 +365,21 @@ class _TorchNetwork:
         self.device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
         self.module = module.to(self.device)
 
-    def __call__(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def __call__(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         import torch
 
         with torch.inference_mode():
-            logits, features, feature_map = all_outputs(self.module, torch.from_numpy(pictures).to(self.device))
-        return logits.cpu().numpy(), features.cpu().numpy(), feature_map.cpu().numpy()
+            outputs = all_outputs(self.module, torch.from_numpy(pictures).to(self.device))
+        logits, features, *feature_map = (tensor.cpu().numpy() for tensor in outputs)
+        return logits, features, *(feature_map or [None])
 
 
 def all_outputs(module, pictures):
-    """Logits, features and feature map of a network with timm's interface, from one pass: what ONNX exports."""
+    """Logits, features and, where it has one, the feature map of a network of zoo.architectures, from one pass."""
     feature_map = module.forward_features(pictures)
     features = module.forward_head(feature_map, pre_logits=True)
-    return module.get_classifier()(features), features, feature_map
+    logits = module.get_classifier()(features)
+    return (logits, features, feature_map) if module.has_feature_map else (logits, features)
 
 
 def torch_module(folder: ModelFolder):

@@ -1,0 +1,165 @@
+"""Architectures: a name alone rebuilds a network, ours or timm's, and a folder of it is timm's too."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import zoo
+from zoo.errors import ZooError
+from zoo.model_folder import ModelFolder, write_model_folder
+
+torch = pytest.importorskip("torch")
+
+from zoo.architectures import ARCHITECTURES, classifier_name, create  # noqa: E402
+
+
+def folder_of(path: Path, architecture: str, config: dict, size: int, cosine_scale: float | None = None) -> Path:
+    """A model folder around random weights, batch norm's statistics included."""
+    torch.manual_seed(0)
+    module = create(architecture, 10, cosine_scale)
+    for name, buffer in module.named_buffers():
+        if name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+        elif name.endswith("running_mean"):
+            buffer.normal_()
+    config = json.loads(json.dumps(config))
+    config |= {"architecture": architecture.removeprefix("timm:"), "num_features": module.num_features}
+    config["pretrained_cfg"] |= {"input_size": [3, size, size], "crop_pct": 0.875,
+                                 "classifier": classifier_name(module)}
+    config["metasaug"] |= {"name": architecture, "cosine_scale": cosine_scale}
+    return write_model_folder(path, config, {n: t.numpy() for n, t in module.state_dict().items()}).path
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model_folder) -> dict:
+    return ModelFolder(tiny_model_folder).config
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_name_is_a_network_of_features_and_one_linear_layer(architecture):
+    # Given a network by its name, when it sees pictures of an odd size,
+    module = create(architecture, 7).eval()
+    pictures = torch.randn(2, 3, 40, 48)
+    with torch.no_grad():
+        feature_map = module.forward_features(pictures)
+        features = module.forward_head(feature_map, pre_logits=True)
+        # then features are the map's mean, logits one linear layer over them, and that layer has a name.
+        assert features.shape == (2, module.num_features)
+        torch.testing.assert_close(features, feature_map.mean((2, 3)))
+        torch.testing.assert_close(module.get_classifier()(features), module(pictures))
+    assert module.has_feature_map and classifier_name(module) == "fc" and module.num_classes == 7
+
+
+def test_small_stems_keep_the_pixels_of_small_pictures():
+    """A usual stem leaves a 32 x 32 picture 8 x 8 before the first block, a small one 32 x 32."""
+    pictures = torch.zeros(1, 3, 32, 32)
+    for name in ("resnet18", "resnet50"):
+        usual, small = create(name, 10).eval(), create(f"{name}-small", 10).eval()
+        assert usual.forward_features(pictures).shape[2:] == (1, 1)
+        assert small.forward_features(pictures).shape[2:] == (4, 4)
+        # Everything behind the stem is the same network.
+        shapes = [{k: v.shape for k, v in m.state_dict().items() if k != "conv1.weight"} for m in (usual, small)]
+        assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(("architecture", "size", "has_map"), [
+    ("timm:regnetx_002", 64, True), ("timm:convnext_atto", 64, False), ("timm:mobilenetv3_small_050", 64, False),
+    ("resnet18-small", 32, True)])
+def test_a_folder_of_any_network_is_rebuilt_from_its_name_and_runs_in_onnx(architecture, size, has_map, config,
+                                                                           tmp_path):
+    pytest.importorskip("timm")
+    from export.to_onnx import export_folder
+
+    # Given a folder of a network of timm, or one with a small stem, when it is exported and loaded by both backends,
+    folder = folder_of(tmp_path / "model", architecture, config, size)
+    export_folder(folder)
+    pictures = list(np.random.default_rng(0).integers(0, 256, (3, 50, 70, 3), dtype=np.uint8))
+    onnx, torch_ = (zoo.load(folder, backend=b, device="cpu").predict_batch(pictures) for b in ("onnx", "torch"))
+    # then they agree; where features are no mean of a map there is none, and nothing pretends otherwise.
+    for mine, theirs in zip(onnx, torch_, strict=True):
+        np.testing.assert_allclose(mine.logits, theirs.logits, atol=1e-4)
+        np.testing.assert_allclose(mine.features, theirs.features, atol=1e-4)
+        assert (mine.feature_map is not None) == (theirs.feature_map is not None) == has_map
+        if has_map:
+            np.testing.assert_allclose(mine.feature_map.mean((1, 2)), mine.features, atol=1e-4)
+
+
+def test_a_cosine_classifier_stands_wherever_the_last_layer_is():
+    pytest.importorskip("timm")
+    for architecture, name in (("resnet18", "fc"), ("timm:convnext_atto", "head.fc"),
+                               ("timm:efficientnet_b0", "classifier")):
+        module = create(architecture, 5, cosine_scale=20.0).eval()
+        assert classifier_name(module) == name and module.get_classifier().bias is None
+        with torch.no_grad():
+            assert module(torch.randn(2, 3, 64, 64)).abs().max() <= 20
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("resnet51", "Unknown architecture 'resnet51'. Did you mean .*resnet50"), ("timm:nothing-like-it", "timm:NAME"),
+    ("timm:hf-hub:timm/resnet18.a1_in1k", "Unknown"), ("timm:local-dir:/tmp", "Unknown"), ("", "Unknown"),
+    ("timm:resnetv2_50", "does not end in one linear layer"),
+    ("timm:deit_tiny_distilled_patch16_224", "does not end in one linear layer")])
+def test_a_name_that_cannot_be_used_says_why(name, reason):
+    """And none makes timm read a folder or ask the network."""
+    pytest.importorskip("timm")
+    with pytest.raises(ZooError, match=reason):
+        create(name, 10)
+
+
+def test_without_timm_our_own_networks_work_and_others_say_what_to_install():
+    code = ("import sys; sys.modules['timm'] = None\n"
+            "from zoo.architectures import create; from zoo.errors import ZooError\n"
+            "create('resnet10-small', 3)\n"
+            "try: create('timm:convnext_atto', 3)\n"
+            "except ZooError as error: print(error)")
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "pip install 'metasaug[timm]'" in shown
+
+
+# ---- timm opens our folders ----
+
+
+@pytest.mark.parametrize(("architecture", "size"), [("resnet50", 64), ("timm:convnext_atto", 64)])
+def test_timm_opens_a_model_folder_unchanged(architecture, size, config, tmp_path):
+    timm = pytest.importorskip("timm")
+    # Given a model folder as the zoo writes it,
+    folder = folder_of(tmp_path / "model", architecture, config, size)
+    # when timm opens it by its own means,
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    # then the network, its weights and its logits are ours, and so is what it says about pictures and classes.
+    pictures = torch.randn(3, 3, size, size)
+    with torch.no_grad():
+        assert torch.equal(theirs(pictures), zoo.load(folder, backend="torch").module(pictures))
+    data = timm.data.resolve_model_data_config(theirs)
+    cfg = config["pretrained_cfg"]
+    for key, value in {**cfg, "input_size": [3, size, size], "crop_pct": 0.875}.items():
+        if key in data:
+            assert (list(data[key]) if isinstance(value, list) else data[key]) == value, key
+    assert theirs.num_classes == 10 and theirs.pretrained_cfg["label_names"] == config["label_names"]
+
+
+def test_timm_refuses_a_folder_whose_classifier_it_has_not(config, tmp_path):
+    """A cosine classifier would be a linear one there: an error, never other logits."""
+    timm = pytest.importorskip("timm")
+    folder = folder_of(tmp_path / "model", "resnet18", config, 64, cosine_scale=30.0)
+    with pytest.raises(RuntimeError, match=r"fc\.bias"):
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def test_timms_pictures_are_prepared_as_ours(config, tmp_path, pictures):
+    """timm's own transform of the folder's config gives the zoo's pixels: same resize, crop, mean and std."""
+    timm = pytest.importorskip("timm")
+    from PIL import Image
+
+    folder = folder_of(tmp_path / "model", "resnet10-small", config, 64)
+    cfg = ModelFolder(folder).config["pretrained_cfg"]
+    transform = timm.data.create_transform(**{k: cfg[k] for k in ("input_size", "mean", "std", "crop_pct",
+                                                                  "interpolation")})
+    ours = zoo.load(folder, backend="torch")
+    for name in ("a.png", "d.jpg"):
+        theirs = transform(Image.open(pictures / name).convert("RGB")).numpy()
+        np.testing.assert_allclose(ours.preprocess(pictures / name), theirs, atol=1e-6)
