@@ -87,7 +87,7 @@ def cut_test(units: Units, labels: np.ndarray, num_classes: int, share: float, s
 
     for unit in in_order:
         if drawn[unit] < share:
-            take_if(unit, np.maximum(most, np.ceil(share * total)))
+            take_if(unit, np.minimum(np.maximum(most, np.ceil(share * total)), total - 1))
     of_class: dict[int, list[int]] = {c: [] for c in np.flatnonzero(taken < least).tolist()}
     for unit in in_order:
         for c in np.flatnonzero(counts[unit]).tolist():

@@ -74,7 +74,8 @@ class LongTailed:
 
     mean, std             per channel, in [0, 1]: the benchmark's own, or measured on the training pictures
     shared_meta_classes   classes whose meta pictures are in training as well, being too small to spare them
-    notes                 sentences about what was decided on the way: cuts, copies, pictures left out
+    notes                 sentences about what was decided on the way: cuts, copies, how many pictures left out
+    left_out              what --skip-bad left out, each with its reason
     """
 
     train: Split | PictureFiles
@@ -86,6 +87,7 @@ class LongTailed:
     std: tuple[float, float, float]
     shared_meta_classes: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def class_counts(self) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ import numpy as np
 from training.authors_subsets import authors_meta
 from training.datasets import LongTailed, PictureFiles, listed, printable
 from training.errors import DataError
-from training.listings import refuse
+from training.listings import left_out_in_words, refuse
 from training.looking import look_at
 from zoo import label_names as known
 
@@ -349,8 +349,8 @@ def _data_set(
     parts = {"training": train, "meta": meta, "test": test}
     everything = list(dict.fromkeys(name for part in parts.values() for name in part.names))
     bad = _bad_pictures(about, root, name, everything, skip_bad)
+    left_out = [bad[each] for each in sorted(bad)]
     if bad:
-        notes = [*notes, f"Left out, {len(bad):,} pictures, missing or unreadable: {listed(sorted(bad.values()), ' ')}"]
         parts = {what: part.at(np.flatnonzero([n not in bad for n in part.names])) for what, part in parts.items()}
     train, meta, test = parts.values()
     counts = np.bincount(train.labels, minlength=len(names))
@@ -364,7 +364,8 @@ def _data_set(
         notes = [*notes, f"Not the whole of {about.title}: {sizes[0]:,} of {about.classes:,} classes, {sizes[1]:,} of "
                  f"{about.train_pictures:,} training and {sizes[2]:,} of {about.test_pictures:,} test pictures."]
     files = [PictureFiles(root, tuple(part.names), part.labels) for part in (train, meta, test)]
-    return LongTailed(files[0], files[1], files[2], names, about.title, about.mean, about.std, shared, tuple(notes))
+    return LongTailed(files[0], files[1], files[2], names, about.title, about.mean, about.std, shared,
+                      (*notes, *left_out_in_words(left_out)), tuple(left_out))
 
 
 def _bad_pictures(

@@ -44,13 +44,14 @@ class Listing:
     splits: Sequence[str | None]
     groups: Sequence[str | None] | None = None
     notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def at(self, keep: np.ndarray) -> "Listing":
         def take(values: Sequence) -> list:
             return [values[i] for i in keep]
 
-        return Listing(self.root, self.source, take(self.names), self.labels[keep], self.label_names,
-                       take(self.splits), None if self.groups is None else take(self.groups), self.notes)
+        return replace(self, names=take(self.names), labels=self.labels[keep], splits=take(self.splits),
+                       groups=None if self.groups is None else take(self.groups))
 
     def without_classes(self, gone: Iterable[int]) -> "tuple[Listing, np.ndarray]":
         """The rest with its classes numbered anew, and the places of its pictures."""
@@ -59,14 +60,19 @@ class Listing:
         place = {c: i for i, c in enumerate(kept)}
         keep = np.flatnonzero([int(c) in place for c in self.labels])
         rest = self.at(keep)
-        return Listing(rest.root, rest.source, rest.names, np.array([place[int(c)] for c in rest.labels], np.int64),
-                       tuple(self.label_names[c] for c in kept), rest.splits, rest.groups, rest.notes), keep
+        return replace(rest, labels=np.array([place[int(c)] for c in rest.labels], np.int64),
+                       label_names=tuple(self.label_names[c] for c in kept)), keep
 
 
 def refuse(what: str, each: Sequence[str], remedy: str, skip_bad: bool) -> None:
     """One error that names the first few of what is bad; with `skip_bad` the caller leaves them out and says so."""
     if not skip_bad:
         raise DataError(f"{what}:\n  {listed(each, chr(10) + '  ')}\n{remedy}, or leave them out with --skip-bad.")
+
+
+def left_out_in_words(left_out: Sequence[str]) -> list[str]:
+    """A note on what `skip_bad` left out; nothing where that is nothing."""
+    return [f"Left out, {len(left_out):,}: " + listed(left_out, " ")] if left_out else []
 
 
 # ---- class folders ----
@@ -118,7 +124,7 @@ def list_folder(root: Path, test: Path | None = None, meta: Path | None = None, 
         refuse(f"{len(empty)} class folder{'s hold' if len(empty) > 1 else ' holds'} no pictures", empty,
                 "Fill or remove them", skip_bad)
         listing, _ = listing.without_classes(place[name] for name in empty)
-        return replace(listing, notes=(*notes, f"Left out, classes without pictures: {listed(empty, ', ')}."))
+        return replace(listing, left_out=tuple(f"{name} holds no pictures." for name in empty))
     return listing
 
 
@@ -184,7 +190,6 @@ def list_table(
         copies += before != line
     if bad:
         refuse(f"{table}: {len(bad):,} rows cannot be used", bad, "Mend them", skip_bad)
-        notes.append(f"Left out, {len(bad):,} rows: {listed(bad, '; ')}.")
     if copies:
         notes.append(f"{copies:,} rows say again what another row says; each picture is used once.")
     label_names = sorted({str(rest[0]) for _, rest in first.values()}, key=_numbers_by_value)
@@ -199,7 +204,7 @@ def list_table(
                      "between training and test.")
     return Listing(root, f"{table.stem} (table)", list(first),
                    np.array([place[str(rest[0])] for _, rest in first.values()], np.int64), tuple(label_names),
-                   [rest[1] for _, rest in first.values()], groups, tuple(notes))
+                   [rest[1] for _, rest in first.values()], groups, tuple(notes), tuple(f"{row}." for row in bad))
 
 
 def _read_table(table: Path) -> tuple[list[str], list[tuple[int, list[str]]], list[str]]:

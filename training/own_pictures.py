@@ -10,7 +10,7 @@ import numpy as np
 from training import cuts
 from training.datasets import LongTailed, PictureFiles, listed, printable
 from training.errors import DataError
-from training.listings import Listing, list_folder, list_table, refuse
+from training.listings import Listing, left_out_in_words, list_folder, list_table, refuse
 from training.looking import look_at
 
 
@@ -75,15 +75,14 @@ class _Parts:
 def assemble(listing: Listing, rule: CutRule) -> LongTailed:
     """Decode every picture once, leave out what is bad (or stop), take the given splits, cut those not given."""
     looked = look_at([listing.root / name for name in listing.names], [printable(name) for name in listing.names])
-    notes = list(listing.notes)
+    left_out = list(listing.left_out)
     if looked.errors:
         reasons = [looked.errors[i] for i in sorted(looked.errors)]
         refuse(f"{len(reasons):,} of {len(listing.names):,} pictures cannot be used", reasons,
-                "Mend or remove them", rule.skip_bad)
-        notes.append(f"Left out, {len(reasons):,} of {len(listing.names):,} pictures, unreadable: "
-                     + listed(reasons, " "))
+               "Mend or remove them", rule.skip_bad)
+        left_out += reasons
     keep = np.array([i for i in range(len(listing.names)) if i not in looked.errors], np.int64)
-    listing, keep = _without_small_classes(listing.at(keep), keep, rule, notes)
+    listing, keep = _without_small_classes(listing.at(keep), keep, rule, left_out)
     keys = [looked.keys[i] for i in keep]
     parts = (_given_parts if any(s not in (None, "train") for s in listing.splits) else _cut_parts)(listing, keys, rule)
     if not parts.test.any():
@@ -95,13 +94,14 @@ def assemble(listing: Listing, rule: CutRule) -> LongTailed:
     data = LongTailed(
         files.at(train), files.at(meta), files.at(test), listing.label_names, listing.source,
         *_mean_and_std(moments), shared_meta_classes=parts.shared,
-        notes=(*notes, *parts.notes, *_contradictions(listing, keys)))
+        notes=(*listing.notes, *left_out_in_words(left_out), *parts.notes, *_contradictions(listing, keys)),
+        left_out=tuple(left_out))
     _check_trainable(data)
     return data
 
 
 def _without_small_classes(
-    listing: Listing, keep: np.ndarray, rule: CutRule, notes: list[str]
+    listing: Listing, keep: np.ndarray, rule: CutRule, left_out: list[str]
 ) -> tuple[Listing, np.ndarray]:
     """Without the classes that nothing is left of and, where a test set is to be cut, those of one picture."""
     counts = np.bincount(listing.labels, minlength=len(listing.label_names))
@@ -109,11 +109,12 @@ def _without_small_classes(
     small = np.flatnonzero(counts < least)
     if not len(small):
         return listing, keep
-    names = [f"{listing.label_names[c]} ({counts[c]})" for c in small]
-    refuse(f"{len(names)} class{'es have' if len(names) > 1 else ' has'} fewer than {least} usable "
-            f"picture{'s' if least > 1 else ''}" + (", one to train and one to test on" if least > 1 else ""), names,
-            "Add pictures, join classes or remove them", rule.skip_bad)
-    notes.append("Left out, classes with too few pictures: " + listed(names, ", ") + ".")
+    names = [f"the class {listing.label_names[c]} has {'1 usable picture' if counts[c] else 'no usable pictures'}."
+             for c in small]
+    refuse(f"{len(names)} class{'es have' if len(names) > 1 else ' has'} too few pictures"
+           + (" (one to train and one to test on is the least)" if least > 1 else ""), names,
+           "Add pictures, join classes or remove them", rule.skip_bad)
+    left_out += names
     rest, places = listing.without_classes(small.tolist())
     return rest, keep[places]
 
