@@ -73,13 +73,14 @@ the annotations train2018.json, val2018.json. Unpacking needs the space twice. T
 
 def load_imagenet_lt(
     root: Path | None, *, lists: Path | None = None, meta_per_class: int = IMAGENET_LT.meta_per_class,
-    subset_seed: int = 0, subset: str = "seeded", skip_bad: bool = False,
+    subset_seed: int = 0, subset: str = "seeded", skip_bad: bool = False, look: bool = False,
 ) -> LongTailed:
     """ImageNet-LT: the published lists over an ImageNet folder; the meta set is drawn from the val list.
 
     root      holds train/ and val/           lists   holds the three list files; by default root
     subset    "authors": the meta pictures that the paper's code draws; "seeded": by `subset_seed`
     skip_bad  leave out pictures that are missing or, after decoding every one, unreadable
+    look      decode every picture without leaving any out: sizes are known then, and copies across splits are named
     Raises DataError.
     """
     root = Path("data") if root is None else root.expanduser()
@@ -96,17 +97,13 @@ def load_imagenet_lt(
     names, notes = _imagenet_names(train, classes)
     pool, test = _within(pool, classes, "val"), _within(test, classes, "test")
     meta = pool.at(_choose(pool.labels, classes, meta_per_class, subset, subset_seed))
-    lacking = np.setdiff1d(np.arange(classes), meta.labels)
-    if len(lacking):
-        raise DataError(f"{IMAGENET_LT_META} has no picture of {len(lacking)} classes: "
-                        f"{listed([names[c] for c in lacking], ', ')}. Is it another list's?")
     return _data_set(IMAGENET_LT, root, "imagenet-lt", train, meta, test, names, (),
-                     [*notes, *_published_counts(train, classes)], skip_bad)
+                     [*notes, *_published_counts(train, classes)], skip_bad, look)
 
 
 def load_inat(
     name: str, root: Path | None, *, lists: Path | None = None, meta_per_class: int | None = None,
-    subset_seed: int = 0, subset: str = "seeded", skip_bad: bool = False,
+    subset_seed: int = 0, subset: str = "seeded", skip_bad: bool = False, look: bool = False,
 ) -> LongTailed:
     """iNaturalist 2017 or 2018: the official JSON, or list files; val is the test set.
 
@@ -137,7 +134,7 @@ def load_inat(
     meta = train.at(_choose(train.labels, classes, meta_per_class or about.meta_per_class, subset, subset_seed))
     return _data_set(about, root, name, train, meta, test, names, tuple(range(classes)),
                      ["The meta pictures are training pictures and stay in training, as in the paper's code."],
-                     skip_bad)
+                     skip_bad, look)
 
 
 # ---- reading ----
@@ -344,44 +341,63 @@ def _absent(root: Path, names: Sequence[str]) -> set[str]:
 
 def _data_set(
     about: _Benchmark, root: Path, name: str, train: _Listed, meta: _Listed, test: _Listed, names: tuple[str, ...],
-    shared: tuple[int, ...], notes: list[str], skip_bad: bool,
+    shared: tuple[int, ...], notes: list[str], skip_bad: bool, look: bool,
 ) -> LongTailed:
-    parts = {"training": train, "meta": meta, "test": test}
-    everything = list(dict.fromkeys(name for part in parts.values() for name in part.names))
-    bad = _bad_pictures(about, root, name, everything, skip_bad)
-    left_out = [bad[each] for each in sorted(bad)]
-    if bad:
-        parts = {what: part.at(np.flatnonzero([n not in bad for n in part.names])) for what, part in parts.items()}
-    train, meta, test = parts.values()
-    counts = np.bincount(train.labels, minlength=len(names))
-    if not counts.all():
-        gone = [names[c] for c in np.flatnonzero(counts == 0)]
-        raise DataError(f"{len(gone)} classes have no training picture: {listed(gone, ', ')}.")
-    if not len(test.names):
-        raise DataError("no test picture is left.")
-    sizes = (len(names), len(train.names), len(test.names))
-    if sizes != (about.classes, about.train_pictures, about.test_pictures):
-        notes = [*notes, f"Not the whole of {about.title}: {sizes[0]:,} of {about.classes:,} classes, {sizes[1]:,} of "
-                 f"{about.train_pictures:,} training and {sizes[2]:,} of {about.test_pictures:,} test pictures."]
-    files = [PictureFiles(root, tuple(part.names), part.labels) for part in (train, meta, test)]
+    parts = [train, meta, test]
+    everything = list(dict.fromkeys(file for part in parts for file in part.names))
+    left_out = _missing_pictures(about, root, name, everything, skip_bad)
+    sizes: dict[str, np.ndarray] = {}
+    if skip_bad or look:
+        there = [file for file in everything if file not in left_out]
+        looked = look_at([root / file for file in there], [printable(file) for file in there])
+        bad = {there[i]: reason for i, reason in looked.errors.items()}
+        if bad:
+            refuse(f"{len(bad):,} of {len(there):,} pictures of {about.title} cannot be decoded",
+                   [bad[file] for file in sorted(bad)], "Unpack them again", skip_bad)
+        left_out |= bad
+        sizes = dict(zip(there, looked.sizes, strict=True))
+        key_of = dict(zip(there, looked.keys, strict=True))
+        for what, part in (("training", train), *([] if shared else [("meta", meta)])):
+            notes = [*notes, *_copies(key_of, part, test, what)]
+    parts = [part.at(np.flatnonzero([file not in left_out for file in part.names])) for part in parts]
+    _check_whole(parts, names)
+    found = (len(names), len(parts[0].names), len(parts[2].names))
+    if found != (about.classes, about.train_pictures, about.test_pictures):
+        notes = [*notes, f"Not the whole of {about.title}: {found[0]:,} of {about.classes:,} classes, {found[1]:,} of "
+                 f"{about.train_pictures:,} training and {found[2]:,} of {about.test_pictures:,} test pictures."]
+    files = [PictureFiles(root, tuple(part.names), part.labels,
+                          np.array([sizes[file] for file in part.names]) if sizes else None) for part in parts]
+    reasons = tuple(left_out[file] for file in sorted(left_out))
     return LongTailed(files[0], files[1], files[2], names, about.title, about.mean, about.std, shared,
-                      (*notes, *left_out_in_words(left_out)), tuple(left_out))
+                      (*notes, *left_out_in_words(reasons)), reasons)
 
 
-def _bad_pictures(
+def _check_whole(parts: Sequence[_Listed], names: Sequence[str]) -> None:
+    for what, part in (("training", parts[0]), ("meta", parts[1])):
+        gone = [names[c] for c in np.setdiff1d(np.arange(len(names)), part.labels)]
+        if gone:
+            raise DataError(f"{len(gone)} classes have no {what} picture: {listed(gone, ', ')}.")
+    if not len(parts[2].names):
+        raise DataError("no test picture is left.")
+
+
+def _copies(key_of: dict[str, bytes | None], part: _Listed, test: _Listed, what: str) -> list[str]:
+    """A note on test pictures that are copies, pixel by pixel, of others; a published set keeps them."""
+    first = {key_of[file]: file for file in part.names if key_of.get(file) is not None}
+    pairs = [f"{printable(file)} = {printable(first[key])}" for file in test.names
+             if (key := key_of.get(file)) in first]
+    return [f"{len(pairs):,} test pictures are copies of {what} pictures: {listed(pairs, '; ')}."] if pairs else []
+
+
+def _missing_pictures(
     about: _Benchmark, root: Path, name: str, everything: list[str], skip_bad: bool
 ) -> dict[str, str]:
-    """Missing pictures and, where bad ones are to be skipped, those that cannot be decoded: name to reason."""
+    """Name to reason. Raises DataError where there are such and they are not to be skipped, or where all are."""
     absent = _absent(root, everything)
     if len(absent) == len(everything):
         raise DataError(f"none of the {len(everything):,} pictures of {about.title} is there, beginning with "
                         f"{printable(str(root / everything[0]))}. {MISSING[name]}")
     if absent:
         refuse(f"{len(absent):,} of {len(everything):,} pictures of {about.title} are missing under {root}",
-               [printable(each) for each in sorted(absent)], "Unpack the archives again", skip_bad)
-    bad = {each: f"{printable(each)} is missing." for each in absent}
-    if skip_bad:
-        there = [each for each in everything if each not in absent]
-        looked = look_at([root / each for each in there], [printable(each) for each in there])
-        bad |= {there[i]: reason for i, reason in looked.errors.items()}
-    return bad
+               [printable(file) for file in sorted(absent)], "Unpack the archives again", skip_bad)
+    return {file: f"{printable(file)} is missing." for file in absent}

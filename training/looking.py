@@ -61,3 +61,11 @@ def look_at(paths: Sequence[Path], names: Sequence[str]) -> Looked:
         for done in pool.map(look, range(0, len(paths), AT_ONCE)):
             bar.update(done)
     return looked
+
+
+def glance_at(paths: Sequence[Path], names: Sequence[str]) -> Looked:
+    """Only whether each file is there; of their pixels the usual ones are assumed (mean and spread of ImageNet)."""
+    errors = {i: f"{names[i]} does not exist." for i, path in enumerate(paths) if not path.is_file()}
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    return Looked(errors, [None] * len(paths), np.zeros((len(paths), 2), np.int32),
+                  np.broadcast_to(np.stack([mean, mean**2 + std**2]), (len(paths), 2, 3)))

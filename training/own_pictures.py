@@ -11,7 +11,7 @@ from training import cuts
 from training.datasets import LongTailed, PictureFiles, listed, printable
 from training.errors import DataError
 from training.listings import Listing, left_out_in_words, list_folder, list_table, refuse
-from training.looking import look_at
+from training.looking import glance_at, look_at
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class CutRule:
     test_share: float = 0.2
     subset_seed: int = 0
     skip_bad: bool = False
+    look: bool = True
 
     def __post_init__(self):
         if not 0 < self.test_share < 1:
@@ -30,22 +31,23 @@ class CutRule:
 
 def load_folder(
     root: Path, *, test: Path | None = None, meta: Path | None = None, meta_per_class: int = 10,
-    test_share: float = 0.2, subset_seed: int = 0, skip_bad: bool = False,
+    test_share: float = 0.2, subset_seed: int = 0, skip_bad: bool = False, look: bool = True,
 ) -> LongTailed:
     """Class folders ROOT/CLASS/picture.jpg, or ROOT/train/CLASS with test/ (and val/ or meta/) beside it.
 
     test, meta   folders of the same classes, where they are kept elsewhere
     skip_bad     leave out pictures that cannot be decoded and classes too small to use, instead of stopping
-    Every picture is decoded once. What is not given is cut by training.cuts. Raises DataError.
+    look         decode every picture once; without it damaged ones and copies go unseen, and sizes are not known
+    What is not given is cut by training.cuts. Raises DataError.
     """
-    rule = CutRule(meta_per_class, test_share, subset_seed, skip_bad)
+    rule = CutRule(meta_per_class, test_share, subset_seed, skip_bad, look)
     return assemble(list_folder(root.expanduser(), test, meta, skip_bad), rule)
 
 
 def load_table(
     table: Path, root: Path | None = None, *, meta_per_class: int = 10, test_share: float = 0.2, subset_seed: int = 0,
-    skip_bad: bool = False, path_column: str | None = None,
-    label_column: str | None = None, split_column: str | None = None, group_column: str | None = None,
+    skip_bad: bool = False, look: bool = True, path_column: str | None = None, label_column: str | None = None,
+    split_column: str | None = None, group_column: str | None = None,
 ) -> LongTailed:
     """A CSV table with a row a picture: path, label and, where there are such columns, split and group.
 
@@ -53,7 +55,7 @@ def load_table(
     Pictures of one group (an animal, a track, a camera) are never parted between training and test. The columns are
     found by their usual names (training.listings.COLUMN_NAMES) or named. Otherwise as load_folder.
     """
-    rule = CutRule(meta_per_class, test_share, subset_seed, skip_bad)
+    rule = CutRule(meta_per_class, test_share, subset_seed, skip_bad, look)
     return assemble(list_table(table, root, skip_bad, path=path_column, label=label_column, split=split_column,
                                group=group_column), rule)
 
@@ -74,7 +76,8 @@ class _Parts:
 
 def assemble(listing: Listing, rule: CutRule) -> LongTailed:
     """Decode every picture once, leave out what is bad (or stop), take the given splits, cut those not given."""
-    looked = look_at([listing.root / name for name in listing.names], [printable(name) for name in listing.names])
+    look = look_at if rule.look else glance_at
+    looked = look([listing.root / name for name in listing.names], [printable(name) for name in listing.names])
     left_out = list(listing.left_out)
     if looked.errors:
         reasons = [looked.errors[i] for i in sorted(looked.errors)]
@@ -89,7 +92,8 @@ def assemble(listing: Listing, rule: CutRule) -> LongTailed:
         raise DataError("no class has pictures to test on: every class is a single group or full of copies. Give a "
                         "test set of its own.")
     train, meta, test = (np.flatnonzero(part) for part in (parts.train, parts.meta, parts.test))
-    files = PictureFiles(listing.root, tuple(listing.names), listing.labels, looked.sizes[keep])
+    files = PictureFiles(listing.root, tuple(listing.names), listing.labels,
+                         looked.sizes[keep] if rule.look else None)
     moments = looked.moments[keep][train].mean(0)
     data = LongTailed(
         files.at(train), files.at(meta), files.at(test), listing.label_names, listing.source,
@@ -206,7 +210,7 @@ def _without_copies(listing: Listing, keys: Sequence, splits: np.ndarray, notes:
     for split in ("test", "val", "meta", "train"):
         at = np.flatnonzero(splits == split)
         for i in at.tolist():
-            if keys[i] in taken and splits[taken[keys[i]]] != split:
+            if keys[i] is not None and keys[i] in taken and splits[taken[keys[i]]] != split:
                 dropped.append(f"{printable(listing.names[i])} = {printable(listing.names[taken[keys[i]]])}")
                 splits[i] = "copy"
         for i in at.tolist():
@@ -223,7 +227,7 @@ def _contradictions(listing: Listing, keys: Sequence) -> list[str]:
     first: dict[bytes, int] = {}
     pairs = [f"{printable(listing.names[first[key]])} = {printable(listing.names[i])}"
              for i, key in enumerate(keys)
-             if listing.labels[first.setdefault(key, i)] != listing.labels[i]]
+             if key is not None and listing.labels[first.setdefault(key, i)] != listing.labels[i]]
     if not pairs:
         return []
     return [f"{len(pairs):,} pictures stand in two classes with the same content, which no model can get right: "
