@@ -1,15 +1,24 @@
-"""`metasaug evaluate`: what any model of the zoo gets right in a labelled folder. Needs no torch."""
+"""`metasaug evaluate`: what any model of the zoo gets right on labelled pictures. Needs no torch."""
 
+import csv
+import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from tqdm import tqdm
 
 import zoo
 from training.datasets import list_class_folders
-from training.errors import DataError
-from training.metrics import results_table, test_results
+from training.errors import DataError, TrainingError
+from training.metrics import Tally, results_table
+from training.report import page, plain_words
+from zoo.files import write_atomically
+from zoo.predictor import Predictor, Prior
+
+BATCH = 256  # logits that are kept at a time
 
 
 def evaluate(
@@ -17,54 +26,112 @@ def evaluate(
     /,
     data: Path,
     backend: Literal["onnx", "torch"] = "onnx",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    prior: Literal["uniform", "train"] | None = None,
     per_class: bool = False,
     skip_bad: bool = False,
     out: Path | None = None,
+    report: Path | None = None,
+    predictions: Path | None = None,
 ) -> dict:
     """Measure a model on labelled pictures: overall, per group and per class.
 
     The groups are those of the model's own training set. A class of the model without pictures here counts in no
-    average; a folder whose name is no class of the model is an error.
+    average; a folder whose name is no class of the model is an error. docs/metrics.md says how each figure is made.
 
     Args:
         model: A name from `metasaug list`, or a model folder.
         data: Folder of class folders: DATA/CLASS/picture.jpg.
         backend: ONNX Runtime, or torch.
+        device: auto takes CUDA where there is one.
+        prior: Answer for pictures whose classes are equally frequent, or as frequent as in training.
         per_class: Print a line for each class as well.
         skip_bad: Leave unreadable pictures out (they are named) instead of stopping.
         out: Write the results as JSON here.
+        report: Write a page with figures here: one HTML file that needs no other.
+        predictions: Write a row for each picture here, as CSV: its label, the answer and how sure the model was.
     """
-    predictor = zoo.load(model, backend=backend)
-    paths, folder_labels, folder_names = list_class_folders(data)
-    unknown = sorted(set(folder_names) - set(predictor.labels))
+    for path in (out, report, predictions):
+        if path is not None and path.is_dir():
+            raise TrainingError(f"{path} is a folder: name a file to write.")
+    predictor = zoo.load(model, backend=backend, device=device)
+    paths, labels = labelled_pictures(data, predictor, model)
+    results, rows = measure(predictor, paths, labels, prior, skip_bad)
+    results = {"split": str(data), **({"prior": prior} if prior else {}), **results}
+    print(results_table(results))
+    print("\n" + "\n".join(plain_words(predictor.folder.config, results)))
+    if per_class:
+        print(per_class_table(results))
+    if out is not None:
+        _write(out, json.dumps(results, indent=1) + "\n")
+    if report is not None:
+        _write(report, page(predictor.folder.config, results))
+    if predictions is not None:
+        text = io.StringIO()
+        csv.writer(text).writerows([["path", "label", "answer", "probability", "error"], *rows])
+        _write(predictions, text.getvalue())
+    return results
+
+
+def labelled_pictures(data: Path, predictor: Predictor, model: str) -> tuple[list[Path], np.ndarray]:
+    """Paths of the pictures, and for each the place of its label among the model's classes."""
+    paths, labels, names = list_class_folders(data)
+    unknown = sorted(set(names) - set(predictor.labels))
     if unknown:
         raise DataError(f"{data} has class folders that {model} does not know: {', '.join(unknown[:10])}. Its classes: "
                         f"{', '.join(predictor.labels[:10])}{' …' if len(predictor.labels) > 10 else ''}")
     place = {name: c for c, name in enumerate(predictor.labels)}
-    labels = np.array([place[name] for name in folder_names])[folder_labels]
-    rows: list[np.ndarray] = []  # logits of the readable pictures
-    good: list[int] = []
+    return paths, np.array([place[name] for name in names])[labels]
+
+
+def measure(
+    predictor: Predictor, paths: Sequence[Path], labels_N: np.ndarray, prior: Prior | None, skip_bad: bool
+) -> tuple[dict, list[list]]:
+    """Test results, and for each picture a row: path, label, answer, its probability, what was wrong with the file."""
+    own = prior if isinstance(prior, str) else predictor.folder.config["metasaug"].get("prior")
+    tally = Tally(predictor.labels, predictor.class_counts, predictor.groups, own)
+    shift_C = predictor.prior_shift(prior)
+    logits: list[np.ndarray] = []
+    places: list[int] = []
+    rows: list[list] = []
     bad: list[str] = []
-    for i, prediction in enumerate(predictor.predict_each(paths)):
-        if prediction.logits is None:
-            bad.append(str(prediction.error))  # it names the file
-        else:
-            rows.append(prediction.logits)
-            good.append(i)
+
+    def flush() -> None:
+        if places:
+            logits_NC = np.stack(logits)
+            tally.add(logits_NC if shift_C is None else logits_NC + shift_C, labels_N[places])
+            logits.clear()
+            places.clear()
+
+    each = predictor.predict_each(paths, top_k=1, prior=prior)
+    for i, answer in enumerate(tqdm(each, total=len(paths), unit="picture", disable=None, dynamic_ncols=True)):
+        label = predictor.labels[labels_N[i]]
+        if answer.logits is None:
+            bad.append(str(answer.error))  # it names the file
+            rows.append([answer.source, label, "", "", answer.error])
+            continue
+        logits.append(answer.logits)
+        places.append(i)
+        rows.append([answer.source, label, answer.top[0].label, f"{answer.top[0].probability:.6f}", ""])
+        if len(places) == BATCH:
+            flush()
+    flush()
     if bad:
         listed = "\n  ".join(bad[:10]) + (f"\n  … and {len(bad) - 10} more" if len(bad) > 10 else "")
         if not skip_bad or len(bad) == len(paths):
             raise DataError(f"{len(bad)} of {len(paths)} pictures cannot be read (--skip-bad leaves them out):\n"
                             f"  {listed}")
         print(f"left out, unreadable:\n  {listed}")
-    results = {"split": str(data), **test_results(np.stack(rows), labels[good], predictor.labels,
-                                                  predictor.class_counts, predictor.groups)}
-    print(results_table(results))
-    if per_class:
-        print(per_class_table(results))
-    if out is not None:
-        out.write_text(json.dumps(results, indent=1) + "\n")
-    return results
+    return tally.results(), rows
+
+
+def _write(path: Path, text: str) -> None:
+    """File names that are no text (Linux allows any bytes) are written with their odd bytes as \\udcXX."""
+    try:
+        write_atomically(path, text.encode("utf-8", errors="backslashreplace"))
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be written: {error.strerror or error}.") from error
+    print(f"{path} written")
 
 
 def per_class_table(results: dict) -> str:

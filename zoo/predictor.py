@@ -119,7 +119,7 @@ class Predictor:
                  the own one being what the training had the network assume (Menon et al. 2021)
         """
         _at_least_one(top_k=top_k)
-        shift_C = self._prior_shift(prior, tau)
+        shift_C = self.prior_shift(prior, tau)
         return self._answers([self.preprocess(picture)], [_name_of(picture, 0)], top_k, shift_C)[0]
 
     def predict_batch(
@@ -173,7 +173,7 @@ class Predictor:
         """As `predict_batch`, one after another: endless input, constant memory."""
         _at_least_one(top_k=top_k, batch_size=batch_size)
         _refuse_single(pictures)
-        shift_C = self._prior_shift(prior, tau)
+        shift_C = self.prior_shift(prior, tau)
         names: list[str] = []
         ready: list[np.ndarray] = []
         errors: dict[int, str] = {}
@@ -233,7 +233,8 @@ class Predictor:
         members = np.array(self.groups)
         return {g: float(p_C[members == g].sum()) for g in (*GROUPS, UNKNOWN) if g in self.groups}
 
-    def _prior_shift(self, prior: Prior | None, tau: float) -> np.ndarray | None:
+    def prior_shift(self, prior: Prior | None, tau: float = 1.0) -> np.ndarray | None:
+        """What `predict` adds to the logits (C,) for this prior; None for none. Raises ZooError."""
         if prior is None:
             return None
         own = self.folder.config["metasaug"].get("prior")

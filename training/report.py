@@ -1,0 +1,588 @@
+"""report.html: what a test says about a model, in plain words and figures. One file, no script, nothing fetched.
+
+C classes. `results` is what training.metrics made; parts that an older model folder lacks are left out.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training.metrics import BINS, ZERO_RECALL, by_size, weighted_accuracy, wilson_interval
+from training.svg import PERCENT_TICKS, Plot, count_ticks, escaped, even_ticks, shortened
+from zoo.files import write_atomically
+from zoo.labels import HEAD_ABOVE, TAIL_BELOW
+
+STYLE = Path(__file__).with_name("report.css")
+FEW = 10  # test pictures, below which a class's own figure says little
+NAMED = 6  # classes that a sentence names at most
+OPEN_UP_TO = 60  # rows of a table that is shown unfolded
+PLAIN_LOSSES = ("ce", "focal")
+
+Results = Mapping[str, Any]
+
+
+def write_report(path: Path, config: Mapping[str, Any], results: Results, log: Path | None = None) -> None:
+    """The page, whole or not there. `config` is a model folder's; `log` the run's log.jsonl, for training curves."""
+    write_atomically(path, page(config, results, read_log(log)).encode("utf-8", errors="backslashreplace"))
+
+
+def read_log(path: Path | None) -> list[dict]:
+    """The lines of a log; a torn last one is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def page(config: Mapping[str, Any], results: Results, log: Sequence[Mapping[str, Any]] = ()) -> str:
+    """HTML5 that is XML as well."""
+    ours = config["metasaug"]
+    classes = Classes(config, results)
+    title = f"{ours['name']}: what it gets right"
+    sections = [
+        _top(config, results), _tiles(classes), _words(classes), _by_size(classes), _confusion(classes),
+        _calibration(classes), _shifts(classes), _curves(log), _every_class(classes), _footer(ours),
+    ]
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"/><title>{escaped(title)}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"/>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:"/>
+<link rel="icon" href="data:,"/><style>
+{STYLE.read_text(encoding="utf-8")}</style></head><body><main>
+{chr(10).join(filter(None, sections))}
+</main></body></html>
+"""
+
+
+class Classes:
+    """The results with their classes as arrays (C,): what every section below draws from."""
+
+    def __init__(self, config: Mapping[str, Any], results: Results):
+        rows = results["per_class"]
+        self.config, self.results = config, results
+        self.ours: Mapping[str, Any] = config["metasaug"]
+        self.names: list[str] = [row["label"] for row in rows]
+        self.groups: list[str] = self.ours["groups"]
+        self.images = np.array([row["test_images"] for row in rows])
+        self.correct = np.array([row["correct"] for row in rows])
+        counts = [row["train_images"] for row in rows]
+        self.counts = None if None in counts else np.array(counts)
+        self.order = by_size(None if self.counts is None else counts, len(rows))
+        self.present = [g for g, figures in results["groups"].items() if figures["classes"]]
+        self.accuracy = self.correct.sum() / self.images.sum()
+        with np.errstate(invalid="ignore"):
+            self.recall = self.correct / self.images  # NaN where there are no test pictures
+        self.upper = np.array([wilson_interval(k, n)[1] for k, n in zip(self.correct, self.images, strict=True)])
+
+    def size(self, c: int) -> str:
+        return "" if self.counts is None else f"{self.counts[c]:,} training pictures"
+
+    def weak(self) -> list[int]:
+        """Classes that are below the average even at the upper end of their interval, the surest first."""
+        tested = [c for c in self.order if self.images[c] and self.upper[c] < self.accuracy]
+        return sorted(tested, key=lambda c: self.upper[c])
+
+    def mistaken_for(self, c: int) -> int | None:
+        """Whom a class is most often taken for, where that pair is among those kept."""
+        pairs = self.results.get("confusion", {}).get("pairs", ())
+        return max((p for p in pairs if p["true"] == c), key=lambda p: p["images"], default={"predicted": None}
+                   )["predicted"]
+
+
+# ---- in words ----
+
+
+def percent(share: float, of: int = 1000) -> str:
+    """With as many digits as so many pictures carry."""
+    return f"{share:.1%}" if of >= 200 else f"{share:.0%}"
+
+
+def span(interval: Sequence[float], of: int = 1000) -> str:
+    return f"{percent(interval[0], of)} to {percent(interval[1], of)}"
+
+
+def listed(names: Iterable[str], limit: int = NAMED) -> str:
+    """"a, b and c", or "a, b and 7 more"."""
+    names = list(names)
+    if len(names) > limit:
+        names = [*names[: limit - 1], f"{len(names) - limit + 1} more"]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def plain_words(config: Mapping[str, Any], results: Results) -> list[str]:
+    """Three sentences for a terminal: overall, by group, and the weak ones."""
+    classes = Classes(config, results)
+    return [sentence for sentence in (_overall(classes), _group_sentence(classes), _weak_sentence(classes)) if sentence]
+
+
+def _overall(classes: Classes) -> str:
+    images = int(classes.images.sum())
+    interval = wilson_interval(int(classes.correct.sum()), images)
+    return (f"It names {percent(classes.accuracy, images)} of {images:,} test pictures right (95% interval: "
+            f"{span(interval, images)}); the mean over classes is {1 - classes.results['macro_error']:.1%}.")
+
+
+def _group_sentence(classes: Classes) -> str:
+    parts = []
+    for group in classes.present:
+        figures = classes.results["groups"][group]
+        if group == "unknown":
+            return ("How many pictures each class had in training is not known, so nothing can be said of common and "
+                    "rare ones.")
+        n = figures["images"]
+        parts.append(f"{_group_in_words(classes, group)}: " + (
+            f"{percent(figures['accuracy'], n)} right ({figures['correct']:,} of {n:,}; {span(figures['interval'], n)})"
+            if n else "no test pictures"))
+    return "; ".join(parts) + "."
+
+
+def _group_in_words(classes: Classes, group: str) -> str:
+    if classes.ours.get("groups_by") == "rank":
+        meaning = {"head": "the largest 30% of the classes", "medium": "the next 40%", "tail": "the rest"}
+    else:
+        meaning = {"head": f"over {HEAD_ABOVE} training pictures", "medium": f"{TAIL_BELOW} to {HEAD_ABOVE}",
+                   "tail": f"under {TAIL_BELOW}"}
+    return f"{group} ({meaning.get(group, 'training pictures not known')})"
+
+
+def _weak_sentence(classes: Classes) -> str:
+    weak = classes.weak()
+    if not weak:
+        return "No class lies clearly below the average, as far as so many test pictures tell."
+
+    def described(c: int) -> str:
+        other = classes.mistaken_for(c)
+        taken = "" if other is None else f", often taken for {classes.names[other]}"
+        return f"{classes.names[c]} ({percent(classes.recall[c], classes.images[c])} right{taken})"
+
+    return f"Weakest, and surely below the average: {listed((described(c) for c in weak), 4)}."
+
+
+def advice(classes: Classes) -> list[str]:
+    """What to do about the weak ones: each sentence follows from a figure of this very test."""
+    names, results, weak = classes.names, classes.results, classes.weak()
+    said = []
+    few = [] if classes.counts is None else [c for c in weak if classes.counts[c] <= HEAD_ABOVE]
+    if few:
+        said.append("More training pictures would help most for " + listed(
+            f"{names[c]} ({classes.counts[c]:,} so far)" for c in few) + ".")  # type: ignore[index]
+    many = [c for c in weak if c not in few]
+    if many and classes.counts is not None:
+        _, height, width = classes.config["pretrained_cfg"]["input_size"]
+        said.append(f"{listed(names[c] for c in many)}: weak, but not for want of pictures. Look at what they are taken "
+                    f"for: labels may be mixed up, or the classes cannot be told apart at {width} × {height} pixels.")
+    pairs = [p for p in results.get("confusion", {}).get("pairs", ())
+             if wilson_interval(p["images"], classes.images[p["true"]])[0] > 0.1]
+    if pairs:
+        said.append("Have a person look again at answers of these kinds: " + listed((
+            f"{names[p['predicted']]} that may be {names[p['true']]} ({p['images']:,} of {classes.images[p['true']]:,} "
+            "are)" for p in pairs), 4) + ".")
+    for group in reversed(classes.present):
+        figures = results["groups"][group]
+        low, high = figures["interval"]
+        if figures["images"] and high - low > 0.15:
+            said.append(f"The figure for {group} classes rests on {figures['images']:,} test pictures: the true share "
+                        f"may be {low:.0%} or {high:.0%}. Before relying on it, test on more.")
+    if results.get("ece", 0) > 0.05:
+        said.append(f"Do not read its percentages as odds: they are {results['ece'] * 100:.0f} points off on average, "
+                    "see the section on confidence.")
+    gains = [(row["adjusted_accuracy"] - row["accuracy"], row) for row in results.get("shifted_priors") or ()
+             if row["adjusted_accuracy"] is not None]
+    gain, row = max(gains, key=lambda pair: pair[0], default=(0.0, {}))
+    if gain > 0.02:
+        said.append("If you know how frequent the classes are where you work, tell the model (`prior=` of predict): "
+                    f"where they are {_shift_in_words(row['prior'])} that is worth {gain * 100:.0f} points.")
+    if _is_plain(classes.ours) and _gap(results) > 0.15:
+        said.append("It was trained as if rare classes did not matter. Train again with `--augment metasaug` or `--loss "
+                    "balanced-softmax` and compare.")
+    return said or ["Nothing stands out: no class is clearly weak, and the test is large enough to say so."]
+
+
+def _is_plain(ours: Mapping[str, Any]) -> bool:
+    recipe = ours.get("recipe") or {}
+    return (ours.get("loss") in PLAIN_LOSSES and ours.get("augment") == "none"
+            and recipe.get("class_weights", "auto") != "balanced")
+
+
+def _gap(results: Results) -> float:
+    """Head's accuracy above tail's; 0 where one of them is not there."""
+    head, tail = (results["groups"].get(group, {}).get("accuracy") for group in ("head", "tail"))
+    return 0.0 if head is None or tail is None else head - tail
+
+
+def _shift_in_words(name: str) -> str:
+    kind, _, ratio = name.partition("-")
+    return {"forward": f"long-tailed as in training, {ratio} to 1,", "balanced": "equally frequent",
+            "backward": f"the other way round, {ratio} to 1,"}[kind]
+
+
+# ---- sections ----
+
+
+def _top(config: Mapping[str, Any], results: Results) -> str:
+    ours = config["metasaug"]
+    _, height, width = config["pretrained_cfg"]["input_size"]
+    counts = ours.get("class_counts")
+    trained = (f", {sum(counts):,} training pictures of {len(counts):,} classes ({max(counts):,} to {min(counts):,})"
+               if counts else f", {config['num_classes']:,} classes, training counts not known")
+    prior = {"uniform": "; asked as if all classes were equally frequent",
+             "train": "; asked as if classes were as frequent as in training"}.get(results.get("prior") or "", "")
+    return (f'<header><h1>{escaped(ours["name"])}</h1><p class="facts">{escaped(config["architecture"])} at {width} × '
+            f'{height} pixels, trained on {escaped(ours["dataset"])}{trained}. {escaped(ours.get("schedule") or "")}'
+            f'<br/>Measured on {escaped(results.get("split", "the test set"))}: {results["images"]:,} pictures{prior}.'
+            "</p></header>")
+
+
+def badge(group: str) -> str:
+    return f'<span class="badge {group}">{group}</span>'
+
+
+def _tile(title: str, kind: str, share: float | None, interval: Sequence[float], words: str, of: int) -> str:
+    if share is None:
+        return f'<div class="tile {kind}">{title}<b>–</b><span>{words}</span></div>'
+    low, high = interval
+    return (f'<div class="tile {kind}">{title}<b>{percent(share, of)}</b><span class="track"><i style="left:{low:.2%};'
+            f'width:{high - low:.2%}"></i><i style="left:{share:.2%}"></i></span><span>{span(interval, of)}</span>'
+            f"<span>{words}</span></div>")
+
+
+def _tiles(classes: Classes) -> str:
+    results, images = classes.results, classes.results["images"]
+    tiles = [_tile("All test pictures", "accent", 1 - results["error"],
+                   wilson_interval(int(classes.correct.sum()), images), f"{images:,} test pictures", images)]
+    for group in classes.present:
+        figures = results["groups"][group]
+        words = (f"{figures['correct']:,} of {figures['images']:,} right, {figures['classes']:,} "
+                 f"class{'es' if figures['classes'] > 1 else ''}") if figures["images"] else "no test pictures"
+        tiles.append(_tile(badge(group), group, figures["accuracy"], figures["interval"], words, figures["images"]))
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _words(classes: Classes) -> str:
+    right = [_overall(classes), _group_sentence(classes), _weak_sentence(classes)]
+    tested = classes.images > 0
+    never = int((classes.correct[tested] == 0).sum())
+    if never:
+        right.append(f"{never:,} of {tested.sum():,} classes {'is' if never == 1 else 'are'} never right: " + listed(
+            classes.names[c] for c in classes.order if classes.images[c] and not classes.correct[c]) + ".")
+    thin = int((classes.images[tested] < FEW).sum())
+    if thin:
+        right.append(f"{thin:,} classes have fewer than {FEW} test pictures: read their groups, not their own figures.")
+    if not tested.all():
+        right.append(f"{(~tested).sum():,} classes have no test picture and count in no average.")
+    more = []
+    if classes.results.get("top5_error") is not None:
+        more.append(f"right class among the first five answers: {1 - classes.results['top5_error']:.1%}")
+    more.append(f"worst class: {1 - classes.results['worst_class_error']:.1%} right")
+    if "geometric_mean_corrected" in classes.results:
+        more.append(f"geometric mean over classes: {classes.results['geometric_mean_corrected']:.1%}"
+                    + (f" (a class never right counting as {ZERO_RECALL:.1%})" if never else ""))
+    return (f"<section><h2>What it gets right</h2><ul>{_items(right)}</ul><p class=\"note\">{escaped('; '.join(more))}."
+            f"</p><h2>What to do about the weak ones</h2><ul>{_items(advice(classes))}</ul></section>")
+
+
+def _items(sentences: Iterable[str]) -> str:
+    """List items; `code` between backquotes."""
+    texts = []
+    for sentence in sentences:
+        parts = escaped(sentence).split("`")
+        even = len(parts) % 2  # an odd number of backquotes is part of somebody's class name
+        texts.append("".join(f"<code>{part}</code>" if i % 2 and even else part for i, part in enumerate(parts)))
+    return "".join(f"<li>{text}</li>" for text in texts)
+
+
+def _figure(title: str, drawing: str, caption: str, key: str = "") -> str:
+    return f"<figure><h3>{title}</h3>{key}{drawing}<figcaption>{caption}</figcaption></figure>"
+
+
+def _key(entries: Iterable[tuple[str, str]]) -> str:
+    return '<div class="key">' + "".join(f'<span><i class="{kind}"></i>{name}</span>' for kind, name in entries) + "</div>"
+
+
+def _by_size(classes: Classes) -> str:
+    """Class-count curve with accuracy below it, and accuracy against class size."""
+    if classes.counts is None:
+        return ""
+    key = _key((group, group) for group in classes.present)
+    return ('<section><h2>Common and rare classes</h2><div class="figures">'
+            + _figure("Pictures of each class, and what it gets right", _count_curve(classes),
+                      "Classes from the largest to the smallest. Above: training pictures, each line ten times the one "
+                      "below. Under it: share of test pictures that are right.", key)
+            + _figure("Accuracy against class size", _against_size(classes),
+                      "A dot a class. Line: mean over neighbouring classes, with 95% intervals.", key)
+            + "</div></section>")
+
+
+def _count_curve(classes: Classes) -> str:
+    counts, C = np.maximum(classes.counts, 0.7), len(classes.names)  # type: ignore[type-var]
+    top = 10.0 ** max(1, np.ceil(np.log10(counts.max())))
+    above = Plot((0, C), (0.7, top), log_y=True, bottom=150)
+    above.axes({}, count_ticks(1, top), "")
+    below = Plot((0, C), (0, 1), top=142)
+    below.axes({tick: f"{tick:,.0f}" for tick in even_ticks(C)}, {0.0: "0%", 0.5: "50%", 1.0: "100%"},
+               "classes, by training pictures")
+    for group in classes.present:
+        for first, last in _runs([classes.groups[c] == group for c in classes.order]):
+            steps = [(place + side, counts[classes.order[place]]) for place in range(first, last) for side in (0, 1)]
+            above.area([(first, 0.7), (last, 0.7)], steps, f"{group} solid")
+        places = [i for i, c in enumerate(classes.order) if classes.groups[c] == group and classes.images[c]]
+        below.dots([(i + 0.5, classes.recall[classes.order[i]]) for i in places], group,
+                   [_tip(classes, classes.order[i]) for i in places] if C <= 300 else (), 3.5 if C <= 300 else 2)
+    above.parts += below.parts
+    return above.svg("Training pictures of each class, largest first, and the share of its test pictures that are right")
+
+
+def _runs(holds: Sequence[bool]) -> list[tuple[int, int]]:
+    """[first, last) of each stretch of true values."""
+    edges = np.flatnonzero(np.diff([0, *map(int, holds), 0]))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+def _tip(classes: Classes, c: int) -> str:
+    return f"{classes.names[c]}: {classes.correct[c]:,} of {classes.images[c]:,} right, {classes.size(c)}"
+
+
+def _against_size(classes: Classes) -> str:
+    counts, C = np.maximum(classes.counts, 0.7), len(classes.names)  # type: ignore[type-var]
+    low, high = max(0.7, counts.min() / 1.3), counts.max() * 1.3
+    plot = Plot((low, high), (0, 1), log_x=True)
+    plot.axes(count_ticks(low, high), PERCENT_TICKS, "training pictures of the class")
+    tested = [c for c in classes.order if classes.images[c]]
+    for group in classes.present:
+        members = [c for c in tested if classes.groups[c] == group]
+        plot.dots([(counts[c], classes.recall[c]) for c in members], group,
+                  [_tip(classes, c) for c in members] if C <= 300 else (), 4 if C <= 300 else 2)
+    if len(tested) >= 20:
+        means = []
+        for part in np.array_split(tested, min(10, len(tested) // 8)):
+            x = float(np.exp(np.log(counts[part]).mean()))
+            mean, interval = weighted_accuracy(np.ones(len(part)), classes.correct[part], classes.images[part])
+            plot.interval(x, *interval, "accent")
+            means.append((x, mean))
+        plot.line(means, "accent")
+    return plot.svg("Share of test pictures that are right, against the number of training pictures of the class")
+
+
+def _confusion(classes: Classes) -> str:
+    confusion = classes.results.get("confusion")
+    if not confusion:
+        return ""
+    sizes, images = confusion["by_size"]["classes"], np.array(confusion["by_size"]["images"])
+    whole = len(sizes) == len(classes.names)
+    caption = ("A row for each true class, a column for each answer" if whole else
+               "Classes in parts of equally many, the largest first: a row for the true class, a column for the answer "
+               "(another class of the same part included)")
+    heat = _figure("Confusion by class size", _heat(classes, sizes, images),
+                   f"{caption}; the share of the row, in percent.")
+    groups = _group_table(classes, confusion["groups"]) if "unknown" not in classes.present else ""
+    return (f'<section><h2>What is taken for what</h2><div class="figures">{heat}<figure>{groups}'
+            f"{_pair_table(classes, confusion['pairs'][:10])}</figure></div></section>")
+
+
+def _heat(classes: Classes, sizes: Sequence[int], images: np.ndarray) -> str:
+    side = len(sizes)
+    plot = Plot((0, side), (0, side), height=440, left=128, top=26, right=4, bottom=8)
+    ends = np.cumsum([0, *sizes])
+    for row in range(side):
+        part = classes.order[ends[row] : ends[row + 1]]
+        name = classes.names[part[0]] if len(part) == 1 else f"{ends[row] + 1:,}–{ends[row + 1]:,}"
+        if classes.counts is not None and len(part) > 1:
+            name += f" ({classes.counts[part[0]]:,}–{classes.counts[part[-1]]:,})"
+        left, top = plot.at(row, side - row)
+        right, bottom = plot.at(row + 1, side - row - 1)
+        number = f"{row + 1} " if side > 1 else ""
+        plot.text(plot.left - 6, (top + bottom) / 2 + 4, number + shortened(name, 19), "end")
+        plot.text((left + right) / 2, plot.top - 8, str(row + 1), "middle")
+        total = images[row].sum()
+        for column in range(side):
+            share = images[row, column] / total if total else 0
+            x, y = plot.at(column, side - row)
+            plot.parts.append(f'<rect class="heat" x="{x:.1f}" y="{y:.1f}" width="{right - left - 1:.1f}" height="'
+                              f'{bottom - top - 1:.1f}" rx="2" fill-opacity="{0.06 + 0.64 * share:.3f}"/>')
+            if share >= 0.005:
+                plot.text(x + (right - left) / 2, y + (bottom - top) / 2 + 3.5, f"{share * 100:.0f}", "middle", "cell")
+    return plot.svg("Confusion: shares of answers for each true class, by class size")
+
+
+def _group_table(classes: Classes, by_group: Mapping[str, Mapping[str, int]]) -> str:
+    answers = [group for group in classes.present if group in by_group]
+    rows = []
+    for true in answers:
+        total = sum(by_group[true].values())
+        right = classes.results["groups"][true]["correct"]
+        cells = [right, *(by_group[true][g] - (right if g == true else 0) for g in answers)]
+        rows.append(f'<tr><th scope="row">{badge(true)}</th>' + "".join(
+            f"<td>{percent(n / total, total) if total else '–'}<br/><small>{n:,}</small></td>" for n in cells) + "</tr>")
+    head = "".join(f'<th scope="col">wrong, {group} answer</th>' for group in answers)
+    return (f'<div class="wide"><table><caption>Between the groups</caption><thead><tr><th scope="col">true class</th>'
+            f'<th scope="col">right</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>')
+
+
+def _pair_table(classes: Classes, pairs: Sequence[Mapping[str, int]]) -> str:
+    if not pairs:
+        return "<p>No test picture was taken for another class.</p>"
+    rows = "".join(
+        f'<tr><td class="name">{_name(classes, p["true"])}</td><td class="name">{_name(classes, p["predicted"])}</td>'
+        f'<td>{p["images"]:,} of {classes.images[p["true"]]:,}</td></tr>' for p in pairs)
+    return ('<div class="wide"><table><caption>Most confused pairs</caption><thead><tr><th scope="col">true class</th>'
+            f'<th scope="col" class="name">taken for</th><th scope="col">pictures</th></tr></thead><tbody>{rows}</tbody>'
+            "</table></div>")
+
+
+def _name(classes: Classes, c: int) -> str:
+    return f"<bdi>{escaped(classes.names[c])}</bdi>"
+
+
+def _calibration(classes: Classes) -> str:
+    calibration = classes.results.get("calibration")
+    if not calibration:
+        return ""
+    images = np.array(calibration["images"])
+    plot = Plot((0, 1), (0, 1), height=330)
+    plot.axes(PERCENT_TICKS, PERCENT_TICKS, "how sure it says it is")
+    plot.line([(0, 0), (1, 1)], "plain dashed")
+    bins = [(calibration["confidence"][b], calibration["accuracy"][b], int(images[b])) for b in np.flatnonzero(images)]
+    for sure, right, n in bins:
+        plot.interval(sure, *wilson_interval(right * n, n), "accent")
+        plot.dots([(sure, right)], "accent", [f"{n:,} pictures: says {sure:.0%}, right {right:.0%}"],
+                  3 + 6 * float(np.sqrt(n / images.max())))
+    rows = "".join(
+        f'<tr><th scope="row">{badge(group)}</th><td>{figures["confidence"]:.1%}</td><td>{figures["accuracy"]:.1%}</td>'
+        f'<td>{figures["ece"]:.1%}</td></tr>'
+        for group, figures in classes.results["groups"].items() if figures.get("ece") is not None)
+    total = f'<tr><th scope="row">all</th><td>{_says(calibration):.1%}</td><td>{classes.accuracy:.1%}</td><td>' \
+            f'{classes.results["ece"]:.1%}</td></tr>'
+    return f"""<section><h2>How far its confidence can be trusted</h2><p>{escaped(_trust(classes, calibration))}</p>
+<div class="figures">{_figure("Says and is", plot.svg("Share right against stated confidence"),
+    "Pictures by how sure the model was, with 95% intervals; larger dots are more pictures. On the dashed line it is as "
+    "often right as it says; below it, it says too much.")}
+<figure><div class="wide"><table><thead><tr><th scope="col">true class</th><th scope="col">says, on average</th>
+<th scope="col">is right</th><th scope="col">calibration error</th></tr></thead><tbody>{rows}{total}</tbody></table></div>
+<figcaption>Expected calibration error: mean distance between saying and being, over {BINS} equally wide bins of
+confidence.</figcaption></figure></div></section>"""
+
+
+def _says(calibration: Mapping[str, Any]) -> float:
+    """Mean confidence."""
+    pairs = [(n, sure) for n, sure in zip(calibration["images"], calibration["confidence"], strict=True) if n]
+    return sum(n * sure for n, sure in pairs) / sum(n for n, _ in pairs)
+
+
+def _trust(classes: Classes, calibration: Mapping[str, Any]) -> str:
+    says, off = _says(calibration), _says(calibration) - classes.accuracy
+    if abs(off) < 0.02:
+        return f"On average it says {says:.0%} and is right as often."
+    return (f"On average it says {says:.0%} and is right {classes.accuracy:.0%} of the time: it is "
+            + ("surer than it should be." if off > 0 else "more modest than it need be."))
+
+
+def _shifts(classes: Classes) -> str:
+    rows = classes.results.get("shifted_priors") or ()
+    if len(rows) < 2:
+        return ""
+    at = {row["prior"]: float(i) for i, row in enumerate(rows)}
+    plot = Plot((-0.3, len(rows) - 0.7), (0, 1))
+    plot.axes({i: name.partition("-")[2] or "1" for name, i in at.items()}, PERCENT_TICKS,
+              "as in training   ←   largest : smallest class   →   inverted")
+    plot.area([(at[r["prior"]], r["interval"][0]) for r in rows], [(at[r["prior"]], r["interval"][1]) for r in rows],
+              "accent")
+    plot.line([(at[r["prior"]], r["accuracy"]) for r in rows], "accent")
+    told = [r for r in rows if r["adjusted_accuracy"] is not None]
+    plot.line([(at[r["prior"]], r["adjusted_accuracy"]) for r in told], "medium")
+    key = _key([("accent", "as it is, with 95% interval"), *([("medium", "told how frequent classes are")] if told else [])])
+    cells = "".join(
+        f'<tr><th scope="row">{row["prior"]}</th><td>{row["accuracy"]:.1%}</td><td><small>{span(row["interval"])}</small>'
+        f'</td><td>{"–" if row["adjusted_accuracy"] is None else format(row["adjusted_accuracy"], ".1%")}</td></tr>'
+        for row in rows)
+    return f"""<section><h2>Where classes are more or less frequent than here</h2><p>The same test pictures, weighted as if
+classes were as unequal as in training, alike, or the other way round.</p><div class="figures">
+{_figure("Accuracy under other class frequencies", plot.svg("Accuracy against the class frequencies of the test"),
+    "Left: the classes that were frequent in training are frequent in the field too. Right: the rare ones are.", key)}
+<figure><div class="wide"><table><thead><tr><th scope="col">frequencies</th><th scope="col">right</th><th scope="col">95%
+interval</th><th scope="col">told so</th></tr></thead><tbody>{cells}</tbody></table></div></figure></div></section>"""
+
+
+def _curves(log: Sequence[Mapping[str, Any]]) -> str:
+    """Loss and errors over the epochs."""
+    if len(log) < 2:
+        return ""
+    ends = (float(log[0]["epoch"]), float(log[-1]["epoch"]))
+    ticks = even_ticks(ends[1], ends[0])
+
+    def series(*keys: str) -> list[tuple[float, float]]:
+        points = []
+        for line in log:
+            value: Any = line
+            for key in keys:
+                value = value.get(key) if isinstance(value, Mapping) else None
+            if value is not None:
+                points.append((float(line["epoch"]), float(value)))
+        return points
+
+    losses = {"accent": ("training loss", series("loss")), "tail": ("loss on the meta set", series("meta_loss"))}
+    losses = {kind: entry for kind, entry in losses.items() if entry[1]}
+    errors = {"plain": ("training error", series("train_error")), "accent": ("test error", series("test", "error"))}
+    top = max((value for _, points in losses.values() for _, value in points), default=1.0)
+    loss = Plot(ends, (0, top * 1.05))
+    loss.axes(ticks, even_ticks(top * 1.05), "epoch")
+    for kind, (_, points) in losses.items():
+        loss.line(points, kind)
+    error = Plot(ends, (0, 1))
+    error.axes(ticks, PERCENT_TICKS, "epoch")
+    for kind, (_, points) in errors.items():
+        error.line(points, kind)
+    for group in ("head", "medium", "tail"):
+        points = [(x, 1 - y) for x, y in series("test", "groups", group, "accuracy")]
+        if points:
+            errors[group] = (f"test error, {group}", points)
+            error.line(points, f"{group} dashed")
+    second = next((line["epoch"] for line in log if line.get("stage") == 2), None)
+    if second is not None and second > ends[0]:
+        for plot in (loss, error):
+            x, _ = plot.at(second - 0.5, 0)
+            plot.parts.append(f'<path class="base" stroke-dasharray="2 3" d="M{x:.1f} {plot.top}V{plot.bottom}"/>')
+            plot.text(x - 4, plot.top + 10, "stage 2", "end")
+    dashed = [(kind if kind in ("plain", "accent") else f"{kind} dashed", name) for kind, (name, _) in errors.items()]
+    return ('<section><h2>Training</h2><div class="figures">'
+            + _figure("Loss", loss.svg("Loss by epoch"), "Mean over each epoch's pictures.",
+                      _key((kind, name) for kind, (name, _) in losses.items()))
+            + _figure("Errors", error.svg("Errors by epoch"), "Training error is on augmented pictures, while the weights "
+                      "still move; test errors are looked at now and then, and choose nothing.", _key(dashed))
+            + "</div></section>")
+
+
+def _every_class(classes: Classes) -> str:
+    rows, known = classes.results["per_class"], classes.counts is not None
+    answered = all("answered" in row for row in rows)
+    body = []
+    for c in classes.order:
+        n, k = int(classes.images[c]), int(classes.correct[c])
+        cells = [f"{classes.counts[c]:,}" if classes.counts is not None else "?", f"{k:,} of {n:,}",
+                 f"{percent(k / n, n)}<br/><small>{span(wilson_interval(k, n), n)}</small>" if n else "–"]
+        if answered:
+            said = rows[c]["answered"]
+            cells.append(f"{percent(k / said, said)}<br/><small>of {said:,}</small>" if said else "never said")
+        body.append(f'<tr><th scope="row">{_name(classes, c)}<br/>{badge(classes.groups[c])}</th>'
+                    + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    table = ('<div class="wide"><table><thead><tr><th scope="col">class</th><th scope="col">training pictures</th><th '
+             'scope="col">right, of test pictures</th><th scope="col">accuracy, 95% interval</th>'
+             + ('<th scope="col">right where it says so</th>' if answered else "")
+             + f'</tr></thead><tbody>{"".join(body)}</tbody></table></div>')
+    if len(rows) > OPEN_UP_TO:
+        table = f"<details><summary>All {len(rows):,} classes</summary>{table}</details>"
+    order = "the largest in training first" if known else "in the model's order"
+    return f"<section><h2>Every class, {order}</h2>{table}</section>"
+
+
+def _footer(ours: Mapping[str, Any]) -> str:
+    command = f" Trained by <code>{escaped(ours['command'])}</code>." if ours.get("command") else ""
+    return (f"<footer><p>metasaug {version('metasaug')}. Intervals are Wilson's, 95%; they say how much this many test "
+            "pictures can tell, not how another training run would come out. The formula of every figure is in "
+            f"docs/metrics.md.{command}</p></footer>")
