@@ -17,6 +17,7 @@ import tyro
 from training.errors import TrainingError
 from training.metrics import results_table
 from training.recipes import Cifar10LT, Cifar100LT, Recipe
+from training.report import report_of_run
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def train(job: Annotated[Job, tyro.conf.arg(name="")]) -> Path | None:
         write_model(model, options.name or run_name(recipe), recipe, loop.data_of_stage(recipe, data, 2), state,
                     results)
     print(results_table(results))
+    print(report_of_run(folder, results))
     return model
 
 

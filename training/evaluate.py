@@ -14,8 +14,7 @@ import zoo
 from training.datasets import list_class_folders
 from training.errors import DataError, TrainingError
 from training.metrics import Tally, results_table
-from training.report import page, plain_words
-from zoo.files import write_atomically
+from training.report import page, plain_words, write_text
 from zoo.predictor import Predictor, Prior
 
 BATCH = 256  # logits that are kept at a time
@@ -62,14 +61,13 @@ def evaluate(
     print("\n" + "\n".join(plain_words(predictor.folder.config, results)))
     if per_class:
         print(per_class_table(results))
-    if out is not None:
-        _write(out, json.dumps(results, indent=1) + "\n")
-    if report is not None:
-        _write(report, page(predictor.folder.config, results))
-    if predictions is not None:
-        text = io.StringIO()
-        csv.writer(text).writerows([["path", "label", "answer", "probability", "error"], *rows])
-        _write(predictions, text.getvalue())
+    table = io.StringIO()
+    csv.writer(table).writerows([["path", "label", "answer", "probability", "error"], *rows])
+    for path, text in ((out, lambda: json.dumps(results, indent=1) + "\n"),
+                       (report, lambda: page(predictor.folder.config, results)), (predictions, table.getvalue)):
+        if path is not None:
+            write_text(path, text())
+            print(f"{path} written")
     return results
 
 
@@ -123,15 +121,6 @@ def measure(
                             f"  {listed}")
         print(f"left out, unreadable:\n  {listed}")
     return tally.results(), rows
-
-
-def _write(path: Path, text: str) -> None:
-    """File names that are no text (Linux allows any bytes) are written with their odd bytes as \\udcXX."""
-    try:
-        write_atomically(path, text.encode("utf-8", errors="backslashreplace"))
-    except OSError as error:
-        raise TrainingError(f"{path} cannot be written: {error.strerror or error}.") from error
-    print(f"{path} written")
 
 
 def per_class_table(results: dict) -> str:

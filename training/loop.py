@@ -25,7 +25,7 @@ from training.datasets import LongTailed, Split
 from training.errors import DivergenceError, Interrupted, TrainingError
 from training.losses import HeadLoss, class_balanced_weights
 from training.meta import StepResult, isda_step, metasaug_step, plain_step
-from training.metrics import test_results
+from training.metrics import DETAILS, Tally
 from training.recipes import Recipe
 from zoo.architectures import create
 from zoo.labels import assign_groups
@@ -98,17 +98,20 @@ def _normalised(pictures: np.ndarray, mean: torch.Tensor, std: torch.Tensor, dev
     return ((nchw.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def evaluate(module: nn.Module, split: Split, data: LongTailed, groups: tuple[str, ...], device: torch.device) -> dict:
-    """Test results of the module as it stands; see training.metrics.test_results."""
+def evaluate(
+    module: nn.Module, split: Split, data: LongTailed, groups: tuple[str, ...], device: torch.device,
+    prior: str | None = None,
+) -> dict:
+    """Test results of the module as it stands; see training.metrics.Tally."""
     mean, std = _as_channels(data.mean, device), _as_channels(data.std, device)
     module.eval()
+    tally = Tally(data.label_names, data.class_counts, groups, prior)
     with torch.no_grad():
-        logits = [
-            module(_normalised(split.pictures[i : i + 500], mean, std, device)).float().cpu()
-            for i in range(0, len(split), 500)
-        ]
+        for i in range(0, len(split), 500):
+            logits = module(_normalised(split.pictures[i : i + 500], mean, std, device))
+            tally.add(logits.float().cpu().numpy(), split.labels[i : i + 500])
     module.train()
-    return test_results(torch.cat(logits).numpy(), split.labels, data.label_names, data.class_counts, groups)
+    return tally.results()
 
 
 # ---- state ----
@@ -263,8 +266,8 @@ def run(
             line = _log_line(recipe, state)
             state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
             if state.epoch % evaluate_every == 0 or state.epoch == recipe.epochs:
-                results = evaluate(state.module, data.test, final, groups, device)  # type: ignore[arg-type]
-                line["test"] = {k: v for k, v in results.items() if k != "per_class"}
+                results = evaluate(state.module, data.test, final, groups, device, recipe.implicit_prior)  # type: ignore[arg-type]
+                line["test"] = {k: v for k, v in results.items() if k not in DETAILS}
             state.log_bytes = log.write(line)
             if state.epoch == recipe.stage2_epoch:
                 checkpoints.save(folder / "stage1", state.to_dict(recipe), state.epoch, 0, keep=1)
@@ -274,7 +277,7 @@ def run(
                 raise Interrupted(f"stopped after epoch {state.epoch} of {recipe.epochs}; nothing is lost: the same "
                                   "command with --resume goes on.", 128 + stopped[0])
     if not results:  # resumed after the last epoch
-        results = evaluate(state.module, data.test, final, groups, device)  # type: ignore[arg-type]
+        results = evaluate(state.module, data.test, final, groups, device, recipe.implicit_prior)  # type: ignore[arg-type]
     return state, {"split": "test", "epoch": state.epoch, **results}
 
 

@@ -34,20 +34,6 @@ def wilson_interval(correct: float, total: float, z: float = 1.959964) -> tuple[
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
-def test_results(
-    logits_NC: np.ndarray,
-    labels_N: np.ndarray,
-    label_names: Sequence[str],
-    class_counts: Sequence[int] | None,
-    groups: Sequence[str],
-    prior: str | None = None,
-) -> dict:
-    """`Tally` of one batch that is the whole test: the `results` part of a model folder's config."""
-    tally = Tally(label_names, class_counts, groups, prior)
-    tally.add(logits_NC, labels_N)
-    return tally.results()
-
-
 class Tally:
     """Test results of any number of pictures, batch by batch: logits are counted and let go.
 
@@ -80,7 +66,7 @@ class Tally:
         labels_N = np.asarray(labels_N, np.int64)
         if logits_NC.shape != (len(labels_N), len(self.label_names)):
             raise ValueError(f"{logits_NC.shape} logits for {len(labels_N)} labels of {len(self.label_names)} classes")
-        rows = max(1, 2_000_000 // logits_NC.shape[1])
+        rows = max(1, 250_000 // logits_NC.shape[1])  # 2 MB in float64: larger pieces fall out of the cache
         for at in range(0, len(labels_N), rows):
             self._add(logits_NC[at : at + rows].astype(np.float64), labels_N[at : at + rows])
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from training.errors import TrainingError
 from training.metrics import BINS, ZERO_RECALL, by_size, weighted_accuracy, wilson_interval
 from training.svg import PERCENT_TICKS, Plot, count_ticks, escaped, even_ticks, shortened
 from zoo.files import write_atomically
 from zoo.labels import HEAD_ABOVE, TAIL_BELOW
+from zoo.model_folder import ModelFolder
 
 STYLE = Path(__file__).with_name("report.css")
 FEW = 10  # test pictures, below which a class's own figure says little
@@ -25,15 +27,25 @@ PLAIN_LOSSES = ("ce", "focal")
 Results = Mapping[str, Any]
 
 
-def write_report(path: Path, config: Mapping[str, Any], results: Results, log: Path | None = None) -> None:
-    """The page, whole or not there. `config` is a model folder's; `log` the run's log.jsonl, for training curves."""
-    write_atomically(path, page(config, results, read_log(log)).encode("utf-8", errors="backslashreplace"))
+def report_of_run(run: Path, results: Results) -> str:
+    """Writes RUN/report.html, and gives the sentences that end a training. Raises TrainingError."""
+    config = ModelFolder(run / "model").config
+    write_text(run / "report.html", page(config, results, read_log(run / "log.jsonl")))
+    return "\n".join(["", *plain_words(config, results), f"{run / 'report.html'}: head, medium and tail, with figures"])
 
 
-def read_log(path: Path | None) -> list[dict]:
+def write_text(path: Path, text: str) -> None:
+    """Whole or not there. File names that are no text (Linux allows any bytes) come with their odd bytes as \\udcXX."""
+    try:
+        write_atomically(path, text.encode("utf-8", errors="backslashreplace"))
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def read_log(path: Path) -> list[dict]:
     """The lines of a log; a torn last one is left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else ():
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             lines.append(json.loads(text))
         except ValueError:
@@ -92,8 +104,7 @@ class Classes:
     def mistaken_for(self, c: int) -> int | None:
         """Whom a class is most often taken for, where that pair is among those kept."""
         pairs = self.results.get("confusion", {}).get("pairs", ())
-        return max((p for p in pairs if p["true"] == c), key=lambda p: p["images"], default={"predicted": None}
-                   )["predicted"]
+        return max(((p["images"], p["predicted"]) for p in pairs if p["true"] == c), default=(0, None))[1]
 
 
 # ---- in words ----
@@ -176,8 +187,9 @@ def advice(classes: Classes) -> list[str]:
     many = [c for c in weak if c not in few]
     if many and classes.counts is not None:
         _, height, width = classes.config["pretrained_cfg"]["input_size"]
-        said.append(f"{listed(names[c] for c in many)}: weak, but not for want of pictures. Look at what they are taken "
-                    f"for: labels may be mixed up, or the classes cannot be told apart at {width} × {height} pixels.")
+        said.append(f"{listed(names[c] for c in many)}: weak, but not for want of pictures. Look at what they are "
+                    "taken for: labels may be mixed up, or the classes cannot be told apart at "
+                    f"{width} × {height} pixels.")
     pairs = [p for p in results.get("confusion", {}).get("pairs", ())
              if wilson_interval(p["images"], classes.images[p["true"]])[0] > 0.1]
     if pairs:
@@ -195,13 +207,13 @@ def advice(classes: Classes) -> list[str]:
                     "see the section on confidence.")
     gains = [(row["adjusted_accuracy"] - row["accuracy"], row) for row in results.get("shifted_priors") or ()
              if row["adjusted_accuracy"] is not None]
-    gain, row = max(gains, key=lambda pair: pair[0], default=(0.0, {}))
-    if gain > 0.02:
+    gain, row = max(gains, key=lambda pair: pair[0], default=(0.0, None))
+    if row is not None and gain > 0.02:
         said.append("If you know how frequent the classes are where you work, tell the model (`prior=` of predict): "
                     f"where they are {_shift_in_words(row['prior'])} that is worth {gain * 100:.0f} points.")
     if _is_plain(classes.ours) and _gap(results) > 0.15:
-        said.append("It was trained as if rare classes did not matter. Train again with `--augment metasaug` or `--loss "
-                    "balanced-softmax` and compare.")
+        said.append("It was trained as if rare classes did not matter. Train again with `--augment metasaug` or "
+                    "`--loss balanced-softmax` and compare.")
     return said or ["Nothing stands out: no class is clearly weak, and the test is large enough to say so."]
 
 
@@ -298,30 +310,48 @@ def _items(sentences: Iterable[str]) -> str:
     return "".join(f"<li>{text}</li>" for text in texts)
 
 
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", names: int = 1) -> str:
+    """Cells are HTML; the first `names` columns are words, the others numbers."""
+    kinds = [' class="name"' if i < names else "" for i in range(len(head))]
+    top = "".join(f'<th scope="col"{kind}>{cell}</th>' for kind, cell in zip(kinds, head, strict=True))
+    body = "".join(
+        f'<tr><th scope="row">{first}</th>'
+        + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds[1:], rest, strict=True)) + "</tr>"
+        for first, *rest in rows)
+    caption = f"<caption>{caption}</caption>" if caption else ""
+    return f'<div class="wide"><table>{caption}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _small(number: str, below: str) -> str:
+    return f"{number}<br/><small>{below}</small>"
+
+
 def _figure(title: str, drawing: str, caption: str, key: str = "") -> str:
     return f"<figure><h3>{title}</h3>{key}{drawing}<figcaption>{caption}</figcaption></figure>"
 
 
 def _key(entries: Iterable[tuple[str, str]]) -> str:
-    return '<div class="key">' + "".join(f'<span><i class="{kind}"></i>{name}</span>' for kind, name in entries) + "</div>"
+    spans = "".join(f'<span><i class="{kind}"></i>{name}</span>' for kind, name in entries)
+    return f'<div class="key">{spans}</div>'
 
 
 def _by_size(classes: Classes) -> str:
     """Class-count curve with accuracy below it, and accuracy against class size."""
     if classes.counts is None:
         return ""
+    counts = np.maximum(classes.counts, 0.7)  # a class without training pictures has a place on a log axis too
     key = _key((group, group) for group in classes.present)
     return ('<section><h2>Common and rare classes</h2><div class="figures">'
-            + _figure("Pictures of each class, and what it gets right", _count_curve(classes),
+            + _figure("Pictures of each class, and what it gets right", _count_curve(classes, counts),
                       "Classes from the largest to the smallest. Above: training pictures, each line ten times the one "
                       "below. Under it: share of test pictures that are right.", key)
-            + _figure("Accuracy against class size", _against_size(classes),
+            + _figure("Accuracy against class size", _against_size(classes, counts),
                       "A dot a class. Line: mean over neighbouring classes, with 95% intervals.", key)
             + "</div></section>")
 
 
-def _count_curve(classes: Classes) -> str:
-    counts, C = np.maximum(classes.counts, 0.7), len(classes.names)  # type: ignore[type-var]
+def _count_curve(classes: Classes, counts: np.ndarray) -> str:
+    C = len(classes.names)
     top = 10.0 ** max(1, np.ceil(np.log10(counts.max())))
     above = Plot((0, C), (0.7, top), log_y=True, bottom=150)
     above.axes({}, count_ticks(1, top), "")
@@ -336,7 +366,7 @@ def _count_curve(classes: Classes) -> str:
         below.dots([(i + 0.5, classes.recall[classes.order[i]]) for i in places], group,
                    [_tip(classes, classes.order[i]) for i in places] if C <= 300 else (), 3.5 if C <= 300 else 2)
     above.parts += below.parts
-    return above.svg("Training pictures of each class, largest first, and the share of its test pictures that are right")
+    return above.svg("Training pictures of each class, and the share of its test pictures that is right")
 
 
 def _runs(holds: Sequence[bool]) -> list[tuple[int, int]]:
@@ -349,8 +379,8 @@ def _tip(classes: Classes, c: int) -> str:
     return f"{classes.names[c]}: {classes.correct[c]:,} of {classes.images[c]:,} right, {classes.size(c)}"
 
 
-def _against_size(classes: Classes) -> str:
-    counts, C = np.maximum(classes.counts, 0.7), len(classes.names)  # type: ignore[type-var]
+def _against_size(classes: Classes, counts: np.ndarray) -> str:
+    C = len(classes.names)
     low, high = max(0.7, counts.min() / 1.3), counts.max() * 1.3
     plot = Plot((low, high), (0, 1), log_x=True)
     plot.axes(count_ticks(low, high), PERCENT_TICKS, "training pictures of the class")
@@ -363,8 +393,8 @@ def _against_size(classes: Classes) -> str:
         means = []
         for part in np.array_split(tested, min(10, len(tested) // 8)):
             x = float(np.exp(np.log(counts[part]).mean()))
-            mean, interval = weighted_accuracy(np.ones(len(part)), classes.correct[part], classes.images[part])
-            plot.interval(x, *interval, "accent")
+            mean, (below, above) = weighted_accuracy(np.ones(len(part)), classes.correct[part], classes.images[part])
+            plot.interval(x, below, above, "accent")
             means.append((x, mean))
         plot.line(means, "accent")
     return plot.svg("Share of test pictures that are right, against the number of training pictures of the class")
@@ -417,23 +447,17 @@ def _group_table(classes: Classes, by_group: Mapping[str, Mapping[str, int]]) ->
     for true in answers:
         total = sum(by_group[true].values())
         right = classes.results["groups"][true]["correct"]
-        cells = [right, *(by_group[true][g] - (right if g == true else 0) for g in answers)]
-        rows.append(f'<tr><th scope="row">{badge(true)}</th>' + "".join(
-            f"<td>{percent(n / total, total) if total else '–'}<br/><small>{n:,}</small></td>" for n in cells) + "</tr>")
-    head = "".join(f'<th scope="col">wrong, {group} answer</th>' for group in answers)
-    return (f'<div class="wide"><table><caption>Between the groups</caption><thead><tr><th scope="col">true class</th>'
-            f'<th scope="col">right</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>')
+        counts = [right, *(by_group[true][g] - (right if g == true else 0) for g in answers)]
+        rows.append([badge(true), *(_small(percent(n / total, total) if total else "–", f"{n:,}") for n in counts)])
+    return _table(["true class", "right", *(f"wrong: {group}" for group in answers)], rows, "Between the groups")
 
 
 def _pair_table(classes: Classes, pairs: Sequence[Mapping[str, int]]) -> str:
     if not pairs:
         return "<p>No test picture was taken for another class.</p>"
-    rows = "".join(
-        f'<tr><td class="name">{_name(classes, p["true"])}</td><td class="name">{_name(classes, p["predicted"])}</td>'
-        f'<td>{p["images"]:,} of {classes.images[p["true"]]:,}</td></tr>' for p in pairs)
-    return ('<div class="wide"><table><caption>Most confused pairs</caption><thead><tr><th scope="col">true class</th>'
-            f'<th scope="col" class="name">taken for</th><th scope="col">pictures</th></tr></thead><tbody>{rows}</tbody>'
-            "</table></div>")
+    rows = [[_name(classes, p["true"]), _name(classes, p["predicted"]),
+             f"{p['images']:,} of {classes.images[p['true']]:,}"] for p in pairs]
+    return _table(["true class", "taken for", "pictures"], rows, "Most confused pairs", names=2)
 
 
 def _name(classes: Classes, c: int) -> str:
@@ -453,18 +477,15 @@ def _calibration(classes: Classes) -> str:
         plot.interval(sure, *wilson_interval(right * n, n), "accent")
         plot.dots([(sure, right)], "accent", [f"{n:,} pictures: says {sure:.0%}, right {right:.0%}"],
                   3 + 6 * float(np.sqrt(n / images.max())))
-    rows = "".join(
-        f'<tr><th scope="row">{badge(group)}</th><td>{figures["confidence"]:.1%}</td><td>{figures["accuracy"]:.1%}</td>'
-        f'<td>{figures["ece"]:.1%}</td></tr>'
-        for group, figures in classes.results["groups"].items() if figures.get("ece") is not None)
-    total = f'<tr><th scope="row">all</th><td>{_says(calibration):.1%}</td><td>{classes.accuracy:.1%}</td><td>' \
-            f'{classes.results["ece"]:.1%}</td></tr>'
+    rows = [[badge(group), *(f"{figures[key]:.1%}" for key in ("confidence", "accuracy", "ece"))]
+            for group, figures in classes.results["groups"].items() if figures.get("ece") is not None]
+    rows.append(["all", f"{_says(calibration):.1%}", f"{classes.accuracy:.1%}", f"{classes.results['ece']:.1%}"])
+    figure = _figure("Says and is", plot.svg("Share right against stated confidence"),
+                     "Pictures by how sure the model was, with 95% intervals; larger dots are more pictures. On the "
+                     "dashed line it is as often right as it says; below it, it says too much.")
     return f"""<section><h2>How far its confidence can be trusted</h2><p>{escaped(_trust(classes, calibration))}</p>
-<div class="figures">{_figure("Says and is", plot.svg("Share right against stated confidence"),
-    "Pictures by how sure the model was, with 95% intervals; larger dots are more pictures. On the dashed line it is as "
-    "often right as it says; below it, it says too much.")}
-<figure><div class="wide"><table><thead><tr><th scope="col">true class</th><th scope="col">says, on average</th>
-<th scope="col">is right</th><th scope="col">calibration error</th></tr></thead><tbody>{rows}{total}</tbody></table></div>
+<div class="figures">{figure}<figure>
+{_table(["true class", "says, on average", "is right", "calibration error"], rows)}
 <figcaption>Expected calibration error: mean distance between saying and being, over {BINS} equally wide bins of
 confidence.</figcaption></figure></div></section>"""
 
@@ -496,17 +517,16 @@ def _shifts(classes: Classes) -> str:
     plot.line([(at[r["prior"]], r["accuracy"]) for r in rows], "accent")
     told = [r for r in rows if r["adjusted_accuracy"] is not None]
     plot.line([(at[r["prior"]], r["adjusted_accuracy"]) for r in told], "medium")
-    key = _key([("accent", "as it is, with 95% interval"), *([("medium", "told how frequent classes are")] if told else [])])
-    cells = "".join(
-        f'<tr><th scope="row">{row["prior"]}</th><td>{row["accuracy"]:.1%}</td><td><small>{span(row["interval"])}</small>'
-        f'</td><td>{"–" if row["adjusted_accuracy"] is None else format(row["adjusted_accuracy"], ".1%")}</td></tr>'
-        for row in rows)
-    return f"""<section><h2>Where classes are more or less frequent than here</h2><p>The same test pictures, weighted as if
-classes were as unequal as in training, alike, or the other way round.</p><div class="figures">
-{_figure("Accuracy under other class frequencies", plot.svg("Accuracy against the class frequencies of the test"),
-    "Left: the classes that were frequent in training are frequent in the field too. Right: the rare ones are.", key)}
-<figure><div class="wide"><table><thead><tr><th scope="col">frequencies</th><th scope="col">right</th><th scope="col">95%
-interval</th><th scope="col">told so</th></tr></thead><tbody>{cells}</tbody></table></div></figure></div></section>"""
+    key = _key([("accent", "as it is, with 95% interval"), *([("medium", "told the frequencies")] if told else [])])
+    figure = _figure("Accuracy under other class frequencies", plot.svg("Accuracy against class frequencies"),
+                     "Left: classes that were frequent in training are frequent in the field too. Right: the rare ones "
+                     "are.", key)
+    table = _table(["frequencies", "right", "95% interval", "told so"], (
+        [row["prior"], f"{row['accuracy']:.1%}", f"<small>{span(row['interval'])}</small>",
+         "–" if row["adjusted_accuracy"] is None else f"{row['adjusted_accuracy']:.1%}"] for row in rows))
+    return f"""<section><h2>Where classes are more or less frequent than here</h2>
+<p>The same test pictures, weighted as if classes were as unequal as in training, alike, or the other way round.</p>
+<div class="figures">{figure}<figure>{table}</figure></div></section>"""
 
 
 def _curves(log: Sequence[Mapping[str, Any]]) -> str:
@@ -553,31 +573,29 @@ def _curves(log: Sequence[Mapping[str, Any]]) -> str:
     return ('<section><h2>Training</h2><div class="figures">'
             + _figure("Loss", loss.svg("Loss by epoch"), "Mean over each epoch's pictures.",
                       _key((kind, name) for kind, (name, _) in losses.items()))
-            + _figure("Errors", error.svg("Errors by epoch"), "Training error is on augmented pictures, while the weights "
-                      "still move; test errors are looked at now and then, and choose nothing.", _key(dashed))
+            + _figure("Errors", error.svg("Errors by epoch"), "Training error is on augmented pictures, while the "
+                      "weights still move; test errors are looked at now and then, and choose nothing.", _key(dashed))
             + "</div></section>")
 
 
 def _every_class(classes: Classes) -> str:
-    rows, known = classes.results["per_class"], classes.counts is not None
-    answered = all("answered" in row for row in rows)
-    body = []
+    kept = classes.results["per_class"]
+    answered = all("answered" in row for row in kept)
+    head = ["class", "training pictures", "right, of test pictures", "accuracy, 95% interval"]
+    rows = []
     for c in classes.order:
         n, k = int(classes.images[c]), int(classes.correct[c])
-        cells = [f"{classes.counts[c]:,}" if classes.counts is not None else "?", f"{k:,} of {n:,}",
-                 f"{percent(k / n, n)}<br/><small>{span(wilson_interval(k, n), n)}</small>" if n else "–"]
+        row = [f"{_name(classes, c)}<br/>{badge(classes.groups[c])}",
+               "?" if classes.counts is None else f"{classes.counts[c]:,}", f"{k:,} of {n:,}",
+               _small(percent(k / n, n), span(wilson_interval(k, n), n)) if n else "–"]
         if answered:
-            said = rows[c]["answered"]
-            cells.append(f"{percent(k / said, said)}<br/><small>of {said:,}</small>" if said else "never said")
-        body.append(f'<tr><th scope="row">{_name(classes, c)}<br/>{badge(classes.groups[c])}</th>'
-                    + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    table = ('<div class="wide"><table><thead><tr><th scope="col">class</th><th scope="col">training pictures</th><th '
-             'scope="col">right, of test pictures</th><th scope="col">accuracy, 95% interval</th>'
-             + ('<th scope="col">right where it says so</th>' if answered else "")
-             + f'</tr></thead><tbody>{"".join(body)}</tbody></table></div>')
+            said = kept[c]["answered"]
+            row.append(_small(percent(k / said, said), f"of {said:,}") if said else "never said")
+        rows.append(row)
+    table = _table([*head, "right where it says so"] if answered else head, rows)
     if len(rows) > OPEN_UP_TO:
         table = f"<details><summary>All {len(rows):,} classes</summary>{table}</details>"
-    order = "the largest in training first" if known else "in the model's order"
+    order = "in the model's order" if classes.counts is None else "the largest in training first"
     return f"<section><h2>Every class, {order}</h2>{table}</section>"
 
 
