@@ -162,7 +162,7 @@ class Predictor:
         _at_least_one(top_k=top_k)
         if answer.logits is None:
             return answer
-        p_C = self._probabilities(answer.logits[None], self._prior_shift(prior, tau))[0]
+        p_C = self._probabilities(answer.logits[None], self.prior_shift(prior, tau))[0]
         return replace(answer, top=self._top(p_C, top_k), groups=self._group_mass(p_C),
                        probabilities=p_C.astype(np.float32))
 
