@@ -5,13 +5,16 @@ BIN     = $(VENV)/bin
 PIP     = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-long lint browser clean help
+.PHONY: demo space test test-long lint browser clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.demo  ## the Gradio app on 127.0.0.1:7860, on the bundled models (no torch needed)
 	$(BIN)/python app.py
+
+space: $(VENV)/.demo  ## build/space: the demo as a Hugging Face Space, ready to push
+	$(BIN)/python -m zoo.demo.space build/space
 
 test: $(VENV)/.dev browser lint  ## lint, types and all tests (a few minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

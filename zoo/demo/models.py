@@ -1,0 +1,200 @@
+"""Which models the demo offers, and what is known of each; every one is opened at first use, and once."""
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+import zoo
+from zoo.directions import last_layer
+from zoo.loading import open_folder
+from zoo.model_folder import COVARIANCE, ModelFolder
+
+TITLES = {"metasaug": "MetaSAug", "isda": "ISDA", "ce": "Plain cross entropy", "ldam": "LDAM", "focal": "Focal loss",
+          "drw": "Re-weighted late"}
+HOW_TRAINED = {"metasaug": "Rare classes count more and vary more", "isda": "Features vary, by class",
+               "ce": "Training as usual"}
+AT_ONCE = 4  # models side by side
+
+
+class Model:
+    """What the page says about a model, from its folder; the network behind it is loaded when it is first needed."""
+
+    def __init__(self, name: str, folder: ModelFolder, source: str):
+        self.name, self.folder, self._source = name, folder, source
+        self.config = folder.config
+        self.ours: dict[str, Any] = self.config["metasaug"]
+        self.labels: list[str] = self.config["label_names"]
+        self.class_counts: list[int] | None = self.ours.get("class_counts")
+        self.groups: list[str] = self.ours["groups"]
+        self.groups_by: str = self.ours["groups_by"]
+        self.results: dict[str, Any] = folder.results or {}
+        self.method: str = self.ours["method"]
+        self.title = TITLES.get(self.method, self.method)
+        self._lock = threading.Lock()
+        self._predictor: zoo.Predictor | None = None
+
+    @property
+    def loaded(self) -> bool:
+        return self._predictor is not None
+
+    @property
+    def predictor(self) -> zoo.Predictor:
+        with self._lock:  # two people who ask at once wait for the same one
+            if self._predictor is None:
+                self._predictor = zoo.load(self._source)
+            return self._predictor
+
+    @cached_property
+    def weight_CA(self) -> np.ndarray | None:
+        """Of the last layer, where it is in the folder."""
+        try:
+            return last_layer(self.folder)
+        except zoo.ModelFolderError:
+            return None
+
+    @cached_property
+    def by_size(self) -> list[int]:
+        """The classes, largest first."""
+        counts = self.class_counts or [0] * len(self.labels)
+        return sorted(range(len(counts)), key=lambda c: -counts[c])
+
+    @property
+    def has_directions(self) -> bool:
+        return COVARIANCE in self.folder
+
+    def prior_of_world(self, world: float) -> np.ndarray | None:
+        """How common the classes are where 1 is as in training, 0 all alike, -1 turned round; None if not known."""
+        if not self.class_counts or self.ours.get("prior") is None:
+            return None
+        return np.maximum(np.asarray(self.class_counts, np.float64), 1) ** world
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A name on the page. `weights`: bundled, hub, unpublished, or "yours" for a folder named at the start."""
+
+    name: str
+    source: str
+    weights: str
+    trained_on: str
+    method: str
+    entry: zoo.Entry | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.weights != "unpublished"
+
+    @property
+    def caption(self) -> str:
+        """Of the choice in a list."""
+        where = {"bundled": "", "yours": " (yours)", "hub": " (to be fetched)"}
+        return self.name + where.get(self.weights, " (not published yet)")
+
+    @property
+    def what_to_do(self) -> str:
+        return self.entry.how_to_make if self.entry else ""
+
+
+_offers: dict[str, Offer] = {}
+_models: dict[str, Model] = {}
+_lock = threading.Lock()
+
+
+def offer(own: Iterable[str] = ()) -> list[str]:
+    """Sets what is offered: the zoo's models, and before them `own`: folders, or whatever zoo.load takes. Returns
+    the names to begin with: `own`, else those of the first bundled set.
+
+    Raises ZooError for a name of `own` that cannot be opened.
+    """
+    own = list(own)
+    with _lock:
+        _offers.clear()
+        _models.clear()
+        registered = {entry.name: entry for entry in zoo.list_models()}
+        begin = []
+        for source in own:
+            if source in registered:
+                if registered[source].weights == "unpublished":
+                    open_folder(source)  # raises, with what to do
+                begin.append(source)
+                continue
+            model = _open(source)
+            while model.name in registered or model.name in _offers:
+                model.name += " (yours)" if model.name in registered else "'"
+            _models[model.name] = model
+            _offers[model.name] = Offer(model.name, source, "yours", _trained_on(model), model.method)
+            begin.append(model.name)
+        for entry in sorted(registered.values(), key=lambda entry: entry.weights == "unpublished"):
+            trained_on = entry.dataset + ("" if entry.imbalance is None else f", imbalance {entry.imbalance:g}")
+            _offers[entry.name] = Offer(entry.name, entry.name, entry.weights, trained_on, entry.method, entry)
+    return list(dict.fromkeys(begin))[:AT_ONCE] or first_set()
+
+
+def _open(source: str) -> Model:
+    folder = open_folder(source)
+    return Model(folder.config["metasaug"]["name"] or os.path.basename(source), folder, source)
+
+
+def _trained_on(model: Model) -> str:
+    return model.ours["dataset"]
+
+
+def offers() -> list[Offer]:
+    if not _offers:
+        offer()
+    return list(_offers.values())
+
+
+def ready_names() -> list[str]:
+    return [o.name for o in offers() if o.ready]
+
+
+def find(name: Any) -> Offer | None:
+    offers()
+    return _offers.get(name) if isinstance(name, str) else None
+
+
+def model(name: str) -> Model:
+    """What is known of an offered model. Raises ZooError where it cannot be opened, or fetched, or is not out."""
+    found = find(name)
+    if found is None:
+        raise zoo.UnknownModelError(f"Unknown model: one of {', '.join(ready_names())}.")
+    if name not in _models:
+        fresh = Model(name, open_folder(found.source), found.source)
+        with _lock:  # whoever came second takes the first one's
+            _models.setdefault(name, fresh)
+    return _models[name]
+
+
+def sets() -> dict[str, list[str]]:
+    """The models at hand by what they were trained on: those of one set are worth comparing, MetaSAug first."""
+    found: dict[str, list[str]] = {}
+    for o in sorted(offers(), key=lambda o: o.method != "metasaug"):
+        if o.weights in ("bundled", "yours"):
+            found.setdefault(o.trained_on, []).append(o.name)
+    order = [o.trained_on for o in offers()]
+    return dict(sorted(((key, names[:AT_ONCE]) for key, names in found.items()), key=lambda item: order.index(item[0])))
+
+
+def first_set() -> list[str]:
+    found = [names for key, names in sets().items() if any(_offers[n].weights == "bundled" for n in names)]
+    if not found:
+        raise zoo.ZooError("No bundled models are here: install the package again, or train one (metasaug train).")
+    return found[0]
+
+
+def opened(names: Iterable[str]) -> list[Model]:
+    """Those of the names that can be opened; the others have their say on their own cards."""
+    return list(filter(None, (quietly(model, name) for name in names)))
+
+
+def quietly(function: Callable, *arguments):
+    try:
+        return function(*arguments)
+    except zoo.ZooError:
+        return None

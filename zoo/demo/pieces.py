@@ -1,0 +1,106 @@
+"""What every part of the page is made of: uploads let in, and HTML with every text from a model or a file escaped."""
+
+import base64
+import html
+import io
+import os
+from typing import Any
+
+import numpy as np
+from gradio import utils as gradio_utils
+from PIL import Image, ImageOps
+
+import zoo
+from zoo.demo.models import Model
+from zoo.labels import GROUPS, UNKNOWN
+
+SUCH = {"head": "such common classes", "medium": "such mid-sized classes", "tail": "such rare classes"}
+BY_RANK = {"head": "the largest 30%", "medium": "the 40% between", "tail": "the smallest 30%"}
+BY_COUNT = {"head": "over 100 training pictures", "medium": "20 to 100", "tail": "under 20"}
+
+escape = html.escape
+
+
+def uploaded(file: Any) -> str:
+    """The path of an upload (Gradio's file data). Raises PictureError, in words that name no path.
+
+    Gradio checks the place of files that are marked as such, so a request without the mark could name any file of
+    this computer: only what lies in the folder of uploads is opened.
+    """
+    path = file.get("path") if isinstance(file, dict) else None
+    if not isinstance(path, str) or not path:
+        raise zoo.PictureError("No picture came with the request.")
+    uploads = os.path.realpath(gradio_utils.get_upload_folder())
+    if "\0" in path or not os.path.realpath(path).startswith(uploads + os.sep):
+        raise zoo.PictureError("No picture came with the request: upload it first.")
+    return path
+
+
+def percent(p: float) -> str:
+    return "&lt;0.1%" if 0 < p < 0.0005 else f"{p:.1%}"
+
+
+def badge(group: str) -> str:
+    return f'<span class="badge {group}">{group}</span>'
+
+
+def times(count: int | None) -> str:
+    return "?" if count is None else f"{count:,} seen"
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def alert(title: str, text: str) -> str:
+    return f'<div class="notice" role="alert"><h3>{escape(title)}</h3><p>{escape(text)}</p></div>'
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def png(array: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return data_uri(buffer.getvalue(), "png")
+
+
+def thumbnail(picture: Image.Image, side: int = 72) -> str:
+    """A square of the picture's middle, as a small JPEG."""
+    buffer = io.BytesIO()
+    ImageOps.fit(picture.convert("RGB"), (side, side)).save(buffer, "JPEG", quality=75)
+    return data_uri(buffer.getvalue(), "jpeg")
+
+
+def groups_of(model: Model) -> list[str]:
+    return [group for group in (*GROUPS, UNKNOWN) if group in model.groups]
+
+
+def meaning(model: Model, group: str) -> str:
+    return (BY_RANK if model.groups_by == "rank" else BY_COUNT).get(group, "training pictures not known")
+
+
+def legend(model: Model) -> str:
+    items = "".join(f"<li>{badge(group)} {meaning(model, group)}</li>" for group in groups_of(model))
+    return f'<ul class="legend" aria-label="Groups of classes by training pictures">{items}</ul>'
+
+
+def mass_bar(shares: dict[str, float]) -> str:
+    """A bar of parts, and the same in words."""
+    parts = "".join(f'<i class="{group}" style="width:{share:.2%}"></i>' for group, share in shares.items())
+    words = "".join(f"<li>{badge(group)} <b>{percent(share)}</b></li>" for group, share in shares.items())
+    return f'<div class="mass" aria-hidden="true">{parts}</div><ul class="mass-words">{words}</ul>'
+
+
+def closed(name: str, error: zoo.ZooError) -> tuple[str, str]:
+    """Why a model has nothing to show: a title and a sentence, without any path of this computer."""
+    from zoo.demo.models import find
+
+    offer = find(name)
+    if offer is not None and not offer.ready:
+        return "Not published yet", offer.what_to_do
+    if offer is None:
+        return "Unknown model", str(error)
+    print(f"{name}: {error}", flush=True)
+    return "This model cannot be opened", "The demo's output on its own computer says why. The other models work."
