@@ -10,6 +10,7 @@ but where a class is so small that its minimum or maximum comes in.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -67,37 +68,34 @@ def cut_test(units: Units, labels: np.ndarray, num_classes: int, share: float, s
     """bool (N,): the test pictures, by the rule above. A class that cannot be cut without parting a unit, or without
     leaving its training empty, has none."""
     total = np.bincount(labels, minlength=num_classes)
-    least = np.minimum(2, total // 2) if share > 0 else np.zeros_like(total)
+    least = np.minimum(2, total // 2)
     most = np.maximum(least, total // 3)
-    chosen = np.zeros(len(labels), bool)
-    taken = np.zeros(num_classes, np.int64)
+    usual = np.minimum(np.maximum(most, np.ceil(share * total).astype(int)), total - 1).tolist()
+    at_most_half = np.maximum(most, total // 2).tolist()
     members = units.members()
-    counts = [np.bincount(labels[m], minlength=0) for m in members]
+    classes = [Counter(labels[m].tolist()) for m in members]
     drawn = [draw(name, "test", seed) for name in units.names]
     in_order = sorted(range(len(members)), key=drawn.__getitem__)
+    chosen = np.zeros(len(labels), bool)
+    taken = [0] * num_classes
 
-    def take_if(unit: int, limit: np.ndarray) -> bool:
-        more = counts[unit]
-        here = np.flatnonzero(more)
-        if chosen[members[unit][0]] or np.any(taken[here] + more[here] > limit[here]):
-            return False
-        chosen[members[unit]] = True
-        taken[here] += more[here]
-        return True
+    def take_if(unit: int, limit: list[int]) -> None:
+        if not chosen[members[unit][0]] and all(taken[c] + n <= limit[c] for c, n in classes[unit].items()):
+            chosen[members[unit]] = True
+            for c, n in classes[unit].items():
+                taken[c] += n
 
     for unit in in_order:
         if drawn[unit] < share:
-            take_if(unit, np.minimum(np.maximum(most, np.ceil(share * total)), total - 1))
-    of_class: dict[int, list[int]] = {c: [] for c in np.flatnonzero(taken < least).tolist()}
+            take_if(unit, usual)
+    lacking: dict[int, list[int]] = {c: [] for c in range(num_classes) if taken[c] < least[c]}
     for unit in in_order:
-        for c in np.flatnonzero(counts[unit]).tolist():
-            if c in of_class:
-                of_class[c].append(unit)
-    for c, candidates in of_class.items():
+        for c in classes[unit].keys() & lacking.keys():
+            lacking[c].append(unit)
+    for c, candidates in lacking.items():
         for unit in candidates:
-            if taken[c] >= least[c]:
-                break
-            take_if(unit, np.maximum(most, total // 2))
+            if taken[c] < least[c]:
+                take_if(unit, at_most_half)
     return chosen
 
 
@@ -105,27 +103,35 @@ def cut_meta(
     units: Units, names: Sequence[str], labels: np.ndarray, available: np.ndarray, num_classes: int, per_class: int,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-    """The meta set out of the pictures that are `available` (bool (N,), whole units).
+    """The meta set out of the pictures that are `available` (bool (N,)).
 
     Returns bool (N,): the meta pictures; bool (N,): those of them that leave training; and the classes whose meta
     pictures stay in training, being fewer than 20 or not to be parted from their units.
     """
     left = np.bincount(labels[available], minlength=num_classes)
-    wanted = np.where(left < SMALL_CLASS, 0, np.minimum(per_class, left // 4))
-    most = np.where(left < SMALL_CLASS, 0, left // 4)
-    members = [m for m in units.members() if available[m[0]]]
+    most = np.where(left < SMALL_CLASS, 0, left // 4).tolist()
+    wanted = [min(per_class, n) for n in most]
+    members = [left_of for m in units.members() if len(left_of := m[available[m]])]
     drawn = [draw(units.names[units.of[m[0]]], "meta", seed) for m in members]
     removed = np.zeros(len(labels), bool)
-    taken = np.zeros(num_classes, np.int64)
+    taken = [0] * num_classes
     for i in sorted(range(len(members)), key=drawn.__getitem__):
-        more = np.bincount(labels[members[i]], minlength=0)
-        here = np.flatnonzero(more)
-        if np.any(taken[here] < wanted[here]) and np.all(taken[here] + more[here] <= most[here]):
+        classes = Counter(labels[members[i]].tolist())
+        if any(taken[c] < wanted[c] for c in classes) and all(taken[c] + n <= most[c] for c, n in classes.items()):
             removed[members[i]] = True
-            taken[here] += more[here]
-    meta = removed.copy()
-    shared = np.flatnonzero((taken == 0) & (left > 0))
-    for c in shared.tolist():
-        pool = np.flatnonzero(available & (labels == c)).tolist()
-        meta[sorted(pool, key=lambda i: draw(names[i], "meta", seed))[:per_class]] = True
-    return meta, removed, tuple(shared.tolist())
+            for c, n in classes.items():
+                taken[c] += n
+    shared = [c for c in range(num_classes) if not taken[c] and left[c]]
+    return removed | first_of_each(names, labels, available & np.isin(labels, shared), per_class, seed), removed, tuple(
+        shared)
+
+
+def first_of_each(names: Sequence[str], labels: np.ndarray, pool: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+    """bool (N,): of each class, `per_class` pictures of the pool (bool (N,)), by the hash of their names."""
+    chosen = np.zeros(len(labels), bool)
+    count: Counter[int] = Counter()
+    for i in sorted(np.flatnonzero(pool).tolist(), key=lambda i: draw(names[i], "meta", seed)):
+        if count[int(labels[i])] < per_class:
+            count[int(labels[i])] += 1
+            chosen[i] = True
+    return chosen

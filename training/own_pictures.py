@@ -155,8 +155,12 @@ def _given_parts(listing: Listing, keys: Sequence, rule: CutRule) -> _Parts:
     units = cuts.tie(listing.names, listing.groups, keys)
     train, test, meta = splits == "train", splits == "test", splits == "meta"
     shared: tuple[int, ...] = ()
+
+    def some_of_each(pool: np.ndarray) -> np.ndarray:
+        return cuts.first_of_each(listing.names, listing.labels, pool, rule.meta_per_class, rule.subset_seed)
+
     if "val" in splits and not meta.any():
-        meta = _first_of_each(listing, splits == "val", rule)
+        meta = some_of_each(splits == "val")
         notes.append(f"Meta set: {meta.sum():,} pictures of val, {rule.meta_per_class} a class by file name; the other "
                      f"{(splits == 'val').sum() - meta.sum():,} are not used.")
     if not meta.any():
@@ -166,28 +170,18 @@ def _given_parts(listing: Listing, keys: Sequence, rule: CutRule) -> _Parts:
         notes += _meta_notes(listing, shared, rule)
     lacking = np.setdiff1d(listing.labels[train], listing.labels[meta])
     if len(lacking):  # a meta set was given, and not for every class
-        lent = _first_of_each(listing, train & np.isin(listing.labels, lacking), rule)
+        lent = some_of_each(train & np.isin(listing.labels, lacking))
         meta |= lent
         shared = tuple(lacking.tolist())
         notes += _meta_notes(listing, shared, rule)
     return _Parts(train, meta, test, shared, notes)
 
 
-def _first_of_each(listing: Listing, pool: np.ndarray, rule: CutRule) -> np.ndarray:
-    """bool (N,): of each class, `meta_per_class` pictures of the pool, by the hash of their names."""
-    chosen = np.zeros(len(pool), bool)
-    for c in np.unique(listing.labels[pool]):
-        places = np.flatnonzero(pool & (listing.labels == c)).tolist()
-        drawn = sorted(places, key=lambda i: cuts.draw(listing.names[i], "meta", rule.subset_seed))
-        chosen[drawn[: rule.meta_per_class]] = True
-    return chosen
-
-
 def _meta_notes(listing: Listing, shared: Sequence[int], rule: CutRule) -> list[str]:
     if not shared:
         return []
-    return [f"{len(shared)} classes with fewer than {cuts.SMALL_CLASS} pictures left (or of one group) share their "
-            "meta pictures with training: " + listed([listing.label_names[c] for c in shared], ", ") + "."]
+    return [f"Classes that share their meta pictures with training, having fewer than {cuts.SMALL_CLASS} left or none "
+            f"that can be spared: {len(shared)}. " + listed([listing.label_names[c] for c in shared], ", ") + "."]
 
 
 def _check_groups(listing: Listing, splits: np.ndarray) -> None:
@@ -230,7 +224,7 @@ def _contradictions(listing: Listing, keys: Sequence) -> list[str]:
              if key is not None and listing.labels[first.setdefault(key, i)] != listing.labels[i]]
     if not pairs:
         return []
-    return [f"{len(pairs):,} pictures stand in two classes with the same content, which no model can get right: "
+    return [f"Pictures that stand in two classes with the same content, which no model can get right: {len(pairs):,}. "
             + listed(pairs, "; ") + "."]
 
 
