@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": Command("training.evaluate:evaluate", "measure a model on labelled pictures, per group and class"),
     "train": Command("training.command_line:train", "train on a benchmark; ends in a model folder",
                      then="export.command_line:finish"),
+    "import": Command("export.authors_files:import_file", "a model folder from a checkpoint that its authors released"),
     "export": Command("export.command_line:export", "ONNX beside the weights of a model folder"),
 }
 

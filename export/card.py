@@ -23,6 +23,8 @@ METHODS = {
                 "is learned on a small balanced meta set, and classes are re-weighted",
     "isda": "ISDA: in the second stage each class's features are augmented along its running covariance, and classes "
             "are re-weighted",
+    "classifier-balancing": "Weights of classifier-balancing (Kang et al. 2020), which trains features and classifier "
+                            "apart",
 }
 
 
@@ -41,7 +43,7 @@ def card(config: Mapping[str, Any]) -> str:
         _what_it_is(config),
         *_results(ours),
         _use(config),
-        _training(ours),
+        _origin(ours) if ours.get("imported") else _training(ours),
         _limits(config),
         "## Citation\n\n" + CITATION,
     ]
@@ -63,7 +65,7 @@ def _card_data(config: Mapping[str, Any]) -> ModelCardData:
             for name, value in figures.items()
         ]
     return ModelCardData(
-        model_name=ours["name"], license="mit", library_name="metasaug", pipeline_tag="image-classification",
+        model_name=ours["name"], license=_licence(ours), library_name="metasaug", pipeline_tag="image-classification",
         tags=["long-tailed-recognition", "imbalanced", ours["method"], config["architecture"], "onnx"],
         eval_results=measured or None,
     )
@@ -90,7 +92,9 @@ def _what_it_is(config: Mapping[str, Any]) -> str:
 def _results(ours: Mapping[str, Any]) -> list[str]:
     results = ours.get("results")
     if not results:
-        return ["## Results\n\nNot measured by us."]
+        published, source = ours.get("published_error"), ours.get("published_source", "the paper")
+        return ["## Results\n\nNot measured by us."
+                + (f" Published: {published:.2%} error ({source})." if published else "")]
     seed = f" (seed {ours['seed']})" if ours.get("seed") is not None else ""
     lines = [
         "## Results", "",
@@ -128,11 +132,13 @@ def _cell(text: str) -> str:
 def _use(config: Mapping[str, Any]) -> str:
     ours, cfg = config["metasaug"], config["pretrained_cfg"]
     _, height, width = cfg["input_size"]
+    # Under the name of an imported model the zoo may have weights of our own.
+    where = '"PATH/OF/THIS/FOLDER")' if ours.get("imported") else f'"{ours["name"]}")      # or the path of this folder'
     return f"""## Use
 
 ```python
 import zoo
-model = zoo.load("{ours['name']}")      # or the path of this folder
+model = zoo.load({where}
 print(model.predict("photo.jpg"))
 ```
 
@@ -156,6 +162,24 @@ def _training(ours: Mapping[str, Any]) -> str:
     return f"## Training\n\n| | |\n|---|---|\n{table}"
 
 
+def _origin(ours: Mapping[str, Any]) -> str:
+    """Where weights come from that we did not train."""
+    imported = ours["imported"]
+    lines = [f"## Origin\n\n**Not trained by us.** Every weight is from `{imported['file']}` (sha256 "
+             f"`{imported['sha256']}`), as its authors released it"
+             + (f" ({imported['origin']}; licence {imported['licence'].upper()})." if imported["origin"] != "unknown" else
+                "; whose it is and under which licence, its layout does not say.")]
+    if imported.get("stated_error") is not None:
+        lines.append(f"The file itself states a best test error of {imported['stated_error']:.2%}.")
+    if ours["class_counts"]:
+        lines.append(f"Training pictures a class: from {imported['counts_from']}.")
+    return " ".join([*lines, *imported["notes"]])
+
+
+def _licence(ours: Mapping[str, Any]) -> str:
+    return ours["imported"]["licence"] if ours.get("imported") else "mit"
+
+
 def _limits(config: Mapping[str, Any]) -> str:
     ours = config["metasaug"]
     _, height, width = config["pretrained_cfg"]["input_size"]
@@ -176,4 +200,4 @@ For research on long-tailed recognition and as an example of the method.
 - Rare classes are less reliable; the table above says how much. {assumes}{jpeg}
 - Nothing in it was tested for safety-critical use.
 
-Licence: MIT. Pictures of the training set are not part of this folder."""
+Licence: {_licence(ours).upper()}. Pictures of the training set are not part of this folder."""

@@ -13,14 +13,15 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("METASAUG_DATA", ROOT.parent / "shared" / "data"))
 
 
+def _need(there: bool, reason: str) -> None:
+    if not there:
+        (pytest.fail if os.environ.get("METASAUG_REQUIRE_DATA") == "1" else pytest.skip)(reason)
+
+
 def _unpacked(name: str) -> Path:
     """The archive's folder, unpacked once into an ignored place; two test processes wait for each other."""
     archive = DATA / f"{name}.tar"
-    if not archive.is_file():
-        reason = f"the real data is not here: {archive.name} in ../shared/data (or METASAUG_DATA)"
-        if os.environ.get("METASAUG_REQUIRE_DATA") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    _need(archive.is_file(), f"the real data is not here: {archive.name} in ../shared/data (or METASAUG_DATA)")
     folder = ROOT / ".test-data" / name
     folder.parent.mkdir(exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as lock:
@@ -43,6 +44,16 @@ def cifar10_jpeg() -> Path:
 def plankton() -> Path:
     """A natural long tail: train/CLASS/*.jpg."""
     return _unpacked("plankton")
+
+
+@pytest.fixture(scope="session")
+def authors_files() -> dict[str, Path]:
+    """Two of the authors' released checkpoints, by the name that imports them."""
+    files = {"metasaug-cifar10-lt": "MetaSAug_cifar10_CE_imb0.01_ckpt.pth.tar",
+             "metasaug-ldam-cifar100-lt": "MetaSAug_cifar100_LDAM_imb0.01_ckpt.pth.tar"}
+    found = {name: DATA.parent / "reference" / file for name, file in files.items()}
+    _need(all(path.is_file() for path in found.values()), "the authors' files are not here: ../shared/reference")
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,21 @@
-"""Class names of the large benchmarks, by official class index, for data and weights that carry numbers only."""
+"""Class names of the benchmarks, by official class index, for data and weights that carry numbers only."""
 
 from functools import cache
 from pathlib import Path
 
 _FOLDER = Path(__file__).with_name("names")
+
+
+@cache
+def cifar10() -> tuple[str, ...]:
+    """The 10 classes of CIFAR-10."""
+    return ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@cache
+def cifar100() -> tuple[str, ...]:
+    """The 100 fine classes of CIFAR-100."""
+    return tuple((_FOLDER / "cifar100.txt").read_text(encoding="utf-8").splitlines())
 
 
 @cache
