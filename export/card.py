@@ -165,10 +165,10 @@ def _training(ours: Mapping[str, Any]) -> str:
 def _origin(ours: Mapping[str, Any]) -> str:
     """Where weights come from that we did not train."""
     imported = ours["imported"]
+    whose = (f" ({imported['origin']}; licence {imported['licence'].upper()})." if imported["origin"] != "unknown"
+             else "; whose it is and under which licence, its layout does not say.")
     lines = [f"## Origin\n\n**Not trained by us.** Every weight is from `{imported['file']}` (sha256 "
-             f"`{imported['sha256']}`), as its authors released it"
-             + (f" ({imported['origin']}; licence {imported['licence'].upper()})." if imported["origin"] != "unknown" else
-                "; whose it is and under which licence, its layout does not say.")]
+             f"`{imported['sha256']}`), as its authors released it{whose}"]
     if imported.get("stated_error") is not None:
         lines.append(f"The file itself states a best test error of {imported['stated_error']:.2%}.")
     if ours["class_counts"]:
