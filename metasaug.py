@@ -25,7 +25,8 @@ COMMANDS = {
 }
 
 # What each missing library belongs to.
-EXTRAS = {"torch": "train", "torchvision": "train", "onnx": "train", "onnxscript": "train", "gradio": "demo"}
+EXTRAS = {"torch": "train", "torchvision": "train", "onnx": "train", "onnxscript": "train", "gradio": "demo",
+          "tensorboard": "tensorboard"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -109,6 +110,22 @@ def tiny_model_folder(tmp_path_factory) -> Path:
     export_folder(folder)
     write_card(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless browser that asks nobody for anything."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser tests")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no browser here ({', '.join(names)}): the browser tests were skipped")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=[
+            "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+            "--disable-sync", "--no-first-run"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

@@ -51,6 +51,9 @@ class RunOptions:
     save_every: int = 1
     """Epochs between checkpoints. SIGINT (exit code 130) and SIGTERM (143) save at once."""
 
+    tensorboard: bool = False
+    """Keep the log in RUN/tensorboard as well, for `tensorboard --logdir runs`."""
+
     dry_run: bool = False
     """Print the resolved recipe and the data's counts, train nothing."""
 
@@ -105,7 +108,7 @@ def train(job: Annotated[Job, tyro.conf.arg(name="")]) -> Path | None:
     print(f"{run_name(recipe)} on {device}, into {folder}")
     with _alone_in(folder):
         state, results = loop.run(recipe, data, folder, device, options.resume, options.stage1,
-                                  options.evaluate_every, options.save_every)
+                                  options.evaluate_every, options.save_every, options.tensorboard)
         model = folder / "model"
         write_model(model, options.name or run_name(recipe), recipe, loop.data_of_stage(recipe, data, 2), state,
                     results)

@@ -11,10 +11,12 @@ import numpy as np
 from tqdm import tqdm
 
 import zoo
-from training.datasets import list_class_folders
+from training.datasets import list_class_folders, listed, printable
 from training.errors import DataError, TrainingError
+from training.listings import SPLIT_NAMES, list_table
 from training.metrics import Tally, results_table
-from training.report import page, plain_words, write_text
+from training.plain_words import plain_words
+from training.report import page, write_text
 from zoo.predictor import Predictor, Prior
 
 BATCH = 256  # logits that are kept at a time
@@ -36,11 +38,12 @@ def evaluate(
     """Measure a model on labelled pictures: overall, per group and per class.
 
     The groups are those of the model's own training set. A class of the model without pictures here counts in no
-    average; a folder whose name is no class of the model is an error. docs/metrics.md says how each figure is made.
+    average; a label that is no class of the model is an error. docs/metrics.md says how each figure is made.
 
     Args:
         model: A name from `metasaug list`, or a model folder.
-        data: Folder of class folders: DATA/CLASS/picture.jpg.
+        data: Folder of class folders, DATA/CLASS/picture.jpg; or a CSV table with a row a picture, its path from the
+            table's own folder and its label. Of a table with splits the rows of test.
         backend: ONNX Runtime, or torch.
         device: auto takes CUDA where there is one.
         prior: Answer for pictures whose classes are equally frequent, or as frequent as in training.
@@ -72,14 +75,24 @@ def evaluate(
 
 
 def labelled_pictures(data: Path, predictor: Predictor, model: str) -> tuple[list[Path], np.ndarray]:
-    """Paths of the pictures, and for each the place of its label among the model's classes."""
-    paths, labels, names = list_class_folders(data)
-    unknown = sorted(set(names) - set(predictor.labels))
-    if unknown:
-        raise DataError(f"{data} has class folders that {model} does not know: {', '.join(unknown[:10])}. Its classes: "
-                        f"{', '.join(predictor.labels[:10])}{' …' if len(predictor.labels) > 10 else ''}")
+    """Paths of the pictures, and for each the place of its label among the model's classes. Raises DataError."""
+    if data.is_file():
+        listing = list_table(data)
+        keep = np.array([split == "test" for split in listing.splits])
+        if keep.any() and not keep.all():
+            print(f"{data}: the {keep.sum():,} rows whose split is test, of {len(keep):,}")
+            listing = listing.at(np.flatnonzero(keep))
+        paths, labels, names = [listing.root / name for name in listing.names], listing.labels, listing.label_names
+    else:
+        paths, labels, names = list_class_folders(data)
     place = {name: c for c, name in enumerate(predictor.labels)}
-    return paths, np.array([place[name] for name in names])[labels]
+    unknown = sorted({names[c] for c in np.unique(labels)} - set(place))
+    if unknown:
+        splits = [name for name in unknown if name.casefold() in SPLIT_NAMES]
+        hint = f" Did you mean --data {data / splits[-1]}?" if splits and data.is_dir() else ""
+        raise DataError(f"{printable(str(data))} has classes that {model} does not know: {listed(unknown, ', ')}.{hint}"
+                        f" Its classes: {listed(predictor.labels, ', ')}.")
+    return paths, np.array([place.get(name, -1) for name in names])[labels]
 
 
 def measure(
@@ -115,11 +128,11 @@ def measure(
             flush()
     flush()
     if bad:
-        listed = "\n  ".join(bad[:10]) + (f"\n  … and {len(bad) - 10} more" if len(bad) > 10 else "")
+        few = printable(listed(bad, "\n  "))
         if not skip_bad or len(bad) == len(paths):
             raise DataError(f"{len(bad)} of {len(paths)} pictures cannot be read (--skip-bad leaves them out):\n"
-                            f"  {listed}")
-        print(f"left out, unreadable:\n  {listed}")
+                            f"  {few}")
+        print(f"left out, unreadable:\n  {few}")
     return tally.results(), rows
 
 

@@ -27,6 +27,7 @@ from training.losses import HeadLoss, class_balanced_weights
 from training.meta import StepResult, isda_step, metasaug_step, plain_step
 from training.metrics import DETAILS, Tally
 from training.recipes import Recipe
+from training.tensorboard_log import TensorBoardLog
 from zoo.architectures import create
 from zoo.labels import assign_groups
 
@@ -196,6 +197,7 @@ def run(
     stage1: Path | None = None,
     evaluate_every: int = 10,
     save_every: int = 1,
+    tensorboard: bool = False,
     on_progress: Callable[[State], None] | None = None,
 ) -> tuple[State, dict]:
     """Train from the newest checkpoint in `folder` (resume), from a shared stage 1, or from nothing.
@@ -203,6 +205,7 @@ def run(
     folder          run folder: log.jsonl, checkpoints/, stage1/
     evaluate_every  epochs between looks at the test set, for the log only; the last epoch is always looked at
     save_every      epochs between checkpoints; SIGINT and SIGTERM save at once
+    tensorboard     keep the log in `folder`/tensorboard as well
     Returns the state after the last epoch and its test results. Raises TrainingError, DivergenceError before an
     update that would spread NaN, Interrupted once the state is saved.
     """
@@ -220,7 +223,7 @@ def run(
 
     with (
         _stop_signals() as stopped,
-        Log(folder / "log.jsonl", state.log_bytes) as log,
+        Log(folder / "log.jsonl", state.log_bytes, folder / "tensorboard" if tensorboard else None) as log,
         tqdm(total=sum(steps), initial=sum(steps[: state.epoch]) + state.step, unit="step", dynamic_ncols=True) as bar,
     ):
         while state.epoch < recipe.epochs:
@@ -345,24 +348,34 @@ def _find_start(
 
 
 class Log:
-    """JSON lines; on resume the lines that the checkpoint does not know are cut off, so none is there twice."""
+    """JSON lines; on resume the lines that the checkpoint does not know are cut off, so none is there twice.
 
-    def __init__(self, path: Path, length: int):
-        self.path, self.length = path, length
+    tensorboard   a folder where TensorBoard finds the same numbers, or None
+    """
+
+    def __init__(self, path: Path, length: int, tensorboard: Path | None = None):
+        self.path, self.length, self.tensorboard = path, length, tensorboard
+        self.board: TensorBoardLog | None = None
 
     def __enter__(self) -> "Log":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
         os.truncate(self.path, min(self.length, self.path.stat().st_size))
+        if self.tensorboard is not None:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            self.board = TensorBoardLog(self.tensorboard, map(json.loads, lines))
         return self
 
     def __exit__(self, *_) -> None:
-        pass
+        if self.board is not None:
+            self.board.close()
 
     def write(self, line: dict) -> int:
         """Append a line; returns the length of the log with it."""
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
+        if self.board is not None:
+            self.board.write(line)
         return self.path.stat().st_size
 
 
