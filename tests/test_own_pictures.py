@@ -201,6 +201,16 @@ def test_leftovers_of_operating_systems_are_passed_over(tmp_path):
     assert any("1 .txt" in note or "2 .txt" in note for note in data.notes)
 
 
+def test_links_to_nothing_are_missing_pictures(tmp_path):
+    paint_classes(tmp_path, {"a": 9, "b": 9})
+    (tmp_path / "a" / "gone.jpg").symlink_to(tmp_path / "elsewhere.jpg")
+    (tmp_path / "a" / "itself.jpg").symlink_to(tmp_path / "a" / "itself.jpg")
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")
+    with pytest.raises(DataError, match="2 of 20") as caught:
+        load_folder(tmp_path)
+    assert "a/gone.jpg does not exist" in str(caught.value)
+
+
 def test_file_names_that_are_no_text_are_read(tmp_path):
     paint_classes(tmp_path, {"a": 9, "b": 9})
     os.rename(tmp_path / "a/000.png", os.fsencode(tmp_path) + b"/a/\xff\xfe.png")

@@ -119,7 +119,7 @@ def find_classes(root: Path) -> list[str]:
     """Names of the class folders in `root`, sorted. Raises DataError: no folder, none in it, names that clash."""
     if not root.is_dir():
         raise DataError(f"{root} is no folder: name one that holds a folder of pictures for each class.")
-    names = sorted(entry.name for entry in _scan(root) if entry.is_dir())
+    names = sorted(entry.name for entry in _scan(root) if _is_folder(entry))
     if not names:
         raise DataError(f"{root} holds no class folders: expected {root}/CLASS/picture.jpg.")
     check_class_names(names, str(root))
@@ -158,11 +158,11 @@ def find_files(folder: Path) -> list[str]:
 
     def walk(here: Path, prefix: str, above: frozenset[tuple[int, int]]) -> None:
         for entry in _scan(here):
-            if entry.is_dir():
+            if _is_folder(entry):
                 status = entry.stat()
                 if (identity := (status.st_dev, status.st_ino)) not in above:
                     walk(here / entry.name, f"{prefix}{entry.name}/", above | {identity})
-            elif entry.is_file():
+            elif entry.is_symlink() or entry.is_file():  # a link to nothing is a picture that is missing
                 found.append(prefix + entry.name)
 
     status = folder.stat()
@@ -176,6 +176,13 @@ def _scan(folder: Path) -> list[os.DirEntry]:
             return [e for e in entries if not e.name.startswith(".") and e.name.casefold() not in LEFT_BEHIND]
     except OSError as error:
         raise DataError(f"{printable(str(folder))} cannot be read: {error.strerror or error}.") from error
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def list_class_folders(root: Path) -> tuple[list[Path], np.ndarray, tuple[str, ...]]:
