@@ -170,6 +170,14 @@ def test_test_and_meta_folders_may_be_elsewhere(sea, tmp_path):
     assert all(path.is_file() for path in data.test.paths + data.meta.paths)
 
 
+def test_a_meta_set_alone_leaves_the_test_set_to_be_cut(sea, tmp_path):
+    paint_classes(tmp_path / "m", dict.fromkeys(SIZES, 2), seed=8)
+    data = load_folder(sea, meta=tmp_path / "m")
+    assert set(data.test.names) == set(load_folder(sea).test.names)
+    assert counts_of(data.meta, 4) == [2] * 4
+    assert len(data.train) + len(data.test) == sum(SIZES.values())
+
+
 def test_copies_across_given_splits_leave_training(tmp_path):
     paint_classes(tmp_path / "train", {"a": 9, "b": 9})
     paint_classes(tmp_path / "test", {"a": 2, "b": 2}, seed=5)

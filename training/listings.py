@@ -105,7 +105,8 @@ def list_folder(root: Path, test: Path | None = None, meta: Path | None = None, 
                                 "tested on what it never sees. Rename or remove the folder.")
             if not found and split == "train":
                 empty.append(name)
-            names += [os.path.relpath(folder / name / file, root) for file in found]
+            from_root = os.path.relpath(folder / name, root).replace(os.sep, "/")
+            names += [f"{from_root}/{file}" for file in found]
             labels += [place[name]] * len(found) if found else []
             splits += [None if len(parts) == 1 else split] * len(found)
     if len(class_names) == 1:
@@ -122,7 +123,7 @@ def list_folder(root: Path, test: Path | None = None, meta: Path | None = None, 
                       tuple(class_names), splits, notes=tuple(notes))
     if empty:
         refuse(f"{len(empty)} class folder{'s hold' if len(empty) > 1 else ' holds'} no pictures", empty,
-                "Fill or remove them", skip_bad)
+               "Fill or remove them", skip_bad)
         listing, _ = listing.without_classes(place[name] for name in empty)
         return replace(listing, left_out=tuple(f"{name} holds no pictures." for name in empty))
     return listing

@@ -109,7 +109,7 @@ def _without_small_classes(
 ) -> tuple[Listing, np.ndarray]:
     """Without the classes that nothing is left of and, where a test set is to be cut, those of one picture."""
     counts = np.bincount(listing.labels, minlength=len(listing.label_names))
-    least = 1 if any(s in ("test", "val") for s in listing.splits) else 2
+    least = 1 if {"test", "val"} & set(listing.splits) else 2
     small = np.flatnonzero(counts < least)
     if not len(small):
         return listing, keep
@@ -141,18 +141,23 @@ def _cut_parts(listing: Listing, keys: Sequence, rule: CutRule) -> _Parts:
 
 
 def _given_parts(listing: Listing, keys: Sequence, rule: CutRule) -> _Parts:
-    """The splits as given. Without test, val is the test set; without meta, it is cut from val, else from train."""
+    """The splits as given. Without test, val is the test set, else it is cut; without meta, it is cut from val, else
+    from train."""
     splits = np.array([split or "train" for split in listing.splits])
     notes = []
-    if "test" not in splits:
-        if "val" not in splits:
-            raise DataError("a meta set is given and no test set: name one with --test, or let both be cut.")
+    if "test" not in splits and "val" in splits:
         splits[splits == "val"] = "test"
         notes.append("No test set is given: val is tested on.")
     _check_groups(listing, splits)
     splits = _without_copies(listing, keys, splits, notes)
     classes = len(listing.label_names)
     units = cuts.tie(listing.names, listing.groups, keys)
+    if "test" not in splits:
+        at = np.flatnonzero(splits == "train")
+        some = listing.at(at)
+        among = cuts.tie(some.names, some.groups, [keys[i] for i in at.tolist()])
+        splits[at[cuts.cut_test(among, some.labels, classes, rule.test_share, rule.subset_seed)]] = "test"
+        notes.append(f"Test set cut by file name: {(splits == 'test').sum():,} pictures.")
     train, test, meta = splits == "train", splits == "test", splits == "meta"
     shared: tuple[int, ...] = ()
 
