@@ -77,18 +77,24 @@ def onnx_bytes(module: nn.Module, config: dict[str, Any]) -> bytes:
 def metadata(config: dict[str, Any]) -> dict[str, str]:
     """What a reader of the ONNX file alone needs, as texts."""
     cfg = config["pretrained_cfg"]
-    height, width = cfg["input_size"][1:]
     return {
         "config.json": json.dumps(config, ensure_ascii=False),
         "labels": json.dumps(config["label_names"], ensure_ascii=False),
         "mean": json.dumps(cfg["mean"]),
         "std": json.dumps(cfg["std"]),
         "input_size": json.dumps(cfg["input_size"]),
-        "preprocessing": (
-            f"RGB; shorter side to {math.floor(min(height, width) / cfg['crop_pct'])} pixels ({cfg['interpolation']}), "
-            f"centre crop {height} x {width}; float32, (x / 255 - mean) / std per channel; (batch, 3, H, W)"
-        ),
+        "preprocessing": f"RGB; {fitting_in_words(cfg)}; float32, (x / 255 - mean) / std per channel; (batch, 3, H, W)",
     }
+
+
+def fitting_in_words(cfg: dict[str, Any]) -> str:
+    """What zoo.images.fitted does."""
+    height, width = cfg["input_size"][1:]
+    full_height, full_width = (math.floor(side / cfg["crop_pct"]) for side in (height, width))
+    resized = {"squash": f"to {full_height} x {full_width} pixels, whatever its shape",
+               "border": f"to fit into {full_height} x {full_width} pixels, the rest filled with the mean"}.get(
+        cfg.get("crop_mode") or "center", f"shorter side to {min(full_height, full_width)} pixels")
+    return f"{resized} ({cfg['interpolation']}), centre crop {height} x {width}"
 
 
 def check_parity(

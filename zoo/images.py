@@ -90,16 +90,36 @@ def decode(source: Picture, name: str | None = None) -> Image.Image:
 
 
 def preprocess(picture: Image.Image, pretrained_cfg: Mapping[str, Any]) -> np.ndarray:
-    """float32 (3, H, W) as the network takes it, by timm's rule: shorter side to size / crop_pct, centre crop,
-    (x / 255 - mean) / std.
+    """float32 (3, H, W) as the network takes it: `fitted`, then (x / 255 - mean) / std.
 
-    pretrained_cfg  input_size [3, H, W], mean, std, interpolation, crop_pct
+    pretrained_cfg  input_size [3, H, W], mean, std, and what `fitted` takes
     """
-    _, height, width = pretrained_cfg["input_size"]
-    picture = _resize_and_crop(picture, height, width, pretrained_cfg["interpolation"], pretrained_cfg["crop_pct"])
-    array = np.asarray(picture, np.float32) / 255
+    array = np.asarray(fitted(picture, pretrained_cfg), np.float32) / 255
     mean, std = (np.asarray(pretrained_cfg[key], np.float32) for key in ("mean", "std"))
     return np.ascontiguousarray(((array - mean) / std).transpose(2, 0, 1))
+
+
+def fitted(picture: Image.Image, pretrained_cfg: Mapping[str, Any]) -> Image.Image:
+    """The picture in the network's size, by timm's rules.
+
+    pretrained_cfg  input_size [3, H, W], interpolation, crop_pct, mean, and crop_mode:
+                    center (or none): the shorter side to size / crop_pct, centre crop; squash: both sides, whatever
+                    the shape; border: the longer side to size / crop_pct, the rest filled with the mean
+    """
+    _, height, width = pretrained_cfg["input_size"]
+    interpolation, crop_pct = pretrained_cfg["interpolation"], pretrained_cfg["crop_pct"]
+    mode = pretrained_cfg.get("crop_mode") or "center"
+    if mode == "center":
+        return _resize_and_crop(picture, height, width, interpolation, crop_pct)
+    full_height, full_width = math.floor(height / crop_pct), math.floor(width / crop_pct)
+    size = (full_width, full_height)
+    if mode == "border":
+        shrink = max(picture.width / full_width, picture.height / full_height)
+        size = (max(1, round(picture.width / shrink)), max(1, round(picture.height / shrink)))
+    resized = picture.resize(size, _INTERPOLATIONS[interpolation])
+    whole = Image.new("RGB", (width, height), tuple(round(255 * m) for m in pretrained_cfg["mean"]))
+    whole.paste(resized, (round((width - size[0]) / 2), round((height - size[1]) / 2)))
+    return whole
 
 
 def _resize_and_crop(picture: Image.Image, height: int, width: int, interpolation: str, crop_pct: float):

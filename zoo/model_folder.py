@@ -237,6 +237,8 @@ def check_config(config: Mapping[str, Any], where: str | Path) -> None:
          "nearest, bilinear, bicubic or lanczos")
     crop = cfg.get("crop_pct")
     need(number(crop) and 0.01 <= crop <= 1, "pretrained_cfg.crop_pct", "a number from 0.01 to 1")
+    need(cfg.get("crop_mode") in (None, "center", "squash", "border"), "pretrained_cfg.crop_mode",
+         "center, squash or border")
     counts, groups = ours.get("class_counts"), ours.get("groups")
     need(counts is None or (isinstance(counts, list) and len(counts) == classes
                             and all(type(n) is int and n >= 0 for n in counts)),
