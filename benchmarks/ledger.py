@@ -16,7 +16,7 @@ from typing import Any
 import tyro
 
 from training.errors import TrainingError
-from training.recipes import Cifar10LT, Cifar100LT, Recipe
+from training.recipes import Cifar10LT, Cifar100LT
 from zoo.files import write_atomically
 from zoo.labels import GROUPS
 
@@ -50,7 +50,7 @@ class Protocol:
         return [Cell(part["name"], method, seed) for part in self._content["sets"] for seed in part["seeds"]
                 for method in part["methods"]]
 
-    def recipe(self, cell: Cell) -> Recipe:
+    def recipe(self, cell: Cell) -> Cifar10LT:
         flags = dict(next(part["recipe"] for part in self._content["sets"] if part["name"] == cell.set))
         make = RECIPES[flags.pop("dataset")]
         return make(**flags, **self.methods[cell.method], stage1_loss="ce", seed=cell.seed, subset_seed=cell.seed)
@@ -77,14 +77,16 @@ def run(data: Path, runs: Path = Path("runs/ledger"), results: Path = RESULTS, l
         print(f"    {protocol.metric} {figures[protocol.metric]:.2%}", flush=True)
 
 
-def _run_cell(recipe: Recipe, cell: Cell, data: Path, runs: Path) -> dict[str, Any]:
+def _run_cell(recipe: Cifar10LT, cell: Cell, data: Path, runs: Path) -> dict[str, Any]:
     import torch
 
     from benchmarks.measuring import machine
     from training import loop
-    from training.command_line import RunOptions, code_version, load_data
+    from training.cifar import load_cifar
+    from training.command_line import code_version
 
-    pictures = load_data(recipe, RunOptions(data=data))  # type: ignore[arg-type]
+    pictures = load_cifar(recipe.dataset, data, recipe.imbalance, recipe.meta_per_class, recipe.subset_seed,
+                          subset=recipe.subset)
     folder = runs / cell.set / str(cell.seed)
     stage1 = folder / "stage1"  # the first cell's; the others start from it
     own = folder / cell.method
@@ -158,7 +160,7 @@ def _hours_left(protocol: Protocol, missing: Sequence[Cell], done: Sequence[Mapp
     return steps * statistics.median(plain) / 3600
 
 
-def _steps(recipe: Recipe) -> int:
+def _steps(recipe: Cifar10LT) -> int:
     """Steps an epoch."""
     from training.cifar import CIFAR, long_tail_counts
 

@@ -112,7 +112,7 @@ def test_a_run_killed_anywhere_resumes_to_the_same_bits(tmp_path, method):
     recipe = dataclasses.replace(TINY, **METHODS[method])
     whole, results = loop.run(recipe, small_data(), tmp_path / "whole", CPU)
     # when the same run is killed in stage 1 and twice in stage 2, each time going on from its last checkpoint,
-    steps = loop.Batches(small_data().train, small_data(), 0, 16, CPU).steps
+    steps = loop.Batches(small_data().train, loop.view_of(TINY, small_data()), 0, 16, CPU).steps
     for after in (steps + 2, 3 * steps - 1, steps):
         with pytest.raises(Killed):
             loop.run(recipe, small_data(), tmp_path / "killed", CPU, resume=True, on_progress=kill_after(after))

@@ -1,22 +1,37 @@
 """`metasaug train`: from pictures to a finished model folder."""
 
 import fcntl
+import inspect
 import json
+import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, Union
 
 import tyro
 
+from training.datasets import LongTailed
 from training.errors import TrainingError
 from training.metrics import results_table
-from training.recipes import Cifar10LT, Cifar100LT, Recipe
+from training.recipes import (
+    Cifar10LT,
+    Cifar100LT,
+    Folder,
+    ImageNetLT,
+    INat17,
+    INat18,
+    LargeSet,
+    OwnPictures,
+    Recipe,
+    Table,
+)
 from training.report import report_of_run
 
 
@@ -42,9 +57,6 @@ class RunOptions:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: cuda where there is one, else cpu."""
 
-    download: bool = False
-    """Fetch the original data set into --data first, where its owners allow that."""
-
     evaluate_every: int = 10
     """Epochs between looks at the test set for the log; the result is always that of the last epoch."""
 
@@ -54,6 +66,9 @@ class RunOptions:
     tensorboard: bool = False
     """Keep the log in RUN/tensorboard as well, for `tensorboard --logdir runs`."""
 
+    workers: int | None = None
+    """Processes that decode pictures which do not fit into memory; without it one a core."""
+
     dry_run: bool = False
     """Print the resolved recipe and the data's counts, train nothing."""
 
@@ -61,67 +76,173 @@ class RunOptions:
 Options = Annotated[RunOptions, tyro.conf.arg(name="")]
 
 
-@dataclass(frozen=True)
-class TrainCifar10:
-    """CIFAR-10-LT: 10 classes, exponential long tail, ResNet-32."""
-
-    recipe: Annotated[Cifar10LT, tyro.conf.arg(name="")] = field(default_factory=Cifar10LT)
-    options: Options = field(default_factory=RunOptions)
+R = TypeVar("R", bound=Recipe)
+C = TypeVar("C", bound=Cifar10LT)
+L = TypeVar("L", bound=LargeSet)
 
 
 @dataclass(frozen=True)
-class TrainCifar100:
-    """CIFAR-100-LT: 100 classes, exponential long tail, ResNet-32."""
+class Job(Generic[R]):
+    """A recipe, and where its pictures are."""
 
-    recipe: Annotated[Cifar100LT, tyro.conf.arg(name="")] = field(default_factory=Cifar100LT)
+    recipe: Annotated[R, tyro.conf.arg(name="")]
     options: Options = field(default_factory=RunOptions)
+
+    def load(self) -> LongTailed:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TrainCifar(Job[C]):
+    download: bool = False
+    """Fetch the original data set into --data first."""
+
+    def load(self) -> LongTailed:
+        from training.cifar import load_cifar
+
+        recipe = self.recipe
+        return load_cifar(recipe.dataset, self.options.data, recipe.imbalance, recipe.meta_per_class,
+                          recipe.subset_seed, self.download, recipe.subset)
+
+
+@dataclass(frozen=True)
+class TrainLargeSet(Job[L]):
+    lists: Path | None = None
+    """Folder of the list or JSON files, where they are not in --data."""
+
+    def load(self) -> LongTailed:
+        from training.list_files import load_imagenet_lt, load_inat
+
+        load = load_imagenet_lt if self.recipe.dataset == "imagenet-lt" else partial(load_inat, self.recipe.dataset)
+        return load(self.options.data, lists=self.lists, meta_per_class=self.recipe.meta_per_class,
+                    subset_seed=self.recipe.subset_seed, subset=self.recipe.subset, skip_bad=self.recipe.skip_bad)
+
+
+@dataclass(frozen=True)
+class TrainFolder(Job[Folder]):
+    test: Path | None = None
+    """Class folders of a test set; without it DATA/test beside DATA/train, or a part of each class."""
+
+    meta: Path | None = None
+    """Class folders of a meta set; without it DATA/meta or DATA/val, or a part of each class."""
+
+    def load(self) -> LongTailed:
+        from training.own_pictures import load_folder
+
+        if self.options.data is None:
+            raise TrainingError("Where are the pictures? --data DIR, where DIR holds a folder of pictures for each "
+                                "class.")
+        return load_folder(self.options.data, test=self.test, meta=self.meta, **_cutting(self.recipe))
+
+
+@dataclass(frozen=True)
+class TrainTable(Job[Table]):
+    table: Path = tyro.MISSING
+    """The table, a row a picture: path and label and, where you have them, split (train, val, test, meta) and group
+    (an animal, a track, a camera: what must not be parted)."""
+
+    path_column: str | None = None
+    """Column of the picture's path, relative to --data or else to the table; found by its usual names."""
+
+    label_column: str | None = None
+    """Column of the class; found by its usual names."""
+
+    split_column: str | None = None
+    """Column of the split; found by its usual names."""
+
+    group_column: str | None = None
+    """Column of the group; found by its usual names."""
+
+    def load(self) -> LongTailed:
+        from training.own_pictures import load_table
+
+        return load_table(self.table, self.options.data, path_column=self.path_column, label_column=self.label_column,
+                          split_column=self.split_column, group_column=self.group_column, **_cutting(self.recipe))
+
+
+def _cutting(recipe: OwnPictures) -> dict[str, Any]:
+    return {"meta_per_class": recipe.meta_per_class, "test_share": recipe.test_share,
+            "subset_seed": recipe.subset_seed, "skip_bad": recipe.skip_bad}
 
 
 LOSSES_IN_WORDS = {"ce": "cross entropy", "focal": "focal loss", "ldam": "LDAM (margins only)",
                    "ldam-published": "LDAM as published", "balanced-softmax": "balanced softmax",
                    "logit-adjustment": "logit adjustment"}
 
-Job = (
-    Annotated[TrainCifar10, tyro.conf.subcommand("cifar10-lt", default=TrainCifar10())]
-    | Annotated[TrainCifar100, tyro.conf.subcommand("cifar100-lt", default=TrainCifar100())]
-)
+JOBS: tuple[Job, ...] = (
+    TrainCifar(Cifar10LT()), TrainCifar(Cifar100LT()), TrainLargeSet(ImageNetLT()), TrainLargeSet(INat17()),
+    TrainLargeSet(INat18()), TrainFolder(Folder()), TrainTable(Table()))
 
 
-def train(job: Annotated[Job, tyro.conf.arg(name="")]) -> Path | None:
+def _sub_command(job: Job) -> Any:
+    """For tyro: the name, the defaults, and the recipe's docstring as help."""
+    kind: Any = type(job)
+    if kind in (TrainCifar, TrainLargeSet):
+        kind = kind[type(job.recipe)]
+    description = inspect.cleandoc(type(job.recipe).__doc__ or "")
+    return Annotated[kind, tyro.conf.subcommand(job.recipe.dataset, default=job, description=description)]
+
+
+if TYPE_CHECKING:
+    AnyJob = Job
+else:
+    AnyJob = Annotated[Union[tuple(map(_sub_command, JOBS))], tyro.conf.arg(name="")]  # noqa: UP007
+
+
+def train(job: AnyJob) -> Path | None:
     """Train a model on long-tailed pictures; ends with a model folder in RUN/model.
 
     The result is that of the last epoch, overall, per group and per class, on the test set.
     """
-    recipe, options = job.recipe, job.options
-    data = load_data(recipe, options)
-    folder = options.out or Path("runs") / run_name(recipe)
+    options = job.options
+    folder = options.out or Path("runs") / run_name(job.recipe)
+    data = job.load()
+    device = choose_device(options.device)
+    recipe, reasons = settle(job.recipe, data, device, folder if options.resume else None)
     counts = data.class_counts
-    print(f"{data.source}: {sum(counts):,} training pictures in {len(counts)} classes ({max(counts):,} to "
-          f"{min(counts):,}), {len(data.meta):,} meta, {len(data.test):,} test")
+    print("\n".join([*data.notes, *reasons,
+                     f"{data.source}: {sum(counts):,} training pictures in {len(counts)} classes ({max(counts):,} to "
+                     f"{min(counts):,}), {len(data.meta):,} meta, {len(data.test):,} test"]))
     if options.dry_run:
         print(json.dumps({**recipe.to_dict(), "run": str(folder), "class_counts": counts}, indent=1))
         return None
 
-    from training import loop  # torch, only from here on
+    from training import loop
 
-    device = choose_device(options.device)
-    print(f"{run_name(recipe)} on {device}, into {folder}")
+    loop.check(recipe, data)
+    print(f"{run_name(job.recipe)} on {device}, into {folder}")
     with _alone_in(folder):
+        workers = (os.cpu_count() or 1) if options.workers is None else options.workers
         state, results = loop.run(recipe, data, folder, device, options.resume, options.stage1,
-                                  options.evaluate_every, options.save_every, options.tensorboard)
+                                  options.evaluate_every, options.save_every, workers, options.tensorboard)
         model = folder / "model"
-        write_model(model, options.name or run_name(recipe), recipe, loop.data_of_stage(recipe, data, 2), state,
+        write_model(model, options.name or run_name(job.recipe), recipe, loop.data_of_stage(recipe, data, 2), state,
                     results)
     print(results_table(results))
     print(report_of_run(folder, results))
     return model
 
 
-def load_data(recipe: Cifar10LT, options: RunOptions):
-    from training.cifar import load_cifar
+def settle(recipe: Recipe, data: LongTailed, device, resumed: Path | None) -> tuple[Recipe, list[str]]:
+    """The recipe with every choice made, and why; a resumed run keeps what it chose at its start."""
+    reasons: list[str] = []
+    if isinstance(recipe, OwnPictures):
+        from training.checkpoints import load_newest
+        from training.choices import choose
 
-    return load_cifar(recipe.dataset, options.data, recipe.imbalance, recipe.meta_per_class, recipe.subset_seed,
-                      options.download, recipe.subset)
+        newest = load_newest(resumed / "checkpoints") if resumed is not None else None
+        if newest is not None:
+            recipe = recipe.with_choices(newest[1]["recipe"])
+            reasons = [f"{resumed} goes on with what was chosen at its start."]
+        else:
+            recipe, reasons = choose(recipe, data, device.type, os.cpu_count() or 1)
+    from zoo.architectures import ARCHITECTURES
+
+    small = f"{recipe.architecture}-small"
+    if recipe.input_size is not None and recipe.input_size <= 64 and small in ARCHITECTURES:
+        reasons.append(f"{recipe.architecture} sees {recipe.input_size} pixels only coarsely; --architecture {small} "
+                       "is made for them.")
+    return recipe, reasons
 
 
 def run_name(recipe: Recipe) -> str:
@@ -153,6 +274,7 @@ def write_model(model: Path, name: str, recipe: Recipe, data, state, results: di
     """The finished model folder, without ONNX: `metasaug train` adds that next, `metasaug export` at any time."""
     import torch
 
+    from training.loop import view_of
     from zoo.labels import assign_groups
     from zoo.model_folder import write_model_folder
     from zoo.registry import find
@@ -160,15 +282,14 @@ def write_model(model: Path, name: str, recipe: Recipe, data, state, results: di
     entry = find(name)
     counts = data.class_counts
     groups, groups_by = assign_groups(counts)
-    height, width = data.train.pictures.shape[1:3]
+    view = view_of(recipe, data)
     config = {
         "architecture": recipe.architecture,
         "num_classes": len(data.label_names),
         "num_features": state.module.num_features,
         "label_names": list(data.label_names),
         "pretrained_cfg": {
-            "input_size": [3, height, width], "mean": list(data.mean), "std": list(data.std),
-            "interpolation": "bilinear", "crop_pct": 1.0, "num_classes": len(data.label_names), "classifier": "fc",
+            **view.pretrained_cfg, "num_classes": len(data.label_names), "classifier": "fc",
         },
         "metasaug": {
             "format": 1,
@@ -211,7 +332,7 @@ def command_in_words() -> str:
     words, kept = iter(sys.argv[1:]), []
     for word in words:
         flag, _, value = word.partition("=")
-        if flag in ("--data", "--out", "--stage1", "--name"):
+        if flag in ("--data", "--out", "--stage1", "--name", "--workers"):
             value or next(words, None)
             kept += ["--data", "DIR"] if flag == "--data" else []
         elif flag != "--resume":

@@ -4,6 +4,7 @@ Nothing random lives outside (seed, epoch, step): order, crops and meta batches 
 that was stopped anywhere goes on to the same bits.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -20,100 +21,19 @@ from torch import nn
 from tqdm import tqdm
 
 from training import checkpoints
+from training.batches import Batches, View, fits_in_memory, hold, in_order
 from training.covariance import LearnedCovariance, RunningCovariance
-from training.datasets import LongTailed, Split
+from training.datasets import LongTailed, PictureFiles, Split, listed
 from training.errors import DivergenceError, Interrupted, TrainingError
+from training.frozen_head import SUPPORTED_LOSSES, frozen_head_step
 from training.losses import HeadLoss, class_balanced_weights
-from training.meta import StepResult, isda_step, metasaug_step, plain_step
+from training.meta import StepResult, features_of, isda_step, metasaug_step, plain_step
 from training.metrics import DETAILS, Tally
-from training.recipes import Recipe
+from training.recipes import Loss, Recipe
+from training.start_weights import load_pretrained
 from training.tensorboard_log import TensorBoardLog
 from zoo.architectures import create
 from zoo.labels import assign_groups
-
-# Streams of randomness; each draw is np.random.default_rng([seed, epoch, STREAM, ...]).
-ORDER, CROPS, META = 0, 1, 2
-
-
-# ---- batches ----
-
-
-class Batches:
-    """Augmented, normalised batches of a split that is in memory, as functions of (seed, epoch, step).
-
-    Augmentation is that of the CIFAR papers: reflect-pad by an eighth, random crop, random mirror.
-    """
-
-    def __init__(self, split: Split, data: LongTailed, seed: int, batch_size: int, device: torch.device):
-        height = split.pictures.shape[1]
-        self.padding = height // 8
-        pad = (self.padding, self.padding)
-        self.padded = np.pad(split.pictures, ((0, 0), pad, pad, (0, 0)), mode="reflect")
-        self.size = split.pictures.shape[1:3]
-        self.labels = split.labels
-        self.seed, self.device = seed, device
-        self.batch_size = min(batch_size, len(split))
-        self.mean, self.std = _as_channels(data.mean, device), _as_channels(data.std, device)
-        # A last batch of one picture has no batch statistics: it is left out.
-        self.steps = len(split) // self.batch_size + (len(split) % self.batch_size > 1)
-
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each picture once, in an order of its own; `first_step` on."""
-        order = np.random.default_rng([self.seed, epoch, ORDER]).permutation(len(self.labels))
-        crops = self._draw_crops(np.random.default_rng([self.seed, epoch, CROPS]), len(self.labels))
-        for step in range(first_step, self.steps):
-            at = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield self._batch(at, crops[at])
-
-    def meta_batch(self, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whole batches only, the set gone through in a new order each time it is used up."""
-        turns = len(self.labels) // self.batch_size
-        turn, part = divmod(step, turns)
-        rng = np.random.default_rng([self.seed, epoch, META, turn])
-        at = rng.permutation(len(self.labels))[part * self.batch_size : (part + 1) * self.batch_size]
-        crops = self._draw_crops(rng, len(self.labels))
-        return self._batch(at, crops[at])
-
-    def _draw_crops(self, rng: np.random.Generator, n: int) -> np.ndarray:
-        """(n, 3): top, left, mirrored."""
-        return np.stack([rng.integers(0, 2 * self.padding + 1, n), rng.integers(0, 2 * self.padding + 1, n),
-                         rng.integers(0, 2, n)], axis=1)
-
-    def _batch(self, at: np.ndarray, crops: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        height, width = self.size
-        cut = [
-            self.padded[i, top : top + height, left : left + width][:, :: -1 if mirrored else 1]
-            for i, (top, left, mirrored) in zip(at, crops, strict=True)
-        ]
-        pictures = _normalised(np.stack(cut), self.mean, self.std, self.device)
-        return pictures, torch.from_numpy(self.labels[at]).to(self.device)
-
-
-def _as_channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
-
-
-def _normalised(pictures: np.ndarray, mean: torch.Tensor, std: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 (N, H, W, 3) -> float32 (N, 3, H, W), channels last in memory: 1.6 x faster on a CPU."""
-    nchw = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2)
-    return ((nchw.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
-
-
-def evaluate(
-    module: nn.Module, split: Split, data: LongTailed, groups: tuple[str, ...], device: torch.device,
-    prior: str | None = None,
-) -> dict:
-    """Test results of the module as it stands; see training.metrics.Tally."""
-    mean, std = _as_channels(data.mean, device), _as_channels(data.std, device)
-    module.eval()
-    tally = Tally(data.label_names, data.class_counts, groups, prior)
-    with torch.no_grad():
-        for i in range(0, len(split), 500):
-            logits = module(_normalised(split.pictures[i : i + 500], mean, std, device))
-            tally.add(logits.float().cpu().numpy(), split.labels[i : i + 500])
-    module.train()
-    return tally.results()
-
 
 # ---- state ----
 
@@ -153,12 +73,15 @@ class State:
 def start(recipe: Recipe, num_classes: int, device: torch.device) -> State:
     torch.manual_seed(recipe.seed)
     module = create(recipe.architecture, num_classes, recipe.cosine_scale).to(device)
+    if recipe.pretrained is not None:
+        load_pretrained(module, recipe.pretrained)
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     module.train()
     optimizer = torch.optim.SGD(module.parameters(), recipe.lr, recipe.momentum, nesterov=recipe.momentum > 0,
                                 weight_decay=recipe.weight_decay)
     width: int = module.get_classifier().in_features  # type: ignore[operator, union-attr]
-    covariance = RunningCovariance(num_classes, width, recipe.covariance, device=device)
+    kind = recipe.covariance if recipe.augment != "none" else "diagonal"  # not used then: the smaller one
+    covariance = RunningCovariance(num_classes, width, kind, device=device)
     return State(module, optimizer, covariance, LearnedCovariance(covariance))
 
 
@@ -170,6 +93,7 @@ class Stage:
     """What one of the two stages trains on and against."""
 
     batches: Batches
+    meta: Batches
     loss: HeadLoss
     weights: torch.Tensor | None
 
@@ -179,13 +103,58 @@ def data_of_stage(recipe: Recipe, data: LongTailed, stage: Literal[1, 2]) -> Lon
     return data.with_meta_in_training() if stage in joined else data
 
 
-def _stage(recipe: Recipe, data: LongTailed, number: Literal[1, 2], device: torch.device) -> Stage:
-    data = data_of_stage(recipe, data, number)
-    loss = HeadLoss(recipe.first_loss if number == 1 else recipe.loss, data.class_counts, gamma=recipe.gamma,
-                    max_margin=recipe.max_margin, scale=recipe.scale, tau=recipe.tau)
-    weighted = number == 2 and recipe.weighted
-    return Stage(Batches(data.train, data, recipe.seed, recipe.batch_size, device), loss,  # type: ignore[arg-type]
-                 class_balanced_weights(data.class_counts, recipe.beta).to(device) if weighted else None)
+def view_of(recipe: Recipe, data: LongTailed) -> View:
+    """How the recipe shows the network these pictures."""
+    if recipe.input_size is not None:
+        size = (recipe.input_size, recipe.input_size)
+    elif isinstance(data.train, Split):
+        size = data.train.pictures.shape[1:3]
+    else:
+        raise TrainingError("--input-size is needed: these pictures are of many sizes.")
+    return View(size, data.mean, data.std, recipe.crop_mode, recipe.crop_pct, recipe.crops, recipe.flips,
+                recipe.color_jitter)
+
+
+def _stages(
+    recipe: Recipe, data: LongTailed, view: View, device: torch.device, workers: int
+) -> tuple[Stage, Stage]:
+    """What both stages train on; pictures that fit are read into memory, once."""
+    in_memory = fits_in_memory(view, len(data.train) + len(data.meta))
+    first, second = (data_of_stage(recipe, data, number) for number in (1, 2))
+    train, meta, second_train = first.train, data.meta, second.train
+    if in_memory:
+        train, meta = (hold(pictures, view, workers) for pictures in (first.train, data.meta))
+        second_train = train if second.train is first.train else hold(second.train, view, workers)
+
+    def stage(pictures: Split | PictureFiles, counts: tuple[int, ...], loss: Loss, size: int, weighted: bool) -> Stage:
+        return Stage(
+            Batches(pictures, view, recipe.seed, size, device, workers),
+            Batches(meta, view, recipe.seed, size, device, workers),
+            HeadLoss(loss, counts, gamma=recipe.gamma, max_margin=recipe.max_margin, scale=recipe.scale,
+                     tau=recipe.tau),
+            class_balanced_weights(counts, recipe.beta).to(device) if weighted else None)
+
+    return (stage(train, first.class_counts, recipe.first_loss, recipe.batch_size, False),
+            stage(second_train, second.class_counts, recipe.loss, recipe.stage2_batch_size or recipe.batch_size,
+                  recipe.weighted))
+
+
+def check(recipe: Recipe, data: LongTailed) -> None:
+    """TrainingError for data that this recipe cannot train on, naming the classes."""
+    counts = np.array(data.class_counts)
+
+    def named(classes: np.ndarray) -> str:
+        return listed([data.label_names[c] for c in classes], ", ")
+
+    if len(counts) < 2:
+        raise TrainingError("There is one class only: nothing to tell apart.")
+    empty = np.flatnonzero(counts == 0)
+    if len(empty):
+        raise TrainingError(f"{len(empty)} classes have no training picture: {named(empty)}.")
+    lacking = np.setdiff1d(np.arange(len(counts)), data.meta.labels)
+    if recipe.augment == "metasaug" and len(lacking):
+        raise TrainingError(f"{len(lacking)} classes have no picture in the meta set, which MetaSAug learns from: "
+                            f"{named(lacking)}. Give each one at least, or train with --augment isda or none.")
 
 
 def run(
@@ -197,6 +166,7 @@ def run(
     stage1: Path | None = None,
     evaluate_every: int = 10,
     save_every: int = 1,
+    workers: int = 0,
     tensorboard: bool = False,
     on_progress: Callable[[State], None] | None = None,
 ) -> tuple[State, dict]:
@@ -205,6 +175,7 @@ def run(
     folder          run folder: log.jsonl, checkpoints/, stage1/
     evaluate_every  epochs between looks at the test set, for the log only; the last epoch is always looked at
     save_every      epochs between checkpoints; SIGINT and SIGTERM save at once
+    workers         processes that decode pictures; their number changes no bit of the result
     tensorboard     keep the log in `folder`/tensorboard as well
     Returns the state after the last epoch and its test results. Raises TrainingError, DivergenceError before an
     update that would spread NaN, Interrupted once the state is saved.
@@ -213,13 +184,16 @@ def run(
     groups, _ = assign_groups(final.class_counts)
     state = start(recipe, len(data.label_names), device)
     _find_start(recipe, state, folder, device, resume, stage1)
-    stages = {number: _stage(recipe, data, number, device) for number in (1, 2)}
-    steps = [stages[1 + (epoch >= recipe.stage2_epoch)].batches.steps for epoch in range(recipe.epochs)]
-    meta_batches = Batches(data.meta, data, recipe.seed, recipe.batch_size, device)  # type: ignore[arg-type]
+    view = view_of(recipe, data)
+    stages = _stages(recipe, data, view, device, workers)
+    steps = [stages[epoch >= recipe.stage2_epoch].batches.steps for epoch in range(recipe.epochs)]
     results: dict = {}
 
     def save_state() -> None:
         checkpoints.save(folder / "checkpoints", state.to_dict(recipe), state.epoch, state.step)
+
+    def test() -> dict:
+        return evaluate(state.module, final, view, groups, device, workers, recipe.implicit_prior)
 
     with (
         _stop_signals() as stopped,
@@ -228,48 +202,44 @@ def run(
     ):
         while state.epoch < recipe.epochs:
             in_stage2 = state.epoch >= recipe.stage2_epoch
-            stage = stages[1 + in_stage2]
+            stage, last = stages[in_stage2], steps[state.epoch]
+            _set_trained(state.module, recipe, in_stage2)
             for group in state.optimizer.param_groups:
                 group["lr"] = recipe.lr_at(state.epoch)
-            for pictures, labels in stage.batches.epoch(state.epoch, state.step):
-                began = time.monotonic()
-                strength = recipe.strength_at(state.epoch)
+            with_meta = in_stage2 and recipe.augment == "metasaug"
+            meta = stage.meta.meta(state.epoch, state.step, last) if with_meta else itertools.repeat(None)
+            began = time.monotonic()
+            for (pictures, labels), meta_batch in zip(stage.batches.epoch(state.epoch, state.step), meta, strict=False):
                 try:
-                    if in_stage2 and recipe.augment == "metasaug":
-                        result = metasaug_step(
-                            state.module, pictures, labels, *meta_batches.meta_batch(state.epoch, state.step),
-                            state.learned, stage.loss, strength=strength, inner_rate=_inner_rate(recipe, state.epoch),
-                            meta_rate=recipe.meta_rate, lookahead=recipe.lookahead, fidelity=recipe.fidelity,
-                            class_weights=stage.weights,
-                        )
-                    elif in_stage2 and recipe.augment == "isda":
-                        result = isda_step(state.module, pictures, labels, state.covariance, stage.loss, strength,
-                                           stage.weights)
-                    else:
-                        result = plain_step(state.module, pictures, labels, stage.loss, stage.weights)
+                    result = _step(recipe, state, stage, pictures, labels, meta_batch)
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                        raise
+                    raise TrainingError(f"A step of {len(labels)} pictures of {view.size[1]} x {view.size[0]} does not "
+                                        f"fit into the memory of {device}: a smaller --batch-size or --input-size, or "
+                                        "another --architecture.") from error
                 except DivergenceError as error:
                     where = f"epoch {state.epoch + 1}, step {state.step + 1}"
                     raise DivergenceError(f"{where}: {error} Stopped before the update; the last checkpoint is good. "
                                           "Try a smaller --lr or --strength.") from error
                 state.optimizer.step()
                 state.step += 1
-                state.seconds += time.monotonic() - began
                 _add(state.sums, _figures(result, labels), len(labels))
+                state.seconds, began = state.seconds + time.monotonic() - began, time.monotonic()
                 bar.update()
                 seen = state.sums["pictures"]
                 bar.set_postfix_str(f"epoch {state.epoch + 1}/{recipe.epochs} loss {state.sums['loss'] / seen:.3f} "
                                     f"error {state.sums['wrong'] / seen:.1%}", refresh=False)
                 if on_progress is not None:
                     on_progress(state)
-                if stopped and state.step < stage.batches.steps:
+                if stopped and state.step < last:
                     save_state()
-                    raise Interrupted(f"stopped in epoch {state.epoch + 1}, after step {state.step} of "
-                                      f"{stage.batches.steps}; nothing is lost: the same command with --resume goes "
-                                      "on.", 128 + stopped[0])
+                    raise Interrupted(f"stopped in epoch {state.epoch + 1}, after step {state.step} of {last}; nothing "
+                                      "is lost: the same command with --resume goes on.", 128 + stopped[0])
             line = _log_line(recipe, state)
             state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
             if state.epoch % evaluate_every == 0 or state.epoch == recipe.epochs:
-                results = evaluate(state.module, data.test, final, groups, device, recipe.implicit_prior)  # type: ignore[arg-type]
+                results = test()
                 line["test"] = {k: v for k, v in results.items() if k not in DETAILS}
             state.log_bytes = log.write(line)
             if state.epoch == recipe.stage2_epoch:
@@ -280,8 +250,59 @@ def run(
                 raise Interrupted(f"stopped after epoch {state.epoch} of {recipe.epochs}; nothing is lost: the same "
                                   "command with --resume goes on.", 128 + stopped[0])
     if not results:  # resumed after the last epoch
-        results = evaluate(state.module, data.test, final, groups, device, recipe.implicit_prior)  # type: ignore[arg-type]
+        results = test()
     return state, {"split": "test", "epoch": state.epoch, **results}
+
+
+def _step(
+    recipe: Recipe, state: State, stage: Stage, pictures: torch.Tensor, labels: torch.Tensor,
+    meta_batch: tuple[torch.Tensor, torch.Tensor] | None,
+) -> StepResult:
+    """One step but for the optimizer's: its gradients are left in `.grad`."""
+    in_stage2, strength = state.epoch >= recipe.stage2_epoch, recipe.strength_at(state.epoch)
+    if in_stage2 and recipe.augment == "isda":
+        return isda_step(state.module, pictures, labels, state.covariance, stage.loss, strength, stage.weights)
+    if meta_batch is None:
+        return plain_step(state.module, pictures, labels, stage.loss, stage.weights)
+    how: dict[str, Any] = {"strength": strength, "inner_rate": _inner_rate(recipe, state.epoch),
+                           "meta_rate": recipe.meta_rate, "fidelity": recipe.fidelity, "class_weights": stage.weights}
+    if _in_closed_form(recipe):
+        with torch.no_grad():
+            features, meta_features = (features_of(state.module, x) for x in (pictures, meta_batch[0]))
+        return frozen_head_step(state.module.get_classifier(), features, labels,  # type: ignore[operator]
+                                meta_features, meta_batch[1], state.learned, stage.loss, **how)
+    return metasaug_step(state.module, pictures, labels, *meta_batch, state.learned, stage.loss,
+                         lookahead=recipe.lookahead, **how)
+
+
+def _in_closed_form(recipe: Recipe) -> bool:
+    return (recipe.stage2_trains == "classifier" and recipe.covariance == "diagonal"
+            and recipe.loss in SUPPORTED_LOSSES)
+
+
+def _set_trained(module: nn.Module, recipe: Recipe, in_stage2: bool) -> None:
+    """Train mode; where only the last layer trains, the rest stands still in eval mode."""
+    module.train()
+    if in_stage2 and recipe.stage2_trains == "classifier":
+        module.eval().requires_grad_(False)
+        module.get_classifier().requires_grad_()  # type: ignore[operator, union-attr]
+        module.zero_grad()  # the optimizer passes over what has no gradient
+
+
+def evaluate(
+    module: nn.Module, data: LongTailed, view: View, groups: tuple[str, ...], device: torch.device, workers: int = 0,
+    prior: str | None = None,
+) -> dict:
+    """Test results of the module as it stands; see training.metrics.Tally."""
+    was_training = module.training
+    module.eval()
+    tally, seen = Tally(data.label_names, data.class_counts, groups, prior), 0
+    with torch.no_grad():
+        for pictures in in_order(data.test, view, device, workers):
+            tally.add(module(pictures).float().cpu().numpy(), data.test.labels[seen : seen + len(pictures)])
+            seen += len(pictures)
+    module.train(was_training)
+    return tally.results()
 
 
 def _figures(result: StepResult, labels: torch.Tensor) -> dict[str, float]:

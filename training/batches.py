@@ -1,0 +1,258 @@
+"""Batches as functions of (seed, epoch, step): from pictures in memory, or decoded by worker processes as they come.
+
+Everything random is drawn here, in the main process, before a worker sees it: how many there are changes no bit.
+"""
+
+import math
+import os
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+from torch.utils.data import DataLoader, Dataset
+
+from training.datasets import PictureFiles, Split
+from training.errors import DataError
+from training.recipes import CropMode, Crops, Flips
+from zoo.errors import PictureError
+from zoo.images import decode, fitted
+
+# Streams of randomness; each draw is np.random.default_rng([seed, epoch, STREAM, ...]).
+ORDER, CROPS, META = 0, 1, 2
+
+# Pictures are held in memory, fitted and padded, where they take at most this and half of what the machine has: a
+# million of 32 x 32, 20,000 of 224 x 224.
+IN_MEMORY_BYTES = 8e9
+
+@dataclass(frozen=True)
+class View:
+    """How a picture becomes the network's input, in training and in tests.
+
+    size         height and width          mean, std   per channel, in [0, 1]
+    crop_mode, crop_pct   how it is fitted into `size` in tests, and for `shift`: zoo.images.fitted
+    crops        shift: fitted, reflect-padded by an eighth and cropped at random (the CIFAR papers); resized: a part of
+                 8 to 100 % of the picture, 3:4 to 4:3, at random (torchvision's RandomResizedCrop)
+    flips        none; mirror: left and right; all: also upside down and a quarter turn, for things without an up
+    color_jitter brightness, contrast and saturation times 1 ± this, in random order; `resized` only
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop_mode: CropMode = "center"
+    crop_pct: float = 1.0
+    crops: Crops = "shift"
+    flips: Flips = "mirror"
+    color_jitter: float = 0.0
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """The same for those who predict: keys of a model folder."""
+        return {"input_size": [3, *self.size], "mean": list(self.mean), "std": list(self.std),
+                "interpolation": "bilinear", "crop_pct": self.crop_pct, "crop_mode": self.crop_mode}
+
+    @property
+    def padding(self) -> int:
+        return self.size[0] // 8
+
+    def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """int64 (n, 5): what happens to each of n pictures. shift: top, left; resized: a seed, 0; then mirrored,
+        upside down, turned."""
+        none = np.zeros(n, np.int64)
+        if self.crops == "shift":
+            place = [rng.integers(0, 2 * self.padding + 1, n), rng.integers(0, 2 * self.padding + 1, n)]
+        else:
+            place = [rng.integers(0, 2**63, n), none]
+        mirrored = none if self.flips == "none" else rng.integers(0, 2, n)
+        others = [rng.integers(0, 2, n), rng.integers(0, 2, n)] if self.flips == "all" else [none, none]
+        return np.stack([*place, mirrored, *others], axis=1)
+
+    def fit(self, picture: Image.Image) -> np.ndarray:
+        """uint8 (H, W, 3), nothing random."""
+        return np.asarray(fitted(picture, self.pretrained_cfg))
+
+    def padded(self, fitted_picture: np.ndarray) -> np.ndarray:
+        """(..., H, W, 3) -> reflect-padded, for `shifted`."""
+        edge = (self.padding, self.padding)
+        return np.pad(fitted_picture, (*[(0, 0)] * (fitted_picture.ndim - 3), edge, edge, (0, 0)), mode="reflect")
+
+    def shifted(self, padded: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+        top, left, *flips = drawn
+        return _flipped(padded[top : top + self.size[0], left : left + self.size[1]], flips)
+
+    def augmented(self, picture: Image.Image, drawn: np.ndarray) -> np.ndarray:
+        """uint8 (H, W, 3), as drawn."""
+        if self.crops == "shift":
+            return self.shifted(self.padded(self.fit(picture)), drawn)
+        rng = np.random.default_rng(drawn[0])
+        part = picture.resize(self.size[::-1], Image.Resampling.BILINEAR, box=_part(rng, *picture.size))
+        return _flipped(np.asarray(_jittered(rng, part, self.color_jitter)), drawn[2:])
+
+
+def _flipped(picture: np.ndarray, flips: Sequence[int] | np.ndarray) -> np.ndarray:
+    """(H, W, 3); flips: mirrored, upside down, turned."""
+    mirrored, upside_down, turned = flips
+    if turned:
+        picture = picture.swapaxes(0, 1)
+    return picture[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
+
+
+def _part(rng: np.random.Generator, width: int, height: int) -> tuple[float, float, float, float]:
+    """RandomResizedCrop's box: ten tries at 8 to 100 % of the area and 3:4 to 4:3, then the middle."""
+    for _ in range(10):
+        area = rng.uniform(0.08, 1) * width * height
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+
+
+def _jittered(rng: np.random.Generator, picture: Image.Image, spread: float) -> Image.Image:
+    if spread:
+        for which in rng.permutation(3):
+            kind = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[which]
+            picture = kind(picture).enhance(rng.uniform(1 - spread, 1 + spread))
+    return picture
+
+
+# ---- pictures on disk ----
+
+
+class _Decoded(Dataset):
+    """One picture by its index and, in training, what was drawn for it; a bad one comes as what is wrong with it."""
+
+    def __init__(self, paths: Sequence[Path], view: View):
+        self.paths, self.view = paths, view
+
+    def __getitem__(self, row: tuple[int, np.ndarray | None]) -> np.ndarray | str:
+        index, drawn = row
+        try:
+            picture = decode(self.paths[index])
+        except PictureError as error:
+            return str(error)
+        return self.view.fit(picture) if drawn is None else self.view.augmented(picture, drawn)
+
+
+def _decoded(
+    files: PictureFiles, view: View, batches: Sequence[np.ndarray], drawn: Sequence[np.ndarray] | None, workers: int
+) -> Iterator[np.ndarray]:
+    """uint8 (N, H, W, 3) for each array of indices; `drawn` goes with them. DataError names what cannot be read."""
+    rows = [[(int(i), None if drawn is None else drawn[b][k]) for k, i in enumerate(at)]
+            for b, at in enumerate(batches)]
+    loader = DataLoader(_Decoded(files.paths, view), batch_sampler=rows, num_workers=workers, collate_fn=list,
+                        worker_init_fn=_deaf_to_signals)
+    for pictures in loader:
+        bad = [picture for picture in pictures if isinstance(picture, str)]
+        if bad:
+            raise DataError("Pictures that could be read at the start cannot be now:\n  " + "\n  ".join(bad[:10]))
+        yield np.stack(pictures)
+
+
+def _deaf_to_signals(_worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one decides, and ends the others by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def hold(pictures: Split | PictureFiles, view: View, workers: int = 0) -> Split:
+    """All of them fitted, in memory."""
+    if isinstance(pictures, Split):
+        if pictures.pictures.shape[1:3] == view.size:
+            return pictures
+        return Split(np.stack([view.fit(Image.fromarray(p)) for p in pictures.pictures]), pictures.labels)
+    held = np.empty((len(pictures), *view.size, 3), np.uint8)
+    parts = np.array_split(np.arange(len(pictures)), max(1, len(pictures) // 256))
+    for at, part in zip(parts, _decoded(pictures, view, parts, None, workers), strict=True):
+        held[at] = part
+    return Split(held, pictures.labels)
+
+
+def fits_in_memory(view: View, pictures: int) -> bool:
+    padded = (view.size[0] + 2 * view.padding) * (view.size[1] + 2 * view.padding)
+    needed = pictures * 3 * (view.size[0] * view.size[1] + padded)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return view.crops == "shift" and needed <= min(IN_MEMORY_BYTES, machine / 2)
+
+
+# ---- batches ----
+
+
+class Batches:
+    """Augmented, normalised batches of a training or meta set: float32 (N, 3, H, W) and int64 (N,), on the device.
+
+    pictures   in memory and of the view's size (`hold`), or on disk          workers   processes that decode
+    """
+
+    def __init__(self, pictures: Split | PictureFiles, view: View, seed: int, batch_size: int, device: torch.device,
+                 workers: int = 0):
+        self.pictures, self.view, self.workers = pictures, view, workers
+        self.padded = view.padded(pictures.pictures) if isinstance(pictures, Split) else None
+        self.labels = pictures.labels
+        self.seed, self.device = seed, device
+        self.batch_size = min(batch_size, len(pictures))
+        # A last batch of one picture has no batch statistics: it is left out.
+        self.steps = len(pictures) // self.batch_size + (len(pictures) % self.batch_size > 1)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each picture once, in an order of its own; `first_step` on."""
+        n = len(self.labels)
+        order = np.random.default_rng([self.seed, epoch, ORDER]).permutation(n)
+        drawn = self.view.draw(np.random.default_rng([self.seed, epoch, CROPS]), n)
+        batches = [order[step * self.batch_size : (step + 1) * self.batch_size]
+                   for step in range(first_step, self.steps)]
+        yield from self._batches(batches, [drawn[at] for at in batches])
+
+    def meta(self, epoch: int, first_step: int, last_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """A batch for each of these steps; whole ones only, the set gone through in a new order each time."""
+        n = len(self.labels)
+        turns = n // self.batch_size
+        batches, drawn = [], []
+        for step in range(first_step, last_step):
+            turn, part = divmod(step, turns)
+            rng = np.random.default_rng([self.seed, epoch, META, turn])
+            batches.append(rng.permutation(n)[part * self.batch_size : (part + 1) * self.batch_size])
+            drawn.append(self.view.draw(rng, n)[batches[-1]])
+        yield from self._batches(batches, drawn)
+
+    def _batches(self, batches: list[np.ndarray], drawn: list[np.ndarray]):
+        for at, pictures in zip(batches, self._augmented(batches, drawn), strict=True):
+            yield (normalised(pictures, self.view, self.device), torch.from_numpy(self.labels[at]).to(self.device))
+
+    def _augmented(self, batches: list[np.ndarray], drawn: list[np.ndarray]) -> Iterator[np.ndarray]:
+        if isinstance(self.pictures, PictureFiles):
+            yield from _decoded(self.pictures, self.view, batches, drawn, self.workers)
+            return
+        assert self.padded is not None
+        for at, rows in zip(batches, drawn, strict=True):
+            yield np.stack([self.view.shifted(self.padded[i], row) for i, row in zip(at, rows, strict=True)])
+
+
+def in_order(
+    pictures: Split | PictureFiles, view: View, device: torch.device, workers: int = 0
+) -> Iterator[torch.Tensor]:
+    """The pictures in their order, as predicting sees them."""
+    size = max(16, min(500, 500 * 64 * 64 // (view.size[0] * view.size[1])))
+    at = [np.arange(i, min(i + size, len(pictures))) for i in range(0, len(pictures), size)]
+    arrays: Iterable[np.ndarray]
+    if isinstance(pictures, Split):
+        arrays = (hold(Split(pictures.pictures[i], pictures.labels[i]), view).pictures for i in at)
+    else:
+        arrays = _decoded(pictures, view, at, None, workers)
+    for array in arrays:
+        yield normalised(array, view, device)
+
+
+def normalised(pictures: np.ndarray, view: View, device: torch.device) -> torch.Tensor:
+    """uint8 (N, H, W, 3) -> float32 (N, 3, H, W), channels last in memory: 1.6 x faster on a CPU."""
+    mean, std = (torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+                 for values in (view.mean, view.std))
+    nchw = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2)
+    return ((nchw.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
