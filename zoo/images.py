@@ -118,8 +118,13 @@ def fitted(picture: Image.Image, pretrained_cfg: Mapping[str, Any]) -> Image.Ima
         size = (max(1, round(picture.width / shrink)), max(1, round(picture.height / shrink)))
     resized = picture.resize(size, _INTERPOLATIONS[interpolation])
     whole = Image.new("RGB", (width, height), tuple(round(255 * m) for m in pretrained_cfg["mean"]))
-    whole.paste(resized, (round((width - size[0]) / 2), round((height - size[1]) / 2)))
+    whole.paste(resized, (_offset(width, size[0]), _offset(height, size[1])))
     return whole
+
+
+def _offset(frame: int, side: int) -> int:
+    """Where a side starts that is centred in a frame; halves are rounded as timm does, padding or cropping."""
+    return (frame - side) // 2 if side < frame else -round((side - frame) / 2)
 
 
 def _resize_and_crop(picture: Image.Image, height: int, width: int, interpolation: str, crop_pct: float):

@@ -1,0 +1,360 @@
+"""Every format and recipe trains for real, made small; what is chosen is said, pinned and can be overridden."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+
+import metasaug  # noqa: E402
+import zoo  # noqa: E402
+from training import command_line, loop  # noqa: E402
+from training.choices import choose  # noqa: E402
+from training.cifar import CIFAR  # noqa: E402
+from training.command_line import RunOptions, TrainCifar, TrainFolder, TrainLargeSet, TrainTable  # noqa: E402
+from training.covariance import RunningCovariance  # noqa: E402
+from training.datasets import LongTailed, PictureFiles  # noqa: E402
+from training.errors import TrainingError  # noqa: E402
+from training.recipes import Cifar10LT, Cifar100LT, Folder, ImageNetLT, INat17, INat18, Table  # noqa: E402
+from training.start_weights import load_pretrained  # noqa: E402
+from zoo.architectures import create  # noqa: E402
+
+from .test_list_files import make_imagenet_lt, make_inat  # noqa: E402
+from .test_training import Killed, assert_same_bits, coloured_stripes, kill_after, small_data  # noqa: E402
+
+CPU = torch.device("cpu")
+COUNTS = [40, 20, 10]
+SHORT = {"architecture": "resnet32", "input_size": 16, "batch_size": 16, "lr": 0.02, "meta_per_class": 4}
+
+
+def redraw(paths_by_class, seed, shuffled):
+    """Stripes, whose slope is their class, into these files; shuffled: of any class."""
+    split = coloured_stripes([len(paths) for paths in paths_by_class], seed)
+    order = np.random.default_rng(seed).permutation(len(split)) if shuffled else np.arange(len(split))
+    for path, picture in zip([path for paths in paths_by_class for path in paths], split.pictures[order], strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).resize((20, 20)).save(path, format="PNG")
+
+
+def folders(root, names=("a", "b", "c"), counts=COUNTS, tested=20):
+    return {split: [[root / split / name / f"{i}.png" for i in range(n)] for name, n in zip(names, numbers, strict=True)]
+            for split, numbers in (("train", counts), ("test", [tested] * len(names)))}
+
+
+def job_of(kind: str, root, shuffled: bool):
+    """A job of each recipe over pictures in its own format; the test pictures keep their labels."""
+    options = RunOptions(data=root)
+    if kind == "folder":
+        parts = folders(root)
+        job = TrainFolder(Folder(**SHORT, epochs=15), options)
+    elif kind == "table":
+        parts = folders(root)
+        rows = [f"{path.relative_to(root)},{path.parent.name},{split}" for split, classes in parts.items()
+                for paths in classes for path in paths]
+        job = TrainTable(Table(**SHORT, epochs=15), RunOptions(), table=root / "table.csv")
+        root.mkdir()
+        job.table.write_text("path,label,split\n" + "\n".join(rows) + "\n")
+    elif kind == "cifar100-lt":
+        # The three classes of stripes in a folder of a hundred, of which all others are of the first kind.
+        names = [f"c{i:03d}" for i in range(100)]
+        parts = folders(root, names, [3] * 100, 1)
+        job = TrainCifar(Cifar100LT(**{**SHORT, "input_size": None, "meta_per_class": 1}, epochs=4, imbalance=1), options)
+    elif kind == "imagenet-lt":
+        make_imagenet_lt(root, COUNTS, val=4, test=20)
+        parts = {"train": [sorted(folder.iterdir()) for folder in sorted((root / "train").iterdir())],
+                 "test": [sorted(folder.iterdir()) for folder in sorted((root / "val").iterdir())]}
+        job = TrainLargeSet(ImageNetLT(**SHORT, epochs=18, stage2_epochs=3, stage2_batch_size=8, crops="shift"), options)
+    else:
+        make_inat(root, 2017 if kind == "inat17" else 2018, COUNTS)
+        taken = [sorted(folder.iterdir()) for folder in sorted(root.glob("train_val*/Insecta/*"))]
+        parts = {"train": [[p for p in paths if p.name.startswith("train")] for paths in taken],
+                 "test": [[p for p in paths if p.name.startswith("val")] for paths in taken]}
+        recipe = {"inat17": INat17, "inat18": INat18}[kind]
+        job = TrainLargeSet(recipe(**SHORT, epochs=18, stage2_epochs=3, crops="shift"), options)
+    for seed, (split, paths) in enumerate(parts.items()):
+        redraw(paths, seed, shuffled and split == "train")
+    return job
+
+
+def trained(job, out):
+    data = job.load()
+    recipe, _ = command_line.settle(job.recipe, data, CPU, None)
+    state, results = loop.run(recipe, data, out, CPU)
+    losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+    return recipe, losses[: recipe.stage2_epoch], results, state
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "imagenet-lt", "inat17", "inat18"])
+def test_each_format_trains_and_with_shuffled_labels_the_gain_is_gone(tmp_path, kind):
+    # Given a long tail of three classes in the format of each recipe, and the same with labels shuffled in training,
+    recipe, losses, results, _ = trained(job_of(kind, tmp_path / "real", False), tmp_path / "run")
+    assert recipe.dataset == kind
+    # when it trains, then the loss falls, and it learns what chance (67 % error) cannot;
+    assert losses[-1] < losses[0] / 2
+    assert results["macro_error"] <= 0.34, results["macro_error"]
+    # with shuffled labels it does not.
+    _, _, shuffled, _ = trained(job_of(kind, tmp_path / "shuffled", True), tmp_path / "other")
+    assert shuffled["macro_error"] >= results["macro_error"] + 0.2
+
+
+def test_cifar_100_in_class_folders_trains(tmp_path, monkeypatch):
+    # Given a hundred class folders of four pictures, in which stripes of a class have one slope,
+    monkeypatch.setitem(CIFAR, "cifar100-lt", dataclasses.replace(CIFAR["cifar100-lt"], class_size=3))
+    job = job_of("cifar100-lt", tmp_path / "data", False)
+    for path in (tmp_path / "data").rglob("*.png"):
+        Image.open(path).resize((32, 32)).save(path)
+    # when it trains, then the loss falls from that of a guess.
+    recipe, losses, results, _ = trained(job, tmp_path / "run")
+    assert recipe.dataset == "cifar100-lt"
+    assert losses[-1] < losses[0]
+    assert results["images"] == 100
+
+
+@pytest.mark.parametrize("loss", ["ce", "focal", "ldam", "ldam-published", "balanced-softmax", "logit-adjustment"])
+@pytest.mark.parametrize("augment", ["none", "isda", "metasaug"])
+def test_every_loss_runs_with_every_augmentation(tmp_path, loss, augment):
+    recipe = Cifar10LT(loss=loss, augment=augment, epochs=2, batch_size=35, lr=0.01, stage1_loss="same")
+    state, results = loop.run(recipe, small_data(), tmp_path, CPU)
+    assert all(p.isfinite().all() for p in state.module.parameters())
+    assert 0 <= results["error"] <= 1
+
+
+# ---- the last layer alone ----
+
+
+FROZEN = Cifar10LT(epochs=6, stage2_epochs=3, batch_size=16, lr=0.02, schedule="cosine", stage2_lr=0.01,
+                   stage2_batch_size=12, stage2_trains="classifier", covariance="diagonal")
+
+
+@pytest.mark.parametrize("augment", ["none", "isda", "metasaug"])
+def test_with_the_backbone_frozen_only_the_last_layer_moves(tmp_path, augment):
+    # Given the stage 1 of a run whose stage 2 trains the last layer only,
+    recipe = dataclasses.replace(FROZEN, augment=augment)
+    state, _ = loop.run(recipe, small_data(), tmp_path, CPU)
+    from training import checkpoints
+
+    _, saved = checkpoints.load_newest(tmp_path / "stage1")
+    # then, at the end, everything else is what it was there to the bit, batch norm's statistics too.
+    for name, tensor in state.module.state_dict().items():
+        assert torch.equal(tensor, saved["module"][name]) == (not name.startswith("fc.")), name
+
+
+@pytest.mark.parametrize("loss", ["ce", "ldam", "balanced-softmax"])
+def test_the_closed_form_trains_as_the_meta_step_does(tmp_path, monkeypatch, loss):
+    # Given a frozen stage 2, which the loop runs in closed form,
+    recipe = dataclasses.replace(FROZEN, loss=loss)
+    fast, _ = loop.run(recipe, small_data(), tmp_path / "fast", CPU)
+    # when the same steps are taken by the general meta step, then the weights and covariances come out the same.
+    monkeypatch.setattr(loop, "_in_closed_form", lambda recipe: False)
+    slow, _ = loop.run(recipe, small_data(), tmp_path / "slow", CPU)
+    torch.testing.assert_close(fast.module.fc.weight, slow.module.fc.weight, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(fast.learned.delta, slow.learned.delta, atol=1e-6, rtol=1e-3)
+    assert fast.learned.delta.abs().sum() > 0
+
+
+def test_a_frozen_stage_killed_in_the_middle_resumes_to_the_same_bits(tmp_path):
+    whole, results = loop.run(FROZEN, small_data(), tmp_path / "whole", CPU)
+    with pytest.raises(Killed):
+        loop.run(FROZEN, small_data(), tmp_path / "killed", CPU, on_progress=kill_after(25))
+    resumed, again = loop.run(FROZEN, small_data(), tmp_path / "killed", CPU, resume=True)
+    assert_same_bits(whole, resumed)
+    assert again == results
+
+
+def test_the_large_sets_are_scheduled_as_the_paper_has_them():
+    paper = ImageNetLT()
+    assert (paper.stage2_epoch, paper.epochs) == (90, 110)
+    assert [paper.lr_at(e) for e in (0, 45, 90, 109)] == pytest.approx([0.2, 0.1, 3e-4, 3e-4])
+    assert (INat18().stage2_epoch, INat18().meta_per_class, INat17().meta_per_class) == (200, 2, 5)
+    assert (paper.covariance, paper.stage2_batch_size, paper.strength) == ("diagonal", 256, 0.25)
+
+
+# ---- your own pictures ----
+
+
+def of_sizes(sizes, counts=(900, 300, 60)) -> LongTailed:
+    """A data set that is only looked at."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    at = np.resize(np.array(sizes), (len(labels), 2))
+    files = PictureFiles(None, tuple(map(str, range(len(labels)))), labels, at)
+    return LongTailed(files, files, files, tuple(map(str, counts)), "sizes", (0.5,) * 3, (0.2,) * 3)
+
+
+def test_choices_follow_the_pictures_and_the_machine():
+    # Given small pictures, of which many are long,
+    recipe, reasons = choose(Folder(), of_sizes([(55, 53), (30, 90), (60, 50)]), "cpu", 2)
+    # then the small network, and no part is cut off; every choice is a line with a flag and a reason.
+    assert (recipe.architecture, recipe.crop_mode, recipe.crops) == ("resnet32", "squash", "shift")
+    assert recipe.input_size == 48
+    assert all(line.startswith("--") and ": " in line for line in reasons)
+    assert {line.split()[0] for line in reasons} == {
+        "--batch-size", "--epochs", "--input-size", "--architecture", "--crop-mode", "--crops", "--covariance"}
+    # Photographs on a GPU are seen larger than on a CPU, where an hour must do.
+    large = [(4000, 3000)]
+    cpu, _ = choose(Folder(), of_sizes(large, (9000, 3000, 600)), "cpu", 2)
+    gpu, _ = choose(Folder(), of_sizes(large, (9000, 3000, 600)), "cuda", 8)
+    assert gpu.input_size == 224 and gpu.architecture == "resnet18" and gpu.crops == "resized"
+    assert cpu.input_size < 100
+    assert gpu.covariance == "full" or gpu.covariance == "diagonal"
+    # Many classes and features: full covariances would be large.
+    many, _ = choose(Folder(architecture="resnet18"), of_sizes(large, (20,) * 500), "cuda", 8)
+    assert many.covariance == "diagonal"
+
+
+@pytest.mark.parametrize("flag", ["architecture", "epochs", "batch_size", "input_size", "crop_mode", "crops",
+                                  "covariance"])
+def test_what_is_said_is_not_chosen(flag):
+    said = {"architecture": "resnet50", "epochs": 7, "batch_size": 33, "input_size": 40, "crop_mode": "border",
+            "crops": "resized", "covariance": "diagonal"}
+    recipe, reasons = choose(Folder(**{flag: said[flag]}), of_sizes([(55, 53)]), "cpu", 2)
+    assert getattr(recipe, flag) == said[flag]
+    assert not any(line.startswith(f"--{flag.replace('_', '-')} ") for line in reasons)
+
+
+@pytest.fixture(scope="module")
+def own_pictures(tmp_path_factory):
+    """Class folders of oblong pictures, and nothing else."""
+    root = tmp_path_factory.mktemp("own") / "stripes"
+    parts = folders(root, counts=[40, 24, 12])["train"]
+    redraw(parts, 0, False)
+    for path in root.rglob("*.png"):
+        Image.open(path).resize((44, 20)).save(path)
+    return root
+
+
+def test_own_pictures_become_a_model_without_another_flag(own_pictures, tmp_path, capsys, monkeypatch):
+    # Given class folders, when the only flag is where they are (and the run is cut short),
+    monkeypatch.chdir(tmp_path)
+    assert metasaug.main(["train", "folder", "--data", str(own_pictures), "--epochs", "3"]) == 0
+    shown = capsys.readouterr().out
+    # then it says what it chose and why,
+    assert "--crop-mode squash: 100% of the pictures are over 1.5 times as long as wide" in shown
+    # and the model predicts the test pictures as its results say, from files alone.
+    (model_folder,) = (tmp_path / "runs").glob("*/model")
+    model = zoo.load(model_folder)
+    recipe = model.folder.config["metasaug"]["recipe"]
+    assert recipe["input_size"] == 32 and recipe["crop_mode"] == "squash" and recipe["batch_size"] == 16
+    data = TrainFolder(Folder(), RunOptions(data=own_pictures)).load()
+    right = sum(model.predict(path).top[0].label == model.labels[label]
+                for path, label in zip(data.test.paths, data.test.labels, strict=True))
+    assert right == sum(row["correct"] for row in model.folder.results["per_class"])
+    # Its card names no folder of this machine.
+    assert str(own_pictures) not in model.folder.card + json.dumps(model.folder.config)
+
+
+def test_a_resumed_run_keeps_its_choices(own_pictures, tmp_path):
+    # Given a run of own pictures that chose its settings, and was stopped after an epoch,
+    job = TrainFolder(Folder(epochs=2), RunOptions(data=own_pictures))
+    data = job.load()
+    recipe, _ = command_line.settle(job.recipe, data, CPU, None)
+    with pytest.raises(Killed):
+        loop.run(recipe, data, tmp_path, CPU, on_progress=kill_after(6))
+    # when it goes on where something else would be chosen, on twice the pictures,
+    larger = dataclasses.replace(data, train=data.train.at(np.tile(np.arange(len(data.train)), 20)))
+    again, reasons = command_line.settle(job.recipe, larger, CPU, tmp_path)
+    # then its settings are what they were, and it says so.
+    assert again == recipe
+    assert "chosen at its start" in reasons[0]
+    fresh, _ = command_line.settle(job.recipe, larger, CPU, None)
+    assert fresh != recipe
+
+
+def test_dry_run_prints_the_resolved_recipe_and_trains_nothing(own_pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert metasaug.main(["train", "folder", "--data", str(own_pictures), "--dry-run", "--loss", "ldam"]) == 0
+    shown = capsys.readouterr().out
+    resolved = json.loads(shown[shown.index("{\n"):])
+    assert resolved["loss"] == "ldam" and resolved["epochs"] == 200 and resolved["architecture"] == "resnet32"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["cifar10-lt", "cifar100-lt", "imagenet-lt", "inat17", "inat18", "folder", "table"])
+def test_help_reads_like_documentation(kind, capsys):
+    """What it is, what to expect, what it costs, and each flag in words."""
+    with pytest.raises(SystemExit):
+        metasaug.main(["train", kind, "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Cost:" in shown
+    for flag in ("--loss", "--augment", "--data", "--resume", "--input-size", "--dry-run"):
+        assert flag in shown
+    if kind not in ("folder", "table"):
+        assert "% error" in shown
+
+
+# ---- what cannot be trained on ----
+
+
+def test_data_that_cannot_be_trained_on_is_refused_by_name():
+    data = small_data()
+    one = dataclasses.replace(data, meta=coloured_stripes([6, 6], 0))
+    with pytest.raises(TrainingError, match="no picture in the meta set, which MetaSAug learns from: c"):
+        loop.check(Cifar10LT(), one)
+    loop.check(Cifar10LT(augment="isda"), one)
+    empty = dataclasses.replace(data, train=coloured_stripes([6, 6], 0))
+    with pytest.raises(TrainingError, match="no training picture: c"):
+        loop.check(Cifar10LT(augment="none"), empty)
+    single = dataclasses.replace(data, label_names=("a",), train=dataclasses.replace(
+        data.train, labels=np.zeros_like(data.train.labels)))
+    with pytest.raises(TrainingError, match="one class only"):
+        loop.check(Cifar10LT(), single)
+
+
+def test_fewer_pictures_than_a_batch_are_one_batch(tmp_path):
+    recipe = Cifar10LT(epochs=2, batch_size=5000, lr=0.01)
+    state, _ = loop.run(recipe, small_data(), tmp_path, CPU)
+    assert state.module.bn1.num_batches_tracked == 2
+
+
+def test_full_covariances_of_a_large_set_are_refused_before_anything_is_made():
+    with pytest.raises(TrainingError, match=r"137 GB.*--covariance diagonal"):
+        RunningCovariance(8142, 2048, "full")
+
+
+def test_a_step_that_does_not_fit_says_what_to_change(tmp_path, monkeypatch):
+    def too_large(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop, "plain_step", too_large)
+    with pytest.raises(TrainingError, match="smaller --batch-size"):
+        loop.run(Cifar10LT(epochs=2, batch_size=16), small_data(), tmp_path, CPU)
+
+
+# ---- start weights ----
+
+
+def test_training_starts_from_other_weights(tiny_model_folder, tmp_path):
+    # Given a model of ten classes, when a network of three starts from it,
+    module = create("resnet32", 3)
+    fresh = load_pretrained(module, str(tiny_model_folder))
+    # then all but the last layer is the model's,
+    theirs = zoo.load(tiny_model_folder, backend="torch").module.state_dict()
+    assert sorted(fresh) == ["fc.bias", "fc.weight"]
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in module.state_dict().items() if name not in fresh)
+    # and the same comes of the weights' file, and of a checkpoint of the usual form.
+    for source in ("model.safetensors", "checkpoint.pth"):
+        path = tiny_model_folder / source
+        if source == "checkpoint.pth":
+            path = tmp_path / source
+            torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in theirs.items()}, "epoch": 3}, path)
+        other = create("resnet32", 3)
+        assert load_pretrained(other, str(path)) == fresh
+        assert torch.equal(other.conv1.weight, module.conv1.weight)
+    # Weights of another network are refused, and a pickle is not run.
+    with pytest.raises(TrainingError, match="another --architecture"):
+        load_pretrained(create("resnet10", 3), str(tiny_model_folder))
+    bad = tmp_path / "bad.pth"
+    torch.save({"state_dict": _Canary(tmp_path / "ran")}, bad)
+    with pytest.raises(TrainingError, match="cannot be read"):
+        load_pretrained(create("resnet32", 3), str(bad))
+    assert not (tmp_path / "ran").exists()
+
+
+class _Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
