@@ -40,7 +40,8 @@ def redraw(paths_by_class, seed, shuffled):
 
 
 def folders(root, names=("a", "b", "c"), counts=COUNTS, tested=20):
-    return {split: [[root / split / name / f"{i}.png" for i in range(n)] for name, n in zip(names, numbers, strict=True)]
+    return {split: [[root / split / name / f"{i}.png" for i in range(n)]
+                    for name, n in zip(names, numbers, strict=True)]
             for split, numbers in (("train", counts), ("test", [tested] * len(names)))}
 
 
@@ -61,12 +62,14 @@ def job_of(kind: str, root, shuffled: bool):
         # The three classes of stripes in a folder of a hundred, of which all others are of the first kind.
         names = [f"c{i:03d}" for i in range(100)]
         parts = folders(root, names, [3] * 100, 1)
-        job = TrainCifar(Cifar100LT(**{**SHORT, "input_size": None, "meta_per_class": 1}, epochs=4, imbalance=1), options)
+        flags = {**SHORT, "input_size": None, "meta_per_class": 1}
+        job = TrainCifar(Cifar100LT(**flags, epochs=4, imbalance=1), options)
     elif kind == "imagenet-lt":
         make_imagenet_lt(root, COUNTS, val=4, test=20)
         parts = {"train": [sorted(folder.iterdir()) for folder in sorted((root / "train").iterdir())],
                  "test": [sorted(folder.iterdir()) for folder in sorted((root / "val").iterdir())]}
-        job = TrainLargeSet(ImageNetLT(**SHORT, epochs=18, stage2_epochs=3, stage2_batch_size=8, crops="shift"), options)
+        flags = {**SHORT, "crops": "shift", "stage2_batch_size": 8}
+        job = TrainLargeSet(ImageNetLT(**flags, epochs=18, stage2_epochs=3), options)
     else:
         make_inat(root, 2017 if kind == "inat17" else 2018, COUNTS)
         taken = [sorted(folder.iterdir()) for folder in sorted(root.glob("train_val*/Insecta/*"))]

@@ -230,8 +230,8 @@ class Recipe:
 class Cifar10LT(Recipe):
     """CIFAR-10-LT: 10 classes, 4990 pictures in the largest, 4990 / IMBALANCE in the smallest.
 
-    Expected: % error at imbalance 200, 100, 50, 20, 10, on the original pictures (the paper, ResNet-32, 200 epochs, best
-    test epoch): --loss ce 23.11, 19.46, 15.97, 12.36, 10.56; --loss ldam 22.65, 19.34, 15.66, 11.90, 10.32.
+    Expected: % error at imbalance 200, 100, 50, 20, 10, on the original pictures (the paper, ResNet-32, 200 epochs,
+    best test epoch): --loss ce 23.11, 19.46, 15.97, 12.36, 10.56; --loss ldam 22.65, 19.34, 15.66, 11.90, 10.32.
     Cost: 124 steps an epoch at imbalance 100; about 18 s an epoch on 2 fast CPU cores, an hour for 200 epochs; minutes
     on a GPU.
     """
@@ -249,8 +249,8 @@ class Cifar10LT(Recipe):
 class Cifar100LT(Cifar10LT):
     """CIFAR-100-LT: 100 classes, 490 pictures in the largest, 490 / IMBALANCE in the smallest.
 
-    Expected: % error at imbalance 200, 100, 50, 20, 10, on the original pictures (the paper, ResNet-32, 200 epochs, best
-    test epoch): --loss ce 60.06, 53.13, 48.10, 42.15, 38.27; --loss ldam 56.91, 51.99, 47.73, 42.47, 38.72.
+    Expected: % error at imbalance 200, 100, 50, 20, 10, on the original pictures (the paper, ResNet-32, 200 epochs,
+    best test epoch): --loss ce 60.06, 53.13, 48.10, 42.15, 38.27; --loss ldam 56.91, 51.99, 47.73, 42.47, 38.72.
     Cost: 107 steps an epoch at imbalance 100; about 16 s an epoch on 2 fast CPU cores, an hour for 200 epochs; minutes
     on a GPU.
     """
