@@ -56,12 +56,10 @@ class Entry:
     @property
     def how_to_make(self) -> str:
         """What to do about an unpublished model, in a sentence."""
-        if self.imbalance is None:
-            return f"Training on {self.dataset} is not in this version yet."
-        flags = [f"--imbalance {self.imbalance:g}"]
+        flags = [] if self.imbalance is None else [f"--imbalance {self.imbalance:g}"]
         flags += [f"--loss {self.loss}"] if self.loss != "ce" else []
         flags += ["--augment none"] if self.method != "metasaug" else []
-        return f"To train it yourself: metasaug train {self.dataset} {' '.join(flags)} --data DIR"
+        return f"To train it yourself: {' '.join(['metasaug train', self.dataset, *flags, '--data DIR'])}"
 
 
 def _published(percent: float, source: str = PAPER) -> dict[str, Any]:
