@@ -22,6 +22,7 @@ COMMANDS = {
                      then="export.command_line:finish"),
     "import": Command("export.authors_files:import_file", "a model folder from a checkpoint that its authors released"),
     "export": Command("export.command_line:export", "ONNX beside the weights of a model folder"),
+    "publish": Command("export.publish:publish", "a model folder to the Hugging Face Hub"),
 }
 
 # What each missing library belongs to.

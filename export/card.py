@@ -6,8 +6,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from export.figure import accuracy_figure
 from zoo.labels import GROUPS, UNKNOWN
-from zoo.model_folder import CARD, ModelFolder, add_files
+from zoo.model_folder import CARD, FIGURE, ModelFolder, add_files
 
 CITATION = """```bibtex
 @inproceedings{li2021metasaug,
@@ -29,20 +30,26 @@ METHODS = {
 
 
 def write_card(path: str | Path) -> None:
-    """Writes README.md into a model folder, in place of an older one."""
+    """Writes README.md and its figure into a model folder, in place of older ones."""
     folder = ModelFolder(path)
-    add_files(folder.path, {CARD: card(folder.config).encode()}, folder.files)
+    figure = accuracy_figure(folder.config)
+    add_files(folder.path, {CARD: card(folder.config, figure=figure is not None).encode(),
+                            **({FIGURE: figure} if figure else {})},
+              {name: entry for name, entry in folder.files.items() if name != FIGURE})
 
 
-def card(config: Mapping[str, Any]) -> str:
-    """Markdown with the Hub's YAML on top."""
+def card(config: Mapping[str, Any], repo: str | None = None, figure: bool = False) -> str:
+    """Markdown with the Hub's YAML on top.
+
+    repo  owner/name, where it is for a repository on the Hub        figure  whether accuracy.png stands beside it
+    """
     ours = config["metasaug"]
     parts = [
         f"---\n{_card_data(config).to_yaml()}\n---",
         f"# {ours['name']}",
         _what_it_is(config),
-        *_results(ours),
-        _use(config),
+        *_results(ours, figure),
+        _use(config, repo),
         _origin(ours) if ours.get("imported") else _training(ours),
         _limits(config),
         "## Citation\n\n" + CITATION,
@@ -61,6 +68,7 @@ def _card_data(config: Mapping[str, Any]) -> ModelCardData:
         measured = [
             EvalResult(task_type="image-classification", dataset_name=where, dataset_split="test",
                        dataset_type=ours.get("recipe", {}).get("dataset", "own-pictures"), metric_type="accuracy",
+                       dataset_args={"imbalance": ours["imbalance"]} if ours.get("imbalance") else None,
                        metric_name=name, metric_value=round(value, 4))
             for name, value in figures.items()
         ]
@@ -89,7 +97,7 @@ def _what_it_is(config: Mapping[str, Any]) -> str:
             f"**{_data_in_words(ours)}**. {tail}\n\n{method}. Schedule: {ours.get('schedule', 'not known')}.")
 
 
-def _results(ours: Mapping[str, Any]) -> list[str]:
+def _results(ours: Mapping[str, Any], figure: bool) -> list[str]:
     results = ours.get("results")
     if not results:
         published, source = ours.get("published_error"), ours.get("published_source", "the paper")
@@ -117,6 +125,8 @@ def _results(ours: Mapping[str, Any]) -> list[str]:
             low, high = r["interval"]
             lines.append(f"| {group} | {r['classes']} | {r['correct']:,} | {r['images']:,} | {right} | "
                          f"{low:.1%} to {high:.1%} |")
+    if figure:
+        lines += ["", f"![Share right per class, and its training pictures]({FIGURE})"]
     per_class = ["### Per class", "", "| class | group | training pictures | right | of |", "|---|---|---|---|---|"]
     for row, group in zip(results["per_class"], ours["groups"], strict=True):
         trained = "?" if row["train_images"] is None else f"{row['train_images']:,}"
@@ -129,11 +139,12 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _use(config: Mapping[str, Any]) -> str:
+def _use(config: Mapping[str, Any], repo: str | None) -> str:
     ours, cfg = config["metasaug"], config["pretrained_cfg"]
     _, height, width = cfg["input_size"]
     # Under the name of an imported model the zoo may have weights of our own.
-    where = '"PATH/OF/THIS/FOLDER")' if ours.get("imported") else f'"{ours["name"]}")      # or the path of this folder'
+    where = (f'"hf:{repo}")' if repo else '"PATH/OF/THIS/FOLDER")' if ours.get("imported") else
+             f'"{ours["name"]}")      # or the path of this folder')
     return f"""## Use
 
 ```python

@@ -139,3 +139,52 @@ def pictures(tmp_path) -> Path:
         noise = rng.integers(0, 256, (size[1] // 4 + 1, size[0] // 4 + 1, 3), dtype=np.uint8)
         Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode).save(folder / name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def files(tiny_model_folder) -> dict[str, bytes]:
+    """What a repository on the Hub holds: every file of a model folder, by name."""
+    from zoo.model_folder import MANIFEST, ModelFolder
+
+    folder = ModelFolder(tiny_model_folder)
+    return {**{name: folder.read(name) for name in folder.files}, MANIFEST: (folder.path / MANIFEST).read_bytes()}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, files):
+    """A Hub with the repository owner/tiny, and this process's huggingface_hub pointed to it with an empty cache."""
+    from huggingface_hub import constants
+
+    from tests.hub_server import Hub
+
+    with Hub() as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                            served.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "METASAUG_HUB_OWNER"):
+            monkeypatch.delenv(name, raising=False)
+        served.add("owner/tiny", files)
+        yield served
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Seconds of waiting made short: huggingface_hub's between its tries, and ours for an answer."""
+    import time
+    from types import SimpleNamespace
+
+    from huggingface_hub import constants
+
+    def hurry(patience: float) -> None:
+        quick = SimpleNamespace(sleep=lambda _: time.sleep(0.01), monotonic=time.monotonic, time=time.time)
+        monkeypatch.setattr("huggingface_hub.utils._http.time", quick)
+        monkeypatch.setattr("huggingface_hub.file_download.time", quick)
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+        monkeypatch.setattr("zoo.hub.PATIENCE", patience)
+        monkeypatch.setattr("zoo.hub.SLOWEST", 1e9)
+        monkeypatch.setattr("zoo.hub.PAUSES", (0.01, 0.01))
+
+    return hurry

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 
 import zoo
 from zoo.errors import ModelFolderError, UnknownModelError, UnpublishedModelError, ZooError
+from zoo.hub import parse
 from zoo.model_folder import CARD, ONNX, WEIGHTS, ModelFolder
-from zoo.registry import HERE
+from zoo.registry import BUNDLED as BUNDLED_SHA256
+from zoo.registry import HERE, ON_HUB, find
 
 BUNDLED = [entry for entry in zoo.list_models() if entry.weights == "bundled"]
 UNPUBLISHED = [entry for entry in zoo.list_models() if entry.weights == "unpublished"]
@@ -23,14 +26,83 @@ every_bundled = pytest.mark.parametrize("entry", BUNDLED, ids=lambda entry: entr
 
 def test_every_entry_has_what_a_user_reads():
     entries = zoo.list_models()
-    assert len({entry.name for entry in entries}) == len(entries)
+    names = [name for entry in entries for name in (entry.name, *entry.aliases)]
+    assert len(set(names)) == len(names)
     weights = [entry.weights for entry in entries]
-    assert set(weights) == {"bundled", "unpublished"} and weights == sorted(weights)  # bundled ones first
+    assert weights == sorted(weights)  # bundled, hub, unpublished
     for entry in entries:
         assert entry.name == entry.name.lower() and "/" not in entry.name and entry.dataset and entry.summary
         assert entry.imbalance is None or entry.imbalance >= 1
         assert entry.published_error is None or 0 < entry.published_error < 1
         assert (entry.published_error is None) == (entry.published_source is None)
+        assert (entry.manifest_sha256 is None) == (entry.weights == "unpublished") == (entry.measured_error is None)
+        assert entry.labels is None or len(set(entry.labels)) == len(entry.labels)
+        assert all(find(name) is entry for name in (entry.name, *entry.aliases))
+        if entry.hub:
+            assert parse(f"hf:{entry.hub.repo}@{entry.hub.revision}") == (entry.hub.repo, entry.hub.revision)
+            assert re.fullmatch(r"[0-9a-f]{40}", entry.hub.revision)
+            assert re.fullmatch(r"[0-9a-f]{64}", entry.hub.manifest_sha256)
+    assert set(BUNDLED_SHA256) | set(ON_HUB) <= {entry.name for entry in entries}
+    assert not set(BUNDLED_SHA256) & set(ON_HUB)
+
+
+def test_every_cell_of_the_benchmark_has_its_name():
+    """CIFAR-LT by data set, imbalance and loss, with and without MetaSAug; the large sets; plankton."""
+    for dataset in ("cifar10-lt", "cifar100-lt"):
+        for imbalance in (200, 100, 50, 20, 10):
+            for loss in ("ce", "focal", "ldam"):
+                for name, method in ((f"metasaug-{loss}-{dataset}-{imbalance}", "metasaug"),
+                                     (f"{loss}-{dataset}-{imbalance}", loss)):
+                    entry = find(name)
+                    assert (entry.dataset, entry.imbalance, entry.loss, entry.method) == (
+                        dataset, imbalance, loss, method)
+    for name in ("imagenet-lt", "inat17", "inat18", "plankton"):
+        assert find(f"metasaug-{name}").method == "metasaug" and find(f"ce-{name}").method == "ce"
+    assert find("metasaug-cifar10-lt") is find("metasaug-cifar10-lt-100") is find("metasaug-ce-cifar10-lt")
+    assert find("metasaug-inaturalist2018") is find("metasaug-inat18")
+
+
+def test_published_errors_are_the_papers_cells():
+    for name, percent in [("metasaug-cifar10-lt", 19.46), ("metasaug-cifar10-lt-200", 23.11),
+                          ("metasaug-ldam-cifar10-lt-10", 10.32), ("metasaug-cifar100-lt-50", 48.10),
+                          ("metasaug-ldam-cifar100-lt-200", 56.91), ("metasaug-imagenet-lt", 52.33),
+                          ("metasaug-inat18", 30.50), ("metasaug-inat17", 36.72)]:
+        assert find(name).published_error == pytest.approx(percent / 100)
+    # Not known to us, and not made up.
+    for name in ("metasaug-focal-cifar10-lt", "ce-cifar10-lt", "ldam-cifar100-lt-10", "metasaug-plankton"):
+        assert find(name).published_error is None
+    assert find("metasaug-inat17").published_source != find("metasaug-inat18").published_source
+
+
+def test_labels_are_known_without_weights():
+    for name, count, some in [("focal-cifar10-lt-20", 10, "truck"), ("metasaug-cifar100-lt", 100, "willow_tree"),
+                              ("metasaug-imagenet-lt", 1000, "tench"), ("ce-inat18", 8142, None)]:
+        labels = find(name).labels
+        assert len(labels) == count and (some is None or some in labels)
+    assert find("ce-cifar10-lt-50").labels == find("ce-cifar10-lt").labels  # the latter from its weights
+    assert find("metasaug-inat17").labels is None
+
+
+def test_a_damaged_bundled_model_hides_no_other(tmp_path, monkeypatch, capsys):
+    # Given a bundled folder with one wrong byte in its config,
+    import metasaug
+
+    weights = Path(shutil.copytree(HERE / "weights", tmp_path / "weights"))
+    (weights / BUNDLED[0].name / "config.json").write_bytes(b"x")
+    monkeypatch.setattr("zoo.registry.HERE", tmp_path)
+    for entry in BUNDLED:
+        entry.__dict__.pop("_bundled", None)
+    # when the models are listed, then it is said to be damaged, and the others are there.
+    try:
+        assert metasaug.main(["list"]) == 0
+        shown = capsys.readouterr().out
+        assert f"{BUNDLED[0].name}: damaged: " in shown and f"{BUNDLED[1].measured_error:.2%}" in shown
+        with pytest.raises(ModelFolderError, match=r"config\.json"):
+            zoo.load(BUNDLED[0].name)
+        assert zoo.load(BUNDLED[1].name).name == BUNDLED[1].name
+    finally:
+        for entry in BUNDLED:
+            entry.__dict__.pop("_bundled", None)
 
 
 def test_the_list_is_a_copy():
@@ -111,7 +183,7 @@ def test_a_near_miss_is_answered_with_what_was_meant(name, meant):
         zoo.load(name)
 
 
-@pytest.mark.parametrize("name", ["resnet50", "x" * 5000, "a\0b", "é", "hf:owner/repo@main"])
+@pytest.mark.parametrize("name", ["resnet50", "x" * 5000, "a\0b", "é"])
 def test_a_name_that_is_none_says_where_all_names_are(name):
     with pytest.raises(UnknownModelError) as caught:
         zoo.load(name)
@@ -119,26 +191,34 @@ def test_a_name_that_is_none_says_where_all_names_are(name):
 
 
 @pytest.mark.parametrize("entry", UNPUBLISHED, ids=lambda entry: entry.name)
-def test_an_unpublished_model_says_how_to_make_it_and_what_is_ready(entry):
+def test_an_unpublished_model_says_every_way_to_have_it(entry):
+    """Training, importing the authors' file, one's own copy on the Hub; and what is ready."""
     with pytest.raises(UnpublishedModelError) as caught:
         zoo.load(entry.name)
-    assert entry.how_to_make in str(caught.value)
+    told = str(caught.value)
+    for way in (entry.command, f"metasaug import FILE --as {entry.name}", "METASAUG_HUB_OWNER", "hf:OWNER/REPO"):
+        assert way in told
     for ready in BUNDLED:
-        assert ready.name in str(caught.value)
+        assert ready.name in told
 
 
-@pytest.mark.parametrize("entry", [e for e in UNPUBLISHED if "cifar" in e.dataset], ids=lambda entry: entry.name)
-def test_the_way_to_make_it_is_one_that_the_trainer_takes(entry, tmp_path):
-    """`metasaug train …` as the message says, on data that is not there: it gets as far as asking for the data."""
+@pytest.mark.parametrize("entry", zoo.list_models(), ids=lambda entry: entry.name)
+def test_the_command_is_one_that_the_trainer_takes(entry, tmp_path, capsys):
+    """On data that is not there, it gets as far as asking for the data: a wrong flag is a SystemExit."""
     pytest.importorskip("torch")
     import shlex
 
     import metasaug
 
-    command = entry.how_to_make.split(": ", 1)[1].split("\n")[0].replace("DIR", str(tmp_path / "absent"))
-    arguments = shlex.split(command)
-    assert arguments[:2] == ["metasaug", "train"]
-    assert metasaug.main([*arguments[1:], "--out", str(tmp_path / "run")]) == 2
+    words = shlex.split(entry.command)
+    assert words[:2] == ["metasaug", "train"] and words[-2] == "--data"
+    assert (f"--imbalance {entry.imbalance}" in entry.command) == (entry.imbalance is not None)
+    assert ("--augment none" in entry.command) == (entry.method != "metasaug")
+    assert (f"--loss {entry.loss}" in entry.command) == (entry.loss != "ce")
+    if f'"{words[2]}"' not in (HERE.parent / "training" / "recipes.py").read_text():
+        pytest.skip(f"no recipe is called {words[2]} yet")
+    assert metasaug.main([*words[1:-1], str(tmp_path / "absent"), "--out", str(tmp_path / "run")]) == 2
+    assert "absent" in capsys.readouterr().err
 
 
 def test_folders_that_are_none_say_so(tmp_path):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.errors import (
     BackendError,
+    HubError,
     ModelFolderError,
     PictureError,
     UnknownModelError,
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     from zoo.model_folder import ModelFolder
     from zoo.predictor import Prediction, Predictor, TopClass
 
-__all__ = ["BackendError", "Entry", "ModelFolder", "ModelFolderError", "PictureError", "Prediction", "Predictor",
-           "TopClass", "UnknownModelError", "UnpublishedModelError", "ZooError", "list_models", "load", "predict"]
+__all__ = ["BackendError", "Entry", "HubError", "ModelFolder", "ModelFolderError", "PictureError", "Prediction",
+           "Predictor", "TopClass", "UnknownModelError", "UnpublishedModelError", "ZooError", "list_models", "load",
+           "predict"]
 
 _LAZY = {"load": "zoo.loading", "predict": "zoo.loading", "ModelFolder": "zoo.model_folder",
          "Prediction": "zoo.predictor", "Predictor": "zoo.predictor", "TopClass": "zoo.predictor"}

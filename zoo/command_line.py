@@ -14,8 +14,11 @@ import tyro
 import zoo
 from zoo.archives import is_zip
 from zoo.errors import PictureError, ZooError
+from zoo.hub import OWNER, own_copies
 from zoo.loading import open_folder
+from zoo.model_folder import CARD
 from zoo.predictor import Prediction, Predictor
+from zoo.registry import PAPER
 from zoo.rows import cells, header, printable
 
 
@@ -26,8 +29,10 @@ def list_table(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> 
         as_json: One JSON array instead of the table.
     """
     rows: list[dict[str, Any]] = [
-        {"name": e.name, "dataset": e.dataset, "imbalance": e.imbalance, "method": e.method, "loss": e.loss,
-         "weights": e.weights, "error": e.measured_error, "published_error": e.published_error, "summary": e.summary}
+        {"name": e.name, "aliases": e.aliases, "dataset": e.dataset, "imbalance": e.imbalance, "method": e.method,
+         "loss": e.loss, "classes": None if e.labels is None else len(e.labels), "weights": e.weights,
+         "error": e.measured_error, "published_error": e.published_error, "published_source": e.published_source,
+         "summary": e.summary, "command": e.command, "hub": None if e.hub is None else f"{e.hub.repo}@{e.hub.revision}"}
         for e in zoo.list_models()
     ]
     if as_json:
@@ -42,17 +47,22 @@ def list_table(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> 
     print("\nerror: ours, last epoch, on the data below; "
           "paper: the published cell (CIFAR: original pictures, 200 epochs).")
     for row in rows:
-        if row["weights"] == "bundled":
+        if row["published_source"] not in (None, PAPER):
+            print(f"{row['name']}, paper: {row['published_source']}")
+    for row in rows:
+        if row["weights"] != "unpublished":
             print(f"{row['name']}: {row['summary']}")
+    if owner := own_copies():
+        print(f"{OWNER}={owner}: what is not bundled loads from hf:{owner}/NAME.")
 
 
 def info(model: tyro.conf.Positional[str]) -> None:
     """The card of a model: how it was trained, what it gets right per group and class, its limits.
 
     Args:
-        model: A name from `metasaug list`, or a model folder.
+        model: A name from `metasaug list`, hf:owner/repo[@revision] on the Hub, or a model folder.
     """
-    print(open_folder(model).card)
+    print(open_folder(model, [CARD]).card)
 
 
 def predict(
@@ -67,7 +77,7 @@ def predict(
     """Classify pictures. Exit code 0: all read; 1: some could not be, each with its reason; 2: nothing was done.
 
     Args:
-        model: A name from `metasaug list`, or a model folder.
+        model: A name from `metasaug list`, hf:owner/repo[@revision] on the Hub, or a model folder.
         paths: Pictures, folders of them, or zip files of them, which are read without unpacking.
         out: Write rows here as CSV instead of printing; - is standard output.
         top_k: Classes shown for each picture.

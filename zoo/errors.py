@@ -17,6 +17,11 @@ class ModelFolderError(ZooError):
     """A model folder with a file missing, changed or not of this format; nothing of it was used."""
 
 
+class HubError(ZooError):
+    """A model on the Hub that could not be had: no way there, no such repository or revision, no permission, wrong
+    bytes, no room in the cache; or one that could not be published."""
+
+
 class BackendError(ZooError):
     """A backend or device that was asked for and is not here."""
 

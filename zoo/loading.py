@@ -3,29 +3,44 @@
 import difflib
 import logging
 import os
+import re
+from collections.abc import Sequence
+from typing import Any
 
-from zoo.errors import UnknownModelError, UnpublishedModelError
+from zoo.errors import UnknownModelError, ZooError
+from zoo.hub import PREFIX, HubFolder, parse
 from zoo.images import Picture
-from zoo.model_folder import ModelFolder
+from zoo.model_folder import CONFIG, ONNX, WEIGHTS, ModelFolder
 from zoo.predictor import Backend, Device, Prediction, Predictor
-from zoo.registry import Entry, find, list_models
+from zoo.registry import find, list_models
 
 log = logging.getLogger("zoo")
 
 
-def load(name: str | os.PathLike, backend: Backend = "onnx", device: Device = "auto") -> Predictor:
-    """A model of the zoo, or any model folder.
+def load(
+    name: str | os.PathLike, backend: Backend = "onnx", device: Device = "auto", *, revision: str | None = None,
+    local_files_only: bool = False, token: str | None = None,
+) -> Predictor:
+    """A model of the zoo, of the Hub, or any model folder.
 
-    name     a name of `list_models`, or the path of a model folder (what `metasaug train` leaves in RUN/model)
-    backend  onnx: ONNX Runtime, no torch needed; torch: the module itself
-    device   auto: cuda where there is one; cuda: that or BackendError
-    Raises UnknownModelError, UnpublishedModelError, ModelFolderError or BackendError.
+    name              a name of `list_models`; hf:owner/repo or hf:owner/repo@revision on the Hub; or the path of a
+                      model folder (what `metasaug train` leaves in RUN/model)
+    backend           onnx: ONNX Runtime, no torch needed; torch: the module itself
+    device            auto: cuda where there is one; cuda: that or BackendError
+    revision          on the Hub: a branch, tag or commit. The registry's models are pinned to one
+    local_files_only  nothing but the Hub's cache, no request
+    token             of the Hub, instead of HF_TOKEN or the one of `hf auth login`
+    Raises UnknownModelError, UnpublishedModelError, HubError, ModelFolderError or BackendError. Every file is read
+    once, and used only if its bytes have the manifest's sha256. Logs in one line, at level INFO, what was loaded.
     """
-    folder = open_folder(name)
-    predictor = Predictor(folder, backend, device, name=os.fspath(name) if find(os.fspath(name)) else None)
+    folder = open_folder(name, (CONFIG, WEIGHTS if backend == "torch" else ONNX), revision=revision,
+                         local_files_only=local_files_only, token=token)
+    entry = find(os.fspath(name))
+    predictor = Predictor(folder, backend, device, name=entry.name if entry else None)
+    folder.check()  # the files that were not read yet
     ours = folder.config["metasaug"]
     log.info("%s: %s, trained on %s, %s; from %s", predictor.name, ours["method"], ours["dataset"],
-             ours.get("schedule", "schedule not known"), folder.path)
+             ours.get("schedule", "schedule not known"), folder.source)
     return predictor
 
 
@@ -34,34 +49,39 @@ def predict(name: str | os.PathLike, picture: Picture, top_k: int = 5) -> Predic
     return load(name).predict(picture, top_k)
 
 
-def open_folder(name: str | os.PathLike) -> ModelFolder:
-    """The checked model folder behind a name or a path, without loading its network."""
+def open_folder(
+    name: str | os.PathLike, files: Sequence[str] = (), *, revision: str | None = None, local_files_only: bool = False,
+    token: str | None = None,
+) -> ModelFolder:
+    """The model folder behind a name or a path, its manifest checked; `files` of it are fetched where it is on the Hub.
+
+    Raises as `load`.
+    """
     name = os.fspath(name)
+    hub: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only, "token": token}
     entry = find(name)
     if entry is not None:
-        folder = _bundled(entry)
-    elif os.path.isdir(name):  # False, where Path may raise for a name too long
-        folder = ModelFolder(name)
-    else:
+        return entry.open(files, **hub)
+    if name.startswith(PREFIX):
+        repo, named = parse(name)
+        if revision is not None and named not in (None, revision):
+            raise ZooError(f"{name} with revision={revision!r}: two revisions. Name one.")
+        return HubFolder(repo, **{**hub, "revision": named or revision}, files=files)
+    if not os.path.isdir(name):  # False, where Path may raise for a name too long
         raise UnknownModelError(_unknown(name))
-    folder.check()
-    return folder
-
-
-def _bundled(entry: Entry) -> ModelFolder:
-    if entry.weights == "bundled":
-        return ModelFolder(entry.folder, entry.manifest_sha256)
-    raise UnpublishedModelError(
-        f"The weights of {entry.name} are not out yet. {entry.how_to_make}\n"
-        f"Ready to use: {', '.join(e.name for e in list_models() if e.weights == 'bundled')}.")
+    if revision is not None:
+        raise ZooError(f"{name} is a folder and has no revisions; hf:owner/repo@revision names a model on the Hub.")
+    return ModelFolder(name)
 
 
 def _unknown(name: str) -> str:
-    names = [entry.name for entry in list_models()]
+    names = [known for entry in list_models() for known in (entry.name, *entry.aliases)]
     near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.6)
     meant = f" Did you mean {' or '.join(near)}?" if near else ""
     if os.path.exists(name):
         return f"{name} is a file: name the model folder, or a model (`metasaug list`)."
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", name) and not name.startswith("."):
+        return f"{name} does not exist: no model folder is there. If it is a repository on the Hub: hf:{name}."
     if os.sep in name or name.startswith("."):
         return f"{name} does not exist: no model folder is there."
     return (f"No model is called {name!r}, and no folder either.{meant} `metasaug list` (zoo.list_models()) shows all "

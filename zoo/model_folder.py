@@ -43,13 +43,19 @@ class ModelFolder:
 
     def __init__(self, path: str | os.PathLike, manifest_sha256: str | None = None):
         self.path = Path(path)
+        self._checked: set[str] = set()
         if not self.path.is_dir():
             raise ModelFolderError(f"{self.path} is no folder. A model folder is what `metasaug train` leaves in "
                                    "RUN/model.")
         self.files = self._read_manifest(manifest_sha256)
 
     def __repr__(self) -> str:
-        return f"ModelFolder({str(self.path)!r})"
+        return f"{type(self).__name__}({self.source!r})"
+
+    @property
+    def source(self) -> str:
+        """Where it is from, in words."""
+        return str(self.path)
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -65,13 +71,18 @@ class ModelFolder:
         if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
             raise ModelFolderError(f"{self.path / name} is damaged or was changed: its bytes do not match "
                                    f"{MANIFEST}. Get the folder again.")
+        self._checked.add(name)
         return content
 
     def check(self) -> None:
-        """Every file that the manifest names and that is here, against it; covariances may be left out."""
+        """Every file that the manifest names and that was not read yet, against it."""
         for name in self.files:
-            if name != COVARIANCE or (self.path / name).exists():
+            if name not in self._checked and not self._may_lack(name):
                 self.read(name)
+
+    def _may_lack(self, name: str) -> bool:
+        """Covariances may be left out: nothing but more training needs them."""
+        return name == COVARIANCE and not (self.path / name).exists()
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -168,8 +179,16 @@ def add_files(path: Path, contents: Mapping[str, bytes], present: Mapping[str, t
     is whole or not there."""
     for name, content in contents.items():
         _write(path / name, content)
-    added = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in contents.items()}
-    _write(path / MANIFEST, _manifest_bytes({**present, **added}))
+    _write(path / MANIFEST, _manifest_bytes({**present, **_sizes_and_hashes(contents)}))
+
+
+def manifest_of(contents: Mapping[str, bytes]) -> bytes:
+    """The manifest.json of these files."""
+    return _manifest_bytes(_sizes_and_hashes(contents))
+
+
+def _sizes_and_hashes(contents: Mapping[str, bytes]) -> dict[str, tuple[int, str]]:
+    return {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in contents.items()}
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -1,0 +1,165 @@
+"""`metasaug publish`: a model folder to the Hub. Checked before, uploaded in one commit, read back after."""
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import tyro
+
+from export.card import card
+from export.errors import ExportError
+from export.figure import accuracy_figure
+from zoo.errors import HubError
+from zoo.hub import PATIENCE, PREFIX, HubFolder, in_words, parse, within
+from zoo.model_folder import CARD, FIGURE, FILES, MANIFEST, ONNX, WEIGHTS, ModelFolder, manifest_of
+from zoo.predictor import Predictor, torch_module
+from zoo.registry import OnHub, find
+
+T = TypeVar("T")
+
+SLOWEST_UPLOAD = 50_000  # bytes a second
+
+
+def publish(
+    folder: tyro.conf.Positional[Path], repo: str, private: bool = False, dry_run: bool = False,
+    incomplete: bool = False,
+) -> None:
+    """Put a model folder on the Hub, for zoo.load("hf:owner/name"). The folder itself is not changed.
+
+    Checked first: every hash, the config, that ONNX and weights answer alike (where torch is installed), and that the
+    card says all it should. The card is made anew. What was uploaded is read back and compared, byte by byte.
+
+    Args:
+        folder: A model folder, or a run of `metasaug train` with a model in it.
+        repo: owner/name on the Hub; made where it is not there. Log in first: `hf auth login`, or HF_TOKEN.
+        private: Make it a private repository.
+        dry_run: Do everything but upload.
+        incomplete: Publish although the card lacks results or how the model was trained.
+    """
+    if parse(f"{PREFIX}{repo}")[1] is not None:
+        raise HubError(f"--repo {repo}: owner/name, without a revision; a new commit of main is made.")
+    opened = whole(folder)
+    print(f"{opened.config['metasaug']['name']}, from {opened.path}")
+    print(f"  hashes  {len(opened.files)} files as in {MANIFEST}")
+    print(f"  ONNX    {parity(opened)}")
+    missing = what_the_card_lacks(opened.config)
+    print(f"  card    {'lacks ' + ', '.join(missing) if missing else 'complete'}")
+    if missing and not incomplete:
+        raise ExportError(f"the card of {folder} lacks {', '.join(missing)}: people could not judge the model. Train "
+                          "or import it again with what is lacking, or publish it all the same with --incomplete.")
+    contents = contents_for(opened, repo)
+    print(f"to {PREFIX}{repo}{' (private)' if private else ''}, in one commit:")
+    for name, content in contents.items():
+        print(f"  {len(content):>12,}  {name}")
+    print(f"  {sum(map(len, contents.values())):>12,}  bytes")
+    if dry_run:
+        print("Dry run: nothing was uploaded.")
+        return
+    commit = upload(repo, contents, private, opened.config["metasaug"]["name"])
+    read_back(repo, commit, contents)
+    print(f"{PREFIX}{repo}@{commit}: uploaded, and read back the same.\n")
+    print(entry(opened.config, repo, commit, hashlib.sha256(contents[MANIFEST]).hexdigest()))
+
+
+def whole(folder: Path) -> ModelFolder:
+    """The folder, every file and the config checked; weights and ONNX are there."""
+    if not (folder / MANIFEST).exists() and (folder / "model" / MANIFEST).exists():
+        folder = folder / "model"
+    opened = ModelFolder(folder)
+    opened.check()
+    _ = opened.config
+    for name, remedy in ((WEIGHTS, "train or import the model again"), (ONNX, f"`metasaug export {folder}` adds it")):
+        if name not in opened:
+            raise ExportError(f"{folder} has no {name}: {remedy}.")
+    return opened
+
+
+def parity(opened: ModelFolder) -> str:
+    """Runs the ONNX, and compares it to the weights where torch is installed; says how near they are.
+
+    Raises ModelFolderError, or ExportError where they differ.
+    """
+    height, width = opened.config["pretrained_cfg"]["input_size"][1:]
+    logits = Predictor(opened, "onnx", "cpu").predict(np.full((height, width, 3), 128, np.uint8)).logits
+    if logits is None or not np.isfinite(logits).all():
+        raise ExportError(f"{opened.path / ONNX} answers a grey picture with what is no number.")
+    try:
+        from export.to_onnx import check_parity
+    except ModuleNotFoundError as error:
+        return f"runs; not compared to the weights, {error.name} is not installed"
+    return f"within {check_parity(opened.read(ONNX), torch_module(opened), opened.config):.1e} of the weights in torch"
+
+
+def what_the_card_lacks(config: Mapping[str, Any]) -> list[str]:
+    """What a reader needs to judge a model, and the config does not know; in words."""
+    ours = config["metasaug"]
+    needed = {"results": "test results", "class_counts": "the training pictures of each class"}
+    if not ours.get("imported"):
+        needed |= {"schedule": "the schedule", "command": "the training command", "seed": "the seed",
+                   "code_version": "the version of the code", "versions": "those of the libraries"}
+    missing = [words for key, words in needed.items() if ours.get(key) in (None, "", [], {})]
+    if (ours.get("imported") or {}).get("licence") == "unknown":
+        missing.append("the licence of the imported file")
+    if all(name == str(c) for c, name in enumerate(config["label_names"])):
+        missing.append("names of the classes")
+    return missing
+
+
+def contents_for(opened: ModelFolder, repo: str) -> dict[str, bytes]:
+    """Every file of the repository, the card made for it and the manifest last."""
+    figure = accuracy_figure(opened.config)
+    made = {CARD: card(opened.config, repo, figure is not None).encode(), **({FIGURE: figure} if figure else {})}
+    contents = {name: made[name] if name in made else opened.read(name)
+                for name in FILES if name in made or (name in opened and name != FIGURE)}
+    return {**contents, MANIFEST: manifest_of(contents)}
+
+
+def upload(repo: str, contents: Mapping[str, bytes], private: bool, name: str) -> str:
+    """All of `contents` as one commit of main, files of an older model removed; the commit. Raises HubError."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi(library_name="metasaug", library_version=version("metasaug"))
+    _asked(repo, lambda: api.create_repo(repo, private=private or None, exist_ok=True))
+    if private and not _asked(repo, lambda: api.model_info(repo)).private:
+        raise HubError(f"{PREFIX}{repo} is there already, and public. Nothing was uploaded: make it private on its "
+                       "page, or name another.")
+    there = _asked(repo, lambda: api.list_repo_files(repo))
+    operations: list[Any] = [*(CommitOperationAdd(name, content) for name, content in contents.items()),
+                             *(CommitOperationDelete(name) for name in FILES if name in there and name not in contents)]
+    seconds = sum(map(len, contents.values())) / SLOWEST_UPLOAD
+    message = f"{name}, by metasaug {version('metasaug')}"
+    return _asked(repo, lambda: api.create_commit(repo, operations, commit_message=message), seconds).oid
+
+
+def _asked(repo: str, call: Callable[[], T], seconds: float = 0) -> T:
+    try:
+        return within(time.monotonic() + PATIENCE + seconds, call)
+    except Exception as error:  # of any of the Hub's libraries
+        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
+        raise HubError(in_words(cause, repo, "main", "the upload")) from error
+
+
+def read_back(repo: str, commit: str, contents: Mapping[str, bytes]) -> None:
+    """HubError unless the Hub gives back these very bytes at this commit, past any cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        names = [name for name in contents if name != MANIFEST]
+        folder = HubFolder(repo, commit, hashlib.sha256(contents[MANIFEST]).hexdigest(), names, cache=Path(cache))
+        for name in names:
+            if folder.read(name) != contents[name]:
+                raise HubError(f"{folder.source}: {name} is not what was uploaded. Publish again.")
+
+
+def entry(config: Mapping[str, Any], repo: str, commit: str, manifest_sha256: str) -> str:
+    """What to paste into zoo/registry.py."""
+    ours = config["metasaug"]
+    error = (ours.get("results") or {}).get("error")
+    summary = f"trained on {ours['dataset']}, {ours.get('schedule', 'schedule not known')}"
+    known = "" if find(ours["name"]) else f"\n(No entry there is called {ours['name']}: add one, or load hf:{repo}.)"
+    here = OnHub(repo, commit, manifest_sha256, error, summary)
+    fields = ", ".join(repr(value) for value in vars(here).values()).replace("'", '"')
+    return f'For ON_HUB in zoo/registry.py:\n    "{ours["name"]}": OnHub({fields}),{known}'

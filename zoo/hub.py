@@ -1,0 +1,213 @@
+"""Models on the Hugging Face Hub: each file fetched when it is needed, of one commit, every byte checked.
+
+huggingface_hub does the cache (HF_HOME), resuming, tokens (HF_TOKEN, `hf auth login`), the endpoint (HF_ENDPOINT),
+HF_HUB_OFFLINE and the progress bar. What it does not do, and this does: check hashes, end in time, and say in one
+error what to do. A file of a pinned commit that is in the cache makes no request.
+"""
+
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from zoo.errors import HubError, ModelFolderError, ZooError
+from zoo.model_folder import MANIFEST, ModelFolder
+
+T = TypeVar("T")
+
+PREFIX, OWNER = "hf:", "METASAUG_HUB_OWNER"
+PATIENCE = 45.0  # seconds that a load may wait, beside the time that its bytes take at
+SLOWEST = 200_000  # bytes a second
+PAUSES = (0.5, 2.0)  # seconds between tries
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def parse(name: str) -> tuple[str, str | None]:
+    """"hf:owner/repo@revision" -> ("owner/repo", "revision"); without a revision None. Raises HubError."""
+    repo, at, revision = name.removeprefix(PREFIX).partition("@")
+    if not _REPO.fullmatch(repo) or bool(at) != bool(revision.strip()):
+        raise HubError(f"{name!r} names no model on the Hub: hf:owner/repo, or hf:owner/repo@revision with a branch, "
+                       "tag or commit.")
+    return repo, revision or None
+
+
+def own_copies() -> str | None:
+    """The user or organisation whose repositories, by the registry's names, stand in for those that are not out."""
+    owner = os.environ.get(OWNER, "").strip()
+    if owner and not _REPO.fullmatch(f"{owner}/x"):
+        raise HubError(f"{OWNER}={owner!r} is no user or organisation on the Hub, the part before a repository's /.")
+    return owner or None
+
+
+class HubFolder(ModelFolder):
+    """A model folder on the Hub, at the commit that `revision` was when it was opened.
+
+    repo              owner/name                revision  branch, tag or commit; None: the newest of main
+    manifest_sha256   where known (registry); without it the repository's own manifest vouches for its files
+    files             that will be read: fetched at once, and in time, together. Others come when they are read
+    local_files_only  nothing but the cache     token     of the Hub, instead of the one that is logged in
+    cache             folder of the cache, instead of the one in HF_HOME
+    Raises HubError. Wrong bytes are fetched once more, and thrown out of the cache where they stay wrong.
+    """
+
+    def __init__(self, repo: str, revision: str | None = None, manifest_sha256: str | None = None,
+                 files: Sequence[str] = (), local_files_only: bool = False, token: str | None = None,
+                 cache: Path | None = None):
+        self.repo, self.revision = repo, revision or "main"
+        self._local, self._token, self._cache = local_files_only, token, cache
+        until = time.monotonic() + PATIENCE
+        manifest = self._download(MANIFEST, until)
+        self.revision = manifest.parent.name  # the commit
+        try:
+            self._opened_twice(lambda: super(HubFolder, self).__init__(manifest.parent, manifest_sha256), MANIFEST)
+        except ModelFolderError as error:
+            raise HubError(f"{self.source}: {error}") from error
+        for name in files:
+            if name in self.files:
+                until += self.files[name][0] / SLOWEST
+                self._fetch(name, until)
+
+    @property
+    def source(self) -> str:
+        return f"{PREFIX}{self.repo}@{self.revision}"
+
+    def read(self, name: str) -> bytes:
+        if name not in self.files:
+            return super().read(name)  # which says so
+        self._fetch(name)
+        return self._opened_twice(lambda: super(HubFolder, self).read(name), name)
+
+    def _may_lack(self, name: str) -> bool:
+        return not (self.path / name).exists()
+
+    def _fetch(self, name: str, until: float | None = None) -> None:
+        if self._may_lack(name):
+            self._download(name, until or time.monotonic() + PATIENCE + self.files[name][0] / SLOWEST)
+
+    def _opened_twice(self, attempt: Callable[[], T], name: str) -> T:
+        """What `attempt` gives; where the bytes of the file are wrong, after fetching it once more."""
+        try:
+            return attempt()
+        except ModelFolderError:
+            size = self.files[name][0] if name != MANIFEST else 0
+            path = self._download(name, time.monotonic() + PATIENCE + size / SLOWEST, again=True)
+        try:
+            return attempt()
+        except ModelFolderError as error:
+            for wrong in {Path(os.path.realpath(path)), path}:  # nobody else shall find them in the cache
+                with suppress(OSError):
+                    wrong.unlink()
+            raise HubError(f"{self.source}: {name} came with wrong bytes twice, and nothing of it was used. Try again "
+                           f"later, or another network; if it stays, the repository is damaged. ({error})") from error
+
+    def _download(self, name: str, until: float, again: bool = False) -> Path:
+        from huggingface_hub import constants, hf_hub_download
+
+        if again and (self._local or constants.is_offline_mode()):
+            raise HubError(f"{self.source}: {name} is damaged in the cache, and being offline forbids to fetch it "
+                           "again: load the model once with a connection.")
+        try:
+            return Path(within(until, lambda: _patiently(lambda: hf_hub_download(
+                self.repo, name, revision=self.revision, token=self._token, force_download=again,
+                local_files_only=self._local, cache_dir=self._cache))))
+        except ZooError:
+            raise
+        except Exception as error:  # of any of its libraries: httpx, hf_xet, the file system
+            raise HubError(in_words(error, self.repo, self.revision, name)) from error
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """`call`, tried again where the line broke or the server failed: what huggingface_hub does for some of these."""
+    for pause in PAUSES:
+        try:
+            return call()
+        except Exception as error:
+            status = getattr(getattr(error, "response", None), "status_code", 0)
+            if status < 500 and not (status == 0 and _broken_line(error)):
+                raise
+            time.sleep(pause)
+    return call()
+
+
+def _broken_line(error: BaseException) -> bool:
+    """The connection failed or closed, or other than the announced number of bytes came."""
+    from huggingface_hub.errors import HTTPError
+
+    return isinstance(error, (TimeoutError, HTTPError)) or "Consistency check failed" in str(error)
+
+
+def within(until: float, call: Callable[[], T]) -> T:
+    """What `call` returns or raises; TimeoutError where that takes longer than `until` (of time.monotonic).
+
+    huggingface_hub waits up to 60 s for a silent server, six times, and for a dripping one without end. The thread
+    that is left behind writes to nothing but the cache, and there only whole files.
+    """
+    outcome: list[tuple[T | None, BaseException | None]] = []
+
+    def work() -> None:
+        try:
+            outcome.append((call(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=work, name="zoo.hub", daemon=True)
+    thread.start()
+    thread.join(max(0.0, until - time.monotonic()))
+    if not outcome:
+        raise TimeoutError("no answer, or a very slow one")
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def in_words(error: BaseException, repo: str, revision: str, name: str) -> str:
+    """What went wrong with a file of a repository, and what to do, in a message."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        if error.__cause__ is None or isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+            return (f"{PREFIX}{repo}@{revision} is not in the cache ({constants.HF_HUB_CACHE}, {name} is missing), and "
+                    "being offline (HF_HUB_OFFLINE, local_files_only) forbids to fetch it: load it once with a "
+                    "connection.")
+        error = error.__cause__  # why it could not be fetched
+    where = f"{PREFIX}{repo}"
+    if isinstance(error, errors.GatedRepoError):  # before its parent, RepositoryNotFoundError
+        return (f"{where} is gated: ask for access on its page on the Hub; then log in with that account "
+                "(`hf auth login`, or HF_TOKEN).")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (f"The Hub has no repository {repo}, or it is private: check the name, and log in with an account that "
+                "may read it (`hf auth login`, or HF_TOKEN).")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{where} has no revision {revision!r}: name a branch, a tag or a commit, or none for main's newest."
+    if isinstance(error, errors.EntryNotFoundError):
+        return (f"{where} at {revision} holds no model of the zoo: it has no {MANIFEST}. `metasaug publish` makes such "
+                "repositories." if name == MANIFEST else
+                f"{where} at {revision} lacks {name}, though its {MANIFEST} names it: publish it again.")
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return (f"The Hub refuses {'the token' if status == 401 else 'access'} for {where} (HTTP {status}): log in "
+                "with an account that has the right (`hf auth login`, or HF_TOKEN), or remove an old token.")
+    endpoint = constants.ENDPOINT
+    if status is not None:
+        return (f"The Hub ({endpoint}) answered HTTP {status} for {name} of {where}: try again "
+                f"{'in some minutes' if status == 429 else 'later'}. What is in the cache loads meanwhile with "
+                "local_files_only=True.")
+    if _broken_line(error):
+        return (f"{name} of {where} did not come through between here and {endpoint}: {_reason(error)}. Check the "
+                "connection, a proxy, HF_ENDPOINT, and try again; what is in the cache loads with "
+                "local_files_only=True.")
+    if isinstance(error, OSError) and error.errno is not None:
+        return (f"{name} of {where} cannot be written to the cache {constants.HF_HUB_CACHE}: "
+                f"{error.strerror or error}. Make room, or let HF_HOME name another place.")
+    return f"{name} of {where} did not come through: {_reason(error)}. Try again."
+
+
+def _reason(error: BaseException) -> str:
+    first = next(iter(str(error).splitlines()), "")
+    return first.rstrip(". ") or type(error).__name__
