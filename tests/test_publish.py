@@ -215,6 +215,7 @@ def test_a_hub_that_fails_is_one_error_and_no_entry(
     impatient(20)
     monkeypatch.setattr("export.publish.PATIENCE", 3 if kind == "silent" else 20)
     monkeypatch.setattr("export.publish.SLOWEST_UPLOAD", 1e9)
+    logged_in.lfs.clear()  # nothing of it is there already
     logged_in.fail(kind, pattern, method)
     code, out, err = run(capsys, tiny_model_folder, "--repo", "me/tiny")
     assert code == 2 and "OnHub" not in out
@@ -223,8 +224,10 @@ def test_a_hub_that_fails_is_one_error_and_no_entry(
 
 def test_an_upload_that_fails_once_goes_on(logged_in, tiny_model_folder, capsys, impatient):
     impatient(30)
+    logged_in.lfs.clear()
     logged_in.fail("503", "/upload/", "PUT", times=1)
     assert run(capsys, tiny_model_folder, "--repo", "me/tiny")[0] == 0
+    assert logged_in.faults[0].times == 0
 
 
 # ---- the card ----
