@@ -137,12 +137,19 @@ class Entry:
         """What to do about an unpublished model."""
         from zoo.hub import OWNER
 
+        ways = {"train it": self.command}
+        if self.authors_file:
+            ways["import the authors' file"] = f"metasaug import FILE --as {self.name} --out FOLDER"
+        ways["load a copy of your own on the Hub"] = (
+            f"hf:OWNER/REPO[@REVISION], or {OWNER}=OWNER for hf:OWNER/{self.name}")
         ready = ", ".join(entry.name for entry in ENTRIES if entry.weights != "unpublished")
-        return (f"The weights of {self.name} are not out yet. Ways to have them:\n"
-                f"  train it:                           {self.command}\n"
-                f"  import the authors' released file:  metasaug import FILE --as {self.name} --out FOLDER\n"
-                f"  load a copy of your own on the Hub: hf:OWNER/REPO[@REVISION], or {OWNER}=OWNER for "
-                f"hf:OWNER/{self.name}\nReady to use: {ready}.")
+        return "\n".join([f"The weights of {self.name} are not out yet. Ways to have them:",
+                          *(f"  {what}: {how}" for what, how in ways.items()), f"Ready to use: {ready}."])
+
+    @property
+    def authors_file(self) -> bool:
+        """Whether the authors, or those whose first stage they took (ce on the large sets), released such weights."""
+        return self.dataset != "plankton" and (self.method == "metasaug" or self.imbalance is None)
 
 
 # sha256 of manifest.json of each folder in weights/.
