@@ -136,7 +136,7 @@ def _models_tab(names: list[str]) -> None:
     which = gr.Dropdown([(o.caption, o.name) for o in models.offers()], value=names[0], label="Model",
                         elem_id="which")
     shown = gr.HTML(facts, elem_id="facts")
-    lines = gr.Code(code, language="python", label="In three lines of Python", lines=3, interactive=False)
+    lines = gr.Code(code, language=None, label="In three lines of Python", lines=3, interactive=False)
     text = gr.Markdown(card, elem_id="card")
     gr.Code(model_page.CITATION, language=None, label="To cite the method", interactive=False, elem_id="cite")
     which.change(model_page.page, which, [shown, lines, text], preprocess=False, **PAGE)

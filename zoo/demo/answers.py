@@ -13,7 +13,20 @@ import zoo
 from zoo import images
 from zoo.demo import models
 from zoo.demo.models import HOW_TRAINED, Model
-from zoo.demo.pieces import SUCH, alert, badge, closed, data_uri, escape, mass_bar, percent, png, times, uploaded
+from zoo.demo.pieces import (
+    SUCH,
+    alert,
+    badge,
+    closed,
+    data_uri,
+    escape,
+    mass_bar,
+    measured,
+    percent,
+    png,
+    times,
+    uploaded,
+)
 
 EXAMPLES = Path(zoo.__file__).parent / "examples"
 EXAMPLE_NAMES = ("airplane", "automobile", "bird", "cat", "horse", "ship", "truck", "coffee")
@@ -54,9 +67,9 @@ def compare(
         try:
             model = models.model(name)
             answers = [*answers, Answer(name, model.predictor.predict(decoded), sees(model, decoded))]
-        except zoo.ZooError:
-            continue  # its card says so
-    yield cards(names, shown(answers, adjust, world)), answers
+        except zoo.ZooError as error:
+            waits[name] = ": ".join(closed(name, error))
+    yield cards(names, shown(answers, adjust, world), waits), answers
 
 
 def again(answers: list[Answer], names: list[str] | None, adjust: bool, world: float) -> str:
@@ -73,7 +86,7 @@ def predict(picture: dict[str, Any], model: str, prior: str = "own") -> dict[str
         what = f"{model} is not published yet. {offer.what_to_do}" if offer else (
             f"Unknown model: one of {', '.join(models.ready_names())}.")
         raise gr.Error(what, print_exception=False)
-    if prior not in WORLDS:
+    if not isinstance(prior, str) or prior not in WORLDS:
         raise gr.Error(f"Unknown prior: one of {', '.join(WORLDS)}.", print_exception=False)
     try:
         opened = models.model(model)
@@ -203,12 +216,12 @@ def answered(model: Model, answer: Answer) -> str:
 def trust(model: Model, best: zoo.TopClass) -> str:
     """How often the model is right on classes of this group, in words, from the model folder's results."""
     seen = "" if best.train_images is None else f"Seen in training {best.train_images:,} times. "
-    figures = model.results.get("groups", {}).get(best.group)
-    if not figures or not figures["images"]:
+    figures = measured(model, best.group)
+    if figures is None:
         return seen + "How often it is right on such classes was not measured."
-    low, high = figures["interval"]
-    return (f"{seen}On {SUCH.get(best.group, 'its classes')} this model was right for <b>{figures['correct']:,} of "
-            f"{figures['images']:,}</b> test pictures ({low * 100:.0f}–{high:.0%}).")
+    correct, tested, low, high = figures
+    return (f"{seen}On {SUCH.get(best.group, 'its classes')} this model was right for <b>{correct:,} of "
+            f"{tested:,}</b> test pictures ({low * 100:.0f}–{high:.0%}).")
 
 
 def trained(model: Model) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from zoo.demo import models
 from zoo.demo.answers import Answer, chosen
 from zoo.demo.models import Model
-from zoo.demo.pieces import badge, counted, escape, groups_of, legend, meaning, percent
+from zoo.demo.pieces import badge, counted, escape, groups_of, legend, meaning, measured, percent
 
 BARS = 40  # classes, up to which each gets a bar with its name
 ROWS = 150  # classes, up to which all are listed and dotted
@@ -24,8 +24,8 @@ def introduction(names: list[str] | None) -> str:
         story = (f"{'These networks' if len(opened) > 1 else 'This network'} saw <b>"
                  f"{counted(counts[first], 'picture')}</b> of “{escape(model.labels[first])}” but only <b>"
                  f"{counts[last]:,}</b> of “{escape(model.labels[last])}”. Trained the usual way, a network "
-                 "overlooks what it rarely saw. MetaSAug is made to mend that: show "
-                 f"{'all of them' if len(opened) > 1 else 'it'} the same picture, and compare.")
+                 "overlooks what it rarely saw. MetaSAug is made to mend that"
+                 + (": show them the same picture, and compare." if len(opened) > 1 else "."))
         figure = strip(model) if len(model.labels) <= BARS else curve(model, [], 110)
     return f'<div class="intro"><div><h1>What becomes of the rare ones?</h1><p>{story}</p></div>{figure}</div>'
 
@@ -95,8 +95,8 @@ def curve(model: Model, marks: Sequence[tuple[int, Model, int]], height: int) ->
              f"one has {counts[classes // 2]:,}.")
     return (f'<figure class="curve"><div class="plot" style="height:{height}px">'
             f'<svg viewBox="0 0 1000 100" preserveAspectRatio="none" role="img" aria-label="{words}">{areas}</svg>'
-            f'<span class="most">{top:,} pictures</span>{needles}</div>'
-            f'<figcaption><span>{classes:,} classes, the largest first</span><span>the smallest: {counts[-1]:,}</span>'
+            f'{needles}</div>'
+            f"<figcaption><span>the largest class: {top:,} pictures</span><span>the smallest: {counts[-1]:,}</span>"
             f"</figcaption>{legend(model)}</figure>")
 
 
@@ -118,43 +118,44 @@ def area(counts: Sequence[int], groups: Sequence[str], group: str, top: int) -> 
 
 
 def accuracies(alike: Sequence[Model]) -> str:
-    measured = [model for model in alike if model.results]
-    if not measured:
+    known = [model for model in alike if model.results]
+    if not known:
         return "<h2>Who is right</h2><p>None of the chosen models has measured results.</p>"
-    first = measured[0]
-    groups = "".join(group_row(group, measured) for group in groups_of(first))
-    names = [escape(model.title if len({m.title for m in measured}) == len(measured) else model.name)
-             for model in measured]
+    first = known[0]
+    groups = "".join(group_row(group, known) for group in groups_of(first))
+    names = [escape(model.title if len({m.title for m in known}) == len(known) else model.name) for model in known]
     head = "".join(f"<th scope=col>{name}</th>" for name in names)
     return f"""
 <h2>Who is right, and about which classes</h2>
 <p>Measured on {first.results["images"]:,} test pictures that no model saw in training. In brackets: where the true
 share lies, with 95% confidence, judging by that many pictures.</p>
 <table class="groups"><thead><tr><th scope=col>Group</th>{head}</tr></thead><tbody>{groups}</tbody></table>
-{against_size(measured, names)}{class_table(measured, names)}"""
+{against_size(known, names)}{class_table(known, names)}"""
 
 
-def group_row(group: str, measured: Sequence[Model]) -> str:
+def group_row(group: str, alike: Sequence[Model]) -> str:
     cells = ""
-    for model in measured:
-        figures = model.results["groups"].get(group)
-        if not figures or not figures["images"]:
+    for model in alike:
+        figures = measured(model, group)
+        if figures is None:
             cells += "<td>not measured</td>"
             continue
-        low, high = figures["interval"]
-        cells += (f'<td><b>{percent(figures["accuracy"])}</b> <span>({low * 100:.1f}–{high:.1%})</span><small>'
-                  f'{figures["correct"]:,} of {figures["images"]:,}</small></td>')
-    small = meaning(measured[0], group)
+        correct, images, low, high = figures
+        cells += (f"<td><b>{percent(correct / images)}</b> <span>({low * 100:.1f}–{high:.1%})</span><small>"
+                  f"{correct:,} of {images:,}</small></td>")
+    small = meaning(alike[0], group)
     return f"<tr><th scope=row>{badge(group)}<small>{small}</small></th>{cells}</tr>"
 
 
 def rights(model: Model) -> list[float | None]:
-    return [row["correct"] / row["test_images"] if row["test_images"] else None for row in model.results["per_class"]]
+    """Of each class the share of its test pictures that were right; None where it had none."""
+    return [row.get("correct", 0) / row["test_images"] if row.get("test_images") else None
+            for row in model.results["per_class"]]
 
 
-def against_size(measured: Sequence[Model], names: Sequence[str]) -> str:
+def against_size(alike: Sequence[Model], names: Sequence[str]) -> str:
     """A dot a class (of up to ROWS) and a line through the means of classes of about one size; sizes on a log axis."""
-    counts = measured[0].class_counts
+    counts = alike[0].class_counts
     if not counts or max(counts) <= max(min(counts), 1):
         return ""
     low, high = math.log(max(min(counts), 1)), math.log(max(counts))
@@ -163,7 +164,7 @@ def against_size(measured: Sequence[Model], names: Sequence[str]) -> str:
         return (high - math.log(max(count, 1))) / (high - low)
 
     dots, lines, keys = "", "", ""
-    for i, (model, name) in enumerate(zip(measured, names, strict=True)):
+    for i, (model, name) in enumerate(zip(alike, names, strict=True)):
         right = rights(model)
         if len(counts) <= ROWS:
             dots += "".join(f'<i class="dot m{i}" style="left:{across(counts[c]):.2%};bottom:{r:.2%}"></i>'
@@ -199,10 +200,10 @@ def means(counts: Sequence[int], right: Sequence[float | None], bins: int = 6) -
             for b in range(bins - 1, -1, -1) if (which == b).any()]
 
 
-def class_table(measured: Sequence[Model], names: Sequence[str]) -> str:
-    first = measured[0]
+def class_table(alike: Sequence[Model], names: Sequence[str]) -> str:
+    first = alike[0]
     keyed = "".join(f'<th scope=col class="number"><i class="dot m{i}"></i> {n}</th>' for i, n in enumerate(names))
-    right = [rights(model) for model in measured]
+    right = [rights(model) for model in alike]
     order, note = first.by_size, ""
     if len(order) > ROWS:
         order = [*order[:20], *order[-20:]]

@@ -85,6 +85,9 @@ def theme() -> gr.themes.Base:
         block_label_text_color="#5f5a54", block_label_text_color_dark="#b3ada5",
         block_info_text_color="#5f5a54", block_info_text_color_dark="#b3ada5",
         button_primary_background_fill="#0f766e", button_primary_background_fill_hover="#0b5c56",
-        button_primary_background_fill_dark="#0f766e", button_primary_background_fill_hover_dark="#14938a",
+        button_primary_background_fill_dark="#0f766e", button_primary_background_fill_hover_dark="#0b5c56",
+        link_text_color="#0f766e", link_text_color_dark="#4fd1c1", link_text_color_visited="#0f766e",
+        link_text_color_visited_dark="#4fd1c1", link_text_color_hover="#0b5c56", link_text_color_hover_dark="#8fe3d8",
+        block_title_text_color="#5f5a54", block_title_text_color_dark="#b3ada5",
         slider_color="#0f766e", slider_color_dark="#4fd1c1",
     )  # fmt: skip

@@ -212,7 +212,7 @@ def summary(rows: Sequence[Row]) -> str:
                       for (label, group), count in found.most_common(12))
     more = f"<li>and {counted(len(found) - 12, 'more class')[:-1]}es</li>" if len(found) > 13 else ""
     bad = f", {unread:,} could not be read" if unread else ""
-    return (f'<h2 role="status">{counted(len(read), "picture")} classified{bad}</h2>'
+    return (f'<div role="status"><h2>{counted(len(read), "picture")} classified{bad}</h2></div>'
             f'{mass_bar(shares) if shares else ""}<ul class="found" aria-label="Classes found">{classes}{more}</ul>')
 
 

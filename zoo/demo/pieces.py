@@ -77,6 +77,16 @@ def groups_of(model: Model) -> list[str]:
     return [group for group in (*GROUPS, UNKNOWN) if group in model.groups]
 
 
+def measured(model: Model, group: str) -> tuple[int, int, float, float] | None:
+    """Of the test pictures of a group's classes: how many were right, of how many, and the interval of the share."""
+    try:
+        figures = model.results["groups"][group]
+        low, high = figures["interval"]
+        return (int(figures["correct"]), int(figures["images"]), low, high) if figures["images"] else None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
 def meaning(model: Model, group: str) -> str:
     return (BY_RANK if model.groups_by == "rank" else BY_COUNT).get(group, "training pictures not known")
 

@@ -1,0 +1,95 @@
+"""Clients that use the demo all at once, each with a picture of its own: counts what they get back."""
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import zoo
+
+EXAMPLES = Path(zoo.__file__).parent / "examples"
+MODEL = "metasaug-cifar10-lt"
+
+
+@dataclass
+class Outcome:
+    """Of all clients: answers that are their own picture's, answers that are not, 503s of the full queue, and
+    whatever else came, by name."""
+
+    right: int = 0
+    wrong: int = 0
+    busy: int = 0
+    broken: list[str] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of each right answer, waiting included
+
+
+def fifty_clients(address: str, seconds: float, clients: int = 50) -> Outcome:
+    """`clients` threads that ask /predict for example pictures until `seconds` are over; every request carries its own
+    time limit, so that the whole ends soon after."""
+    names = sorted(EXAMPLES.glob("*.jpg"))
+    model = zoo.load(MODEL)
+    expected = [model.predict(path).top[0] for path in names]
+    uploads = [upload(address, path) for path in names]
+    outcome, lock, ends = Outcome(), threading.Lock(), time.monotonic() + seconds
+
+    def one(number: int) -> None:
+        turn = number
+        while time.monotonic() < ends:
+            turn += 1
+            began = time.monotonic()
+            told, answer = ask(address, uploads[turn % len(names)])
+            with lock:
+                if told == "busy":
+                    outcome.busy += 1
+                elif answer is None:
+                    outcome.broken.append(told)
+                else:
+                    best, truth = answer["top"][0], expected[turn % len(names)]
+                    same = best["label"] == truth.label and abs(best["probability"] - truth.probability) < 1e-5
+                    outcome.right += same
+                    outcome.wrong += not same
+                    outcome.seconds.append(time.monotonic() - began)
+            if told == "busy":
+                time.sleep(0.2)
+
+    threads = [threading.Thread(target=one, args=(number,), daemon=True) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(seconds + 120)
+    return outcome
+
+
+def ask(address: str, uploaded: str, timeout: float = 100, model: str = MODEL) -> tuple[str, dict | None]:
+    """("", the answer), ("busy", None) where the queue is full, or (what went wrong, None)."""
+    data = [{"path": uploaded, "meta": {"_type": "gradio.FileData"}}, model, "own"]
+    try:
+        event = json.load(post(f"{address}/gradio_api/call/predict", {"data": data}, timeout))["event_id"]
+        reply = urllib.request.urlopen(f"{address}/gradio_api/call/predict/{event}", timeout=timeout).read().decode()
+    except urllib.error.HTTPError as error:
+        return ("busy" if error.code == 503 else f"HTTP {error.code}"), None
+    except OSError as error:
+        return type(error).__name__, None
+    if "event: complete" in reply:
+        return "", json.loads(reply.split("event: complete\ndata: ", 1)[1].splitlines()[0])[0]
+    return ("busy" if "queue is full" in reply.lower() else reply[:200]), None
+
+
+def post(url: str, body: dict, timeout: float):
+    return urllib.request.urlopen(
+        urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"}), timeout=timeout)
+
+
+def upload(address: str, path: Path) -> str:
+    """Where the server keeps an upload of this file."""
+    boundary = "metasaug-upload"
+    body = (f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{path.name}"\r\n'
+            "Content-Type: image/jpeg\r\n\r\n").encode() + path.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
+    request = urllib.request.Request(f"{address}/gradio_api/upload", body,
+                                     {"Content-Type": f"multipart/form-data; boundary={boundary}"})
+    paths: Sequence[str] = json.load(urllib.request.urlopen(request, timeout=60))
+    return paths[0]
