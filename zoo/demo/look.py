@@ -29,7 +29,7 @@ addEventListener('paste', (event) => {
   };
   if (give()) return;
   picture.querySelector('button[aria-label=Clear], button[aria-label="Remove Image"]')?.click();
-  let tries = 40;
+  let tries = 200;
   const again = setInterval(() => { if (give() || !tries--) clearInterval(again); }, 50);
 });
 </script>"""
