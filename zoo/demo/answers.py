@@ -26,6 +26,7 @@ from zoo.demo.pieces import (
     png,
     times,
     uploaded,
+    ways,
 )
 
 EXAMPLES = Path(zoo.__file__).parent / "examples"
@@ -83,8 +84,7 @@ def predict(picture: dict[str, Any], model: str, prior: str = "own") -> dict[str
     from: own (as the model takes for granted), train (as in its training), uniform, or inverted (rare ones common)."""
     offer = models.find(model)
     if offer is None or not offer.ready:
-        what = f"{model} is not published yet. {offer.what_to_do}" if offer else (
-            f"Unknown model: one of {', '.join(models.ready_names())}.")
+        what = offer.what_to_do if offer else f"Unknown model: one of {', '.join(models.ready_names())}."
         raise gr.Error(what, print_exception=False)
     if not isinstance(prior, str) or prior not in WORLDS:
         raise gr.Error(f"Unknown prior: one of {', '.join(WORLDS)}.", print_exception=False)
@@ -175,13 +175,7 @@ def card(name: str, answer: Answer | None, wait: str) -> str:
 def closed_card(name: str, error: zoo.ZooError) -> str:
     title, sentence = closed(name, error)
     return (f'<article class="card closed"><header><h3>{escape(title)}</h3><p><code>{escape(name)}</code></p></header>'
-            f"<p>{in_code(sentence)}</p></article>")
-
-
-def in_code(sentence: str) -> str:
-    """A sentence whose command, if it has one, stands out."""
-    words, _, command = sentence.partition("metasaug ")
-    return escape(words) + (f"<code class=command>metasaug {escape(command)}</code>" if command else "")
+            f"{ways(sentence)}</article>")
 
 
 def waiting(model: Model, wait: str) -> str:

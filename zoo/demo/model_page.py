@@ -5,8 +5,7 @@ from typing import Any
 
 import zoo
 from zoo.demo import models
-from zoo.demo.answers import in_code
-from zoo.demo.pieces import closed, escape, percent
+from zoo.demo.pieces import closed, escape, percent, ways
 
 LONG_CARD = 60_000  # characters, from which the list of all classes is left out
 CITATION = """@inproceedings{li2021metasaug,
@@ -37,7 +36,7 @@ def facts(name: str) -> str:
         published = offer.entry.published_error if offer and offer.entry else None
         paper = (f"<p>Its published error is <b>{published:.2%}</b> ({escape(offer.entry.published_source or '')}).</p>"
                  if offer and offer.entry and published is not None else "")
-        return (f'<div class="facts closed"><h2>{escape(name)}</h2><p><b>{escape(title)}.</b> {in_code(sentence)}</p>'
+        return (f'<div class="facts closed"><h2>{escape(name)}</h2><p><b>{escape(title)}.</b></p>{ways(sentence)}'
                 f"{paper}</div>")
     results = model.results
     figures: list[tuple[str, Any]] = [("classes", f"{len(model.labels):,}")]

@@ -11,14 +11,17 @@ import numpy as np
 
 import zoo
 from zoo.directions import last_layer
+from zoo.hub import own_copies
 from zoo.loading import open_folder
-from zoo.model_folder import COVARIANCE, ModelFolder
+from zoo.model_folder import CARD, CONFIG, COVARIANCE, ONNX, ModelFolder
+from zoo.registry import find as zoo_find
 
 TITLES = {"metasaug": "MetaSAug", "isda": "ISDA", "ce": "Plain cross entropy", "ldam": "LDAM", "focal": "Focal loss",
           "drw": "Re-weighted late"}
 HOW_TRAINED = {"metasaug": "Rare classes count more and vary more", "isda": "Features vary, by class",
                "ce": "Training as usual"}
 AT_ONCE = 4  # models side by side
+FILES = (CONFIG, ONNX, CARD)  # of a model on the Hub, fetched together
 
 
 class Model:
@@ -54,7 +57,7 @@ class Model:
         """Of the last layer, where it is in the folder."""
         try:
             return last_layer(self.folder)
-        except zoo.ModelFolderError:
+        except zoo.ZooError:  # not there, or not to be fetched now: no map of where it looks
             return None
 
     @cached_property
@@ -118,10 +121,10 @@ def offer(own: Iterable[str] = ()) -> list[str]:
         registered = {entry.name: entry for entry in zoo.list_models()}
         begin = []
         for source in own:
-            if source in registered:
-                if registered[source].weights == "unpublished":
-                    open_folder(source)  # raises, with what to do
-                begin.append(source)
+            if (entry := zoo_find(source)) is not None:
+                if entry.weights == "unpublished":
+                    open_folder(source)  # raises, with what to do, unless copies of one's own stand in
+                begin.append(entry.name)
                 continue
             model = _open(source)
             while model.name in registered or model.name in _offers:
@@ -130,13 +133,14 @@ def offer(own: Iterable[str] = ()) -> list[str]:
             _offers[model.name] = Offer(model.name, source, "yours", _trained_on(model), model.method)
             begin.append(model.name)
         for entry in sorted(registered.values(), key=lambda entry: entry.weights == "unpublished"):
+            weights = "hub" if entry.weights == "unpublished" and own_copies() else entry.weights
             trained_on = entry.dataset + ("" if entry.imbalance is None else f", imbalance {entry.imbalance:g}")
-            _offers[entry.name] = Offer(entry.name, entry.name, entry.weights, trained_on, entry.method, entry)
+            _offers[entry.name] = Offer(entry.name, entry.name, weights, trained_on, entry.method, entry)
     return list(dict.fromkeys(begin))[:AT_ONCE] or first_set()
 
 
 def _open(source: str) -> Model:
-    folder = open_folder(source)
+    folder = open_folder(source, FILES)
     return Model(folder.config["metasaug"]["name"] or os.path.basename(source), folder, source)
 
 
@@ -165,7 +169,7 @@ def model(name: str) -> Model:
     if found is None:
         raise zoo.UnknownModelError(f"Unknown model: one of {', '.join(ready_names())}.")
     if name not in _models:
-        fresh = Model(name, open_folder(found.source), found.source)
+        fresh = Model(name, open_folder(found.source, FILES), found.source)
         with _lock:  # whoever came second takes the first one's
             _models.setdefault(name, fresh)
     return _models[name]

@@ -103,6 +103,18 @@ def mass_bar(shares: dict[str, float]) -> str:
     return f'<div class="mass" aria-hidden="true">{parts}</div><ul class="mass-words">{words}</ul>'
 
 
+def ways(text: str) -> str:
+    """A text of lines, of which indented ones are "what: command", as the registry writes them."""
+    lines = ""
+    for line in text.splitlines():
+        what, colon, command = line.strip().partition(": ")
+        if line.startswith(" ") and colon:
+            lines += f"<p>{escape(what)}:<code class=command>{escape(command)}</code></p>"
+        else:
+            lines += f"<p>{escape(line)}</p>"
+    return lines
+
+
 def closed(name: str, error: zoo.ZooError) -> tuple[str, str]:
     """Why a model has nothing to show: a title and a sentence, without any path of this computer."""
     from zoo.demo.models import find
@@ -110,6 +122,9 @@ def closed(name: str, error: zoo.ZooError) -> tuple[str, str]:
     offer = find(name)
     if offer is not None and not offer.ready:
         return "Not published yet", offer.what_to_do
+    if isinstance(error, zoo.HubError):
+        print(f"{name}: {error}", flush=True)
+        return "This model could not be fetched", "The Hub was not reached, or has no such model: try again later."
     if offer is None:
         return "Unknown model", str(error)
     print(f"{name}: {error}", flush=True)

@@ -65,7 +65,7 @@ def requirements() -> list[str]:
 
 
 def readme() -> str:
-    hub = sorted({repo for entry in zoo.list_models() if isinstance(repo := getattr(entry, "repo", None), str)})
+    hub = sorted({entry.hub.repo for entry in zoo.list_models() if entry.hub})
     models = "".join(["models:\n", *(f"- {repo}\n" for repo in hub)]) if hub else ""
     return README.format(gradio=_version("gradio"), python=PYTHON, models=models, version=_version("metasaug"))
 
