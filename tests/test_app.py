@@ -248,7 +248,7 @@ def test_directions_say_in_words_what_the_covariances_hold(page):
     for row, d in zip(rows.all(), expected.directions, strict=True):
         assert f"{d.share:.1%}" in row.locator("header").inner_text()
         assert zoo.load("metasaug-cifar10-lt").labels[int(d.lean_C.argmax())] in row.locator("p").inner_text()
-        along = row.locator(".along li span").all_inner_texts()
+        along = [picture.get_attribute("alt") for picture in row.locator(".along img").all()]
         assert sorted(along) == sorted([*answers.EXAMPLE_NAMES, "your picture"])
     # Another class is found by typing.
     choose(page, "#class", "ship (83)")

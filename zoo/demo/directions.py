@@ -15,6 +15,7 @@ from zoo.demo.models import Model
 from zoo.demo.pieces import alert, badge, closed, counted, escape, percent, thumbnail
 from zoo.directions import Direction, Variation, variation
 
+YOURS = "your picture"
 LEANS = 0.1  # cosine from which a direction is said to lean towards a class
 
 
@@ -48,7 +49,7 @@ def page(name: str, index: Any, answers: list[Answer] | None) -> str:
     except zoo.ZooError as error:
         return alert(*closed(name, error))
     yours = next((a for a in answers or [] if a.name == name), None)
-    along = examples(model) + ([("yours", thumbnail(Image.fromarray(yours.seen)), yours.prediction.features)]
+    along = examples(model) + ([(YOURS, thumbnail(Image.fromarray(yours.seen)), yours.prediction.features)]
                                if yours and yours.prediction.features is not None else [])
     each = "".join(direction(model, index, number, d, along) for number, d in enumerate(found.directions, 1))
     return f'<section class="directions">{lead(model, index, found)}<ol>{each}</ol></section>'
@@ -103,8 +104,9 @@ def direction(model: Model, index: int, number: int, d: Direction, along: Sequen
         words = (f"One way it becomes {f'more like {one}' if one else itself}; "
                  f"the other way, {f'more like {other}' if other else itself}.")
     ordered = sorted(along, key=lambda item: float(item[2] @ d.vector_A))
-    strip = "".join(f'<li class="{"yours" if name == "yours" else ""}"><img src="{uri}" alt="" width="44" height="44">'
-                    f"<span>{'your picture' if name == 'yours' else name}</span></li>" for name, uri, _ in ordered)
+    strip = "".join(f'<li class="{"yours" if name == YOURS else ""}"><img src="{uri}" alt="{name}" title="{name}" '
+                    f'width="44" height="44">{"<span>yours</span>" if name == YOURS else ""}</li>'
+                    for name, uri, _ in ordered)
     return f"""<li class="direction"><header><h3>Direction {number}</h3>
 <span><b>{percent(d.share)}</b> of the scatter</span>
 <span class="track" aria-hidden="true"><i style="width:{d.share:.2%}"></i></span></header>
