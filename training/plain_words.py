@@ -62,7 +62,7 @@ def listed(names: Iterable[str], limit: int = NAMED) -> str:
     """"a, b and c", or "a, b and 7 more"."""
     names = list(names)
     if len(names) > limit:
-        names = [*names[: limit - 1], f"{len(names) - limit + 1} more"]
+        names = [*names[: limit - 1], f"{len(names) - limit + 1:,} more"]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
@@ -130,7 +130,8 @@ def _weak_sentence(classes: Classes) -> str:
     def described(c: int) -> str:
         other = classes.mistaken_for(c)
         taken = "" if other is None else f", often taken for {classes.names[other]}"
-        return f"{classes.names[c]} ({percent(classes.recall[c], classes.images[c])} right{taken})"
+        k, n = classes.correct[c], classes.images[c]
+        return f"{classes.names[c]} ({f'{k} of {n}' if n < FEW else percent(k / n, n)} right{taken})"
 
     return f"Weakest, and clearly below the average: {listed((described(c) for c in weak), 4)}."
 

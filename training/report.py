@@ -19,6 +19,7 @@ from zoo.files import write_atomically
 from zoo.model_folder import ModelFolder
 
 STYLE = Path(__file__).with_name("report.css")
+SINGLE = 20  # classes, from which their means are drawn instead of each one's interval
 OPEN_UP_TO = 60  # rows of a table that is shown unfolded
 
 
@@ -76,9 +77,10 @@ def _top(config: Mapping[str, Any], results: Results) -> str:
                if counts else f", {config['num_classes']:,} classes, training counts not known")
     prior = {"uniform": "; asked as if all classes were equally frequent",
              "train": "; asked as if classes were as frequent as in training"}.get(results.get("prior") or "", "")
+    on = "its test set" if results.get("split", "test") == "test" else results["split"]
     return (f'<header><h1>{escaped(ours["name"])}</h1><p class="facts">{escaped(config["architecture"])} at {width} × '
             f'{height} pixels, trained on {escaped(ours["dataset"])}{trained}. {escaped(ours.get("schedule") or "")}'
-            f'<br/>Measured on {escaped(results.get("split", "the test set"))}: {results["images"]:,} pictures{prior}.'
+            f'<br/>Measured on {escaped(on)}: {results["images"]:,} pictures{prior}.'
             "</p></header>")
 
 
@@ -125,7 +127,7 @@ def _items(sentences: Iterable[str]) -> str:
     """List items; `code` between backquotes."""
     texts = []
     for sentence in sentences:
-        parts = escaped(sentence).split("`")
+        parts = _breakable(escaped(sentence)).split("`")
         even = len(parts) % 2  # an odd number of backquotes is part of somebody's class name
         texts.append("".join(f"<code>{part}</code>" if i % 2 and even else part for i, part in enumerate(parts)))
     return "".join(f"<li>{text}</li>" for text in texts)
@@ -167,7 +169,8 @@ def _by_size(classes: Classes) -> str:
                       "Classes from the largest to the smallest. Above: training pictures, each line ten times the one "
                       "below. Under it: share of test pictures that are right.", key)
             + _figure("Accuracy against class size", _against_size(classes, counts),
-                      "A dot a class. Line: mean over neighbouring classes, with 95% intervals.", key)
+                      "A dot a class, " + ("with 95% intervals." if len(classes.names) < SINGLE else "and a line "
+                      "through the means of neighbouring ones, with 95% intervals."), key)
             + "</div></section>")
 
 
@@ -177,8 +180,8 @@ def _count_curve(classes: Classes, counts: np.ndarray) -> str:
     above = Plot((0, C), (0.7, top), log_y=True, bottom=150)
     above.axes({}, count_ticks(1, top), "")
     below = Plot((0, C), (0, 1), top=142)
-    below.axes({tick: f"{tick:,.0f}" for tick in even_ticks(C)}, {0.0: "0%", 0.5: "50%", 1.0: "100%"},
-               "classes, by training pictures")
+    whole = {tick: label for tick, label in even_ticks(C).items() if tick == int(tick)}
+    below.axes(whole, {0.0: "0%", 0.5: "50%", 1.0: "100%"}, "classes, by training pictures")
     for group in classes.present:
         for first, last in _runs([classes.groups[c] == group for c in classes.order]):
             steps = [(place + side, counts[classes.order[place]]) for place in range(first, last) for side in (0, 1)]
@@ -210,7 +213,10 @@ def _against_size(classes: Classes, counts: np.ndarray) -> str:
         members = [c for c in tested if classes.groups[c] == group]
         plot.dots([(counts[c], classes.recall[c]) for c in members], group,
                   [_tip(classes, c) for c in members] if C <= 300 else (), 4 if C <= 300 else 2)
-    if len(tested) >= 20:
+    if C < SINGLE:
+        for c in tested:
+            plot.interval(counts[c], *wilson_interval(classes.correct[c], classes.images[c]), classes.groups[c])
+    elif len(tested) >= SINGLE:
         means = []
         for part in np.array_split(tested, min(10, len(tested) // 8)):
             x = float(np.exp(np.log(counts[part]).mean()))
@@ -240,7 +246,7 @@ def _confusion(classes: Classes) -> str:
 
 def _heat(classes: Classes, sizes: Sequence[int], images: np.ndarray) -> str:
     side = len(sizes)
-    plot = Plot((0, side), (0, side), height=440, left=128, top=26, right=4, bottom=8)
+    plot = Plot((0, side), (0, side), height=34 + 34 * side, left=136, top=26, right=4, bottom=8)
     ends = np.cumsum([0, *sizes])
     for row in range(side):
         part = classes.order[ends[row] : ends[row + 1]]
@@ -250,7 +256,7 @@ def _heat(classes: Classes, sizes: Sequence[int], images: np.ndarray) -> str:
             name = f"{ends_of[0]:,} – {ends_of[1]:,}"
         left, top = plot.at(row, side - row)
         right, bottom = plot.at(row + 1, side - row - 1)
-        plot.text(plot.left - 24, (top + bottom) / 2 + 4, shortened(name, 16), "end")
+        plot.text(plot.left - 30, (top + bottom) / 2 + 4, shortened(name, 14), "end")
         plot.text(plot.left - 6, (top + bottom) / 2 + 4, str(row + 1), "end")
         plot.text((left + right) / 2, plot.top - 8, str(row + 1), "middle")
         total = images[row].sum()
@@ -284,7 +290,12 @@ def _pair_table(classes: Classes, pairs: Sequence[Mapping[str, int]]) -> str:
 
 
 def _name(classes: Classes, c: int) -> str:
-    return f"<bdi>{escaped(classes.names[c])}</bdi>"
+    return f"<bdi>{_breakable(escaped(classes.names[c]))}</bdi>"
+
+
+def _breakable(text: str) -> str:
+    """Class names are often long_words_with_underscores: a phone may break them there."""
+    return text.replace("_", "_<wbr/>")
 
 
 def _calibration(classes: Classes) -> str:
@@ -345,7 +356,8 @@ def _shifts(classes: Classes) -> str:
                      "Left: classes that were frequent in training are frequent in the field too. Right: the rare ones "
                      "are.", key)
     table = _table(["frequencies", "right", "95% interval", "told so"], (
-        [row["prior"], f"{row['accuracy']:.1%}", f"<small>{span(row['interval'])}</small>",
+        [f'<span class="whole">{row["prior"]}</span>', f"{row['accuracy']:.1%}",
+         f"<small>{span(row['interval'])}</small>",
          "–" if row["adjusted_accuracy"] is None else f"{row['adjusted_accuracy']:.1%}"] for row in rows))
     return f"""<section><h2>Where classes are more or less frequent than here</h2>
 <p>The same test pictures, weighted as if classes were as unequal as in training, alike, or the other way round.</p>

@@ -29,7 +29,7 @@ class Plot:
 
     def __init__(
         self, x: Point, y: Point, *, log_x: bool = False, log_y: bool = False, width: int = 440, height: int = 270,
-        left: int = 46, top: int = 12, right: int = 14, bottom: int = 40,
+        left: int = 52, top: int = 12, right: int = 14, bottom: int = 40,
     ):
         self.x, self.y, self.log_x, self.log_y = x, y, log_x, log_y
         self.width, self.height = width, height
