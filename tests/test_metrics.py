@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from training.errors import DivergenceError
 from training.metrics import (
     BINS,
+    TESTED_SHARE,
     ZERO_RECALL,
     Tally,
     geometric_mean,
@@ -188,7 +189,7 @@ def test_calibration_and_shifted_priors_equal_their_twins(case):
         kind, _, ratio = row["prior"].partition("-")
         p = naive_exponential(counts, float(ratio or 1), kind == "backward")
         assert row["accuracy"] == pytest.approx(naive_shifted(rows, ys, p, [0.0] * len(p)))
-        if own is None:
+        if own is None or sum(p[y] for y in set(ys)) <= TESTED_SHARE:  # it would be told of classes that are not here
             assert row["adjusted_accuracy"] is None
         else:
             shift = [math.log(a) - b for a, b in zip(p, own, strict=True)]

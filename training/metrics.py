@@ -14,6 +14,7 @@ from zoo.labels import GROUPS, UNKNOWN
 BINS = 15  # of confidence, equally wide: Guo et al. 2017
 SHIFTS = (50, 25, 10, 5, 2)  # largest / smallest class of a shifted test set: LADE, Hong et al. 2021
 ZERO_RECALL = 0.001  # stands for a class that is never right, in the corrected geometric mean
+TESTED_SHARE = 0.95  # of a shifted prior, below which telling it to the model would speak of classes that are not here
 CONFUSION_SIDE = 12  # at most so many rows in the confusion by frequency
 PAIRS = 20  # most confused pairs that are kept
 # Parts of the results with a line a class or a bin: kept in a model folder, too much for a line of the log.
@@ -153,7 +154,7 @@ class Tally:
         for s, (name, prior_C) in enumerate(self.shifts.items()):
             accuracy, interval = weighted_accuracy(prior_C, correct_C, images_C)
             adjusted = None
-            if self.shifted_SC is not None:
+            if self.shifted_SC is not None and prior_C[images_C > 0].sum() > TESTED_SHARE:
                 adjusted, _ = weighted_accuracy(prior_C, self.shifted_SC[s], images_C)
             rows.append({"prior": name, "accuracy": accuracy, "interval": interval, "adjusted_accuracy": adjusted})
         return rows
