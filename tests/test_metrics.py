@@ -80,6 +80,13 @@ def test_ties_in_the_top_five_count_against_the_model():
     assert got["groups"]["unknown"]["images"] == 3
 
 
+def test_the_fifth_answer_counts_among_five_and_the_sixth_does_not():
+    logits = [[7.0, 6, 5, 4, 3, 2, 1]] * 2
+    got = measure(logits, [4, 5], list("abcdefg"), None, ["unknown"] * 7)
+    assert got["top5_error"] == 0.5 and got["groups"]["unknown"]["top5_accuracy"] == 0.5
+    assert [row["top5_correct"] for row in got["per_class"]] == [0, 0, 0, 0, 1, 0, 0]
+
+
 def test_what_cannot_be_counted_is_refused():
     with pytest.raises(ValueError, match=r"\(2, 3\) logits for 1 labels"):
         measure(np.zeros((2, 3)), [0], list("abc"), None, ["unknown"] * 3)
