@@ -163,3 +163,22 @@ def test_timms_pictures_are_prepared_as_ours(config, tmp_path, pictures):
     for name in ("a.png", "d.jpg"):
         theirs = transform(Image.open(pictures / name).convert("RGB")).numpy()
         np.testing.assert_allclose(ours.preprocess(pictures / name), theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "shufflenet_v2_x0_5"])
+def test_a_classifier_of_torchvision_trains_as_any_network(name):
+    # Given a classifier of torchvision by its name,
+    module = create(f"torchvision:{name}", 5).eval()
+    pictures = torch.randn(2, 3, 64, 64)
+    # then its logits are one linear layer over its features, which is all that training asks of a network,
+    features = module.forward_head(module.forward_features(pictures), pre_logits=True)
+    assert features.shape == (2, module.num_features)
+    torch.testing.assert_close(module.get_classifier()(features), module(pictures))
+    assert classifier_name(module) == "fc" and not module.has_feature_map
+
+
+@pytest.mark.parametrize(("name", "says"), [("squeezenet1_0", "does not end in one linear layer"),
+                                            ("resnet5", "Did you mean resnet50")])
+def test_what_torchvision_has_not_or_ends_otherwise_is_named(name, says):
+    with pytest.raises(ZooError, match=says):
+        create(f"torchvision:{name}", 5)

@@ -361,3 +361,10 @@ class _Canary:
 
     def __reduce__(self):
         return (open, (str(self.path), "w"))
+
+
+def test_a_network_that_does_not_take_pictures_of_this_size_is_refused_before_training(tmp_path):
+    pytest.importorskip("timm")
+    recipe = Cifar10LT(architecture="timm:vit_tiny_patch16_224", epochs=1, batch_size=16)
+    with pytest.raises(TrainingError, match="does not take pictures of 16 x 16.*--input-size"):
+        loop.run(recipe, small_data(), tmp_path, CPU)

@@ -185,6 +185,7 @@ def run(
     state = start(recipe, len(data.label_names), device)
     _find_start(recipe, state, folder, device, resume, stage1)
     view = view_of(recipe, data)
+    _try(state.module, recipe, view, device)
     stages = _stages(recipe, data, view, device, workers)
     steps = [stages[epoch >= recipe.stage2_epoch].batches.steps for epoch in range(recipe.epochs)]
     results: dict = {}
@@ -332,6 +333,19 @@ def _log_line(recipe: Recipe, state: State) -> dict:
     return {"epoch": state.epoch + 1, "stage": 2 if state.epoch >= recipe.stage2_epoch else 1,
             "lr": recipe.lr_at(state.epoch), **means, "train_error": state.sums["wrong"] / seen,
             "seconds": round(state.seconds, 1)}
+
+
+@torch.no_grad()
+def _try(module: nn.Module, recipe: Recipe, view: View, device: torch.device) -> None:
+    """TrainingError where the network does not take pictures of this size."""
+    module.eval()
+    try:
+        module(torch.zeros(2, 3, *view.size, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise TrainingError(f"{recipe.architecture} does not take pictures of {view.size[0]} x {view.size[1]}: "
+                            f"{str(error).splitlines()[0]} Give another --input-size or --architecture.") from error
 
 
 def _find_start(

@@ -29,7 +29,8 @@ class Recipe:
     """Flags that may be left open, as 0, auto or nothing, to be chosen from the pictures (training.choices)."""
 
     architecture: str = "resnet32"
-    """Network, one of zoo.architectures: resnet32 (for CIFAR), resnet10, resnet18, resnet50, resnext50_32x4d …"""
+    """Network: resnet32 (for CIFAR), resnet10, resnet18, resnet34, resnet50, resnext50_32x4d … (NAME-small: for
+    pictures of up to 96 pixels), torchvision:NAME, timm:NAME."""
 
     pretrained: str | None = None
     """Start weights: a model of the zoo, a model folder, a .safetensors or .pth file. What has another shape, as the
@@ -266,7 +267,7 @@ class LargeSet(Recipe):
     """
 
     architecture: str = "resnet50"
-    """Network: resnet50 in the paper; resnext50_32x4d, resnet10, any of zoo.architectures or timm:NAME."""
+    """Network: resnet50 in the paper; resnext50_32x4d, resnet10 …, torchvision:NAME, timm:NAME."""
 
     epochs: int = 110
     """Length of the run, both stages."""
@@ -372,7 +373,8 @@ class OwnPictures(Recipe):
                                          "covariance")
 
     architecture: str = "auto"
-    """Network; auto: resnet32 up to 64 pixels, resnet18 above, resnet50 on a GPU with many pictures."""
+    """Network: resnet32, resnet18, resnet18-small …, torchvision:NAME, timm:NAME; auto: resnet32 up to 64 pixels,
+    resnet18 above, resnet50 on a GPU with many pictures."""
 
     epochs: int = 0
     """Length of the run, stage 2 being the last fifth; 0: as many as the number of pictures asks for."""

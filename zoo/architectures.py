@@ -95,8 +95,9 @@ class CosineClassifier(nn.Linear):
 def create(architecture: str, num_classes: int, cosine_scale: float | None = None) -> Any:
     """The network by its name, with fresh weights from torch's global random state. Nothing is downloaded.
 
-    architecture  one of `ARCHITECTURES`, or a network of timm by its name, "timm:convnext_atto"; without "timm:" too,
-                  where no name here is the same, which is how a model folder that timm opens has it
+    architecture  one of `ARCHITECTURES`, a classifier of torchvision, "torchvision:mobilenet_v3_small", or a network of
+                  timm by its name, "timm:convnext_atto"; without "timm:" too, where no name here is the same, which is
+                  how a model folder that timm opens has it
     cosine_scale  where given, the last layer is a CosineClassifier of this scale
     Raises ZooError for a name that is neither, and for networks that do not end in one linear layer.
     """
@@ -104,6 +105,8 @@ def create(architecture: str, num_classes: int, cosine_scale: float | None = Non
     if architecture in ARCHITECTURES:
         module = ARCHITECTURES[architecture](num_classes)
         module.has_feature_map = True
+    elif architecture.startswith("torchvision:"):
+        module = _torchvision(architecture.removeprefix("torchvision:"), num_classes)
     else:
         module = _timm(architecture, num_classes)
     if cosine_scale is not None:
@@ -117,6 +120,54 @@ def classifier_name(module: Any) -> str:
     """The name of the last layer in the module: "fc", "head.fc" …; timm's `pretrained_cfg["classifier"]`."""
     last = module.get_classifier()
     return next(name for name, layer in module.named_modules() if layer is last)
+
+
+class TorchvisionNetwork(nn.Module):
+    """A classifier of torchvision cut before its last layer. Its parameters are `body.` and theirs, and `fc.`."""
+
+    def __init__(self, body: nn.Module, last: nn.Linear):
+        super().__init__()
+        self.body, self.fc = body, last
+        self.num_classes, self.num_features = last.out_features, last.in_features
+        self.default_cfg = {"input_size": (3, 224, 224)}
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        return features if pre_logits else self.fc(features)
+
+    def get_classifier(self) -> nn.Linear:
+        return self.fc
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _torchvision(name: str, num_classes: int) -> Any:
+    from torchvision import models
+
+    names = models.list_models(module=models)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3)
+        meant = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ZooError(f"torchvision has no classifier {name!r}.{meant}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:  # two of them have further outputs in training, unless told
+            body = models.get_model(name, weights=None, num_classes=num_classes, aux_logits=False)
+        except TypeError:
+            body = models.get_model(name, weights=None, num_classes=num_classes)
+    linear = [(place, layer) for place, layer in body.named_modules() if isinstance(layer, nn.Linear)]
+    if not linear or linear[-1][1].out_features != num_classes:
+        raise ZooError(f"torchvision's {name} cannot be used here: it does not end in one linear layer.")
+    where, last = linear[-1]
+    parent, _, child = where.rpartition(".")
+    setattr(body.get_submodule(parent), child, nn.Identity())
+    try:
+        return _checked(TorchvisionNetwork(body, last))
+    except (RuntimeError, ValueError) as error:
+        raise ZooError(f"torchvision's {name} cannot be used here: {error}.") from error
 
 
 def _timm(architecture: str, num_classes: int) -> Any:
