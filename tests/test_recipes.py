@@ -287,6 +287,36 @@ def test_help_reads_like_documentation(kind, capsys):
         assert "% error" in shown
 
 
+def test_pictures_that_nobody_looked_at_yet_are_looked_at_to_choose(own_pictures):
+    data = TrainFolder(Folder(), RunOptions(data=own_pictures)).load()
+    unseen = dataclasses.replace(data, train=dataclasses.replace(data.train, sizes=None))
+    assert choose(Folder(), unseen, "cpu", 2)[0] == choose(Folder(), data, "cpu", 2)[0]
+
+
+def test_the_command_on_a_card_names_no_place_of_this_machine(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["metasaug", "train", "table", "--table", "/home/me/rows.csv", "--loss=ldam",
+                                     "--out=/x", "--pretrained=/home/me/w.pth", "--data", "/home/me/p", "--resume"])
+    assert command_line.command_in_words() == (
+        "metasaug train table --table FILE --loss=ldam --pretrained FILE --data DIR")
+
+
+def test_reference_fidelity_on_large_sets_takes_the_same_meta_batch_every_step(tmp_path, monkeypatch):
+    # Given the quirk of the authors' code for large sets, and each meta batch that a step gets,
+    seen = []
+    step = loop.frozen_head_step
+
+    def noted(*given, **how):
+        seen.append(given[3].clone())
+        return step(*given, **how)
+
+    monkeypatch.setattr(loop, "frozen_head_step", noted)
+    # when it trains with the quirks, then all are one; without them they differ.
+    for fidelity in ("reference", "fixed"):
+        seen.clear()
+        loop.run(dataclasses.replace(FROZEN, fidelity=fidelity), small_data(), tmp_path / fidelity, CPU)
+        assert all(torch.equal(batch, seen[0]) for batch in seen) == (fidelity == "reference")
+
+
 # ---- what cannot be trained on ----
 
 
@@ -366,5 +396,5 @@ class _Canary:
 def test_a_network_that_does_not_take_pictures_of_this_size_is_refused_before_training(tmp_path):
     pytest.importorskip("timm")
     recipe = Cifar10LT(architecture="timm:vit_tiny_patch16_224", epochs=1, batch_size=16)
-    with pytest.raises(TrainingError, match="does not take pictures of 16 x 16.*--input-size"):
+    with pytest.raises(TrainingError, match=r"does not take pictures of 16 x 16.*--input-size"):
         loop.run(recipe, small_data(), tmp_path, CPU)

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from training.datasets import LongTailed, PictureFiles
+from training.datasets import LongTailed, PictureFiles, Split
 from training.recipes import OwnPictures
+from zoo.images import decode
 
 SIZES = (32, 48, 64, 96, 128, 160, 192, 224)
 
@@ -44,7 +45,7 @@ def choose(recipe: OwnPictures, data: LongTailed, device: str, cores: int) -> tu
         take("epochs", epochs, f"about {epochs * count // recipe.batch_size:,} steps in all, stage 2 being the last "
                                "fifth")
     if recipe.input_size is None:
-        take("input_size", *_input_size(recipe, sizes, device, cores))
+        take("input_size", *_input_size(recipe, sizes, count, device, cores))
     size = recipe.input_size or SIZES[0]
     if recipe.architecture == "auto":
         take("architecture", *_architecture(size, count, device))
@@ -63,11 +64,14 @@ def choose(recipe: OwnPictures, data: LongTailed, device: str, cores: int) -> tu
     return recipe, reasons
 
 
-def _sizes(pictures) -> np.ndarray:
-    """(N, 2), width and height."""
-    if isinstance(pictures, PictureFiles):
-        return np.ones((1, 2)) if pictures.sizes is None else pictures.sizes
-    return np.array([pictures.pictures.shape[2:0:-1]])
+def _sizes(pictures: Split | PictureFiles) -> np.ndarray:
+    """(N, 2), width and height; of a few hundred where they were not looked at yet."""
+    if isinstance(pictures, Split):
+        return np.array([pictures.pictures.shape[2:0:-1]])
+    if pictures.sizes is not None:
+        return pictures.sizes
+    some = np.linspace(0, len(pictures) - 1, min(len(pictures), 300)).astype(int)
+    return np.array([decode(pictures.paths[i]).size for i in some])
 
 
 def _architecture(size: int, count: int, device: str) -> tuple[str, str]:
@@ -78,7 +82,7 @@ def _architecture(size: int, count: int, device: str) -> tuple[str, str]:
     return "resnet18", f"{size} x {size} pixels" + (" on a CPU" if device == "cpu" else f", {count:,} pictures")
 
 
-def _input_size(recipe: OwnPictures, sizes: np.ndarray, device: str, cores: int) -> tuple[int, str]:
+def _input_size(recipe: OwnPictures, sizes: np.ndarray, count: int, device: str, cores: int) -> tuple[int, str]:
     """The largest that the pictures fill and, on a CPU, that an hour is enough for."""
     typical = float(np.median(np.sqrt(sizes.prod(1))))
     filled = [size for size in SIZES if size <= typical * 1.1] or [SIZES[0]]
@@ -89,12 +93,8 @@ def _input_size(recipe: OwnPictures, sizes: np.ndarray, device: str, cores: int)
     for size in filled:
         name = recipe.architecture if recipe.architecture in CORE_SECONDS else _architecture(size, 0, device)[0]
         each, at = CORE_SECONDS[name]
-        seconds[size] = each * (size / at) ** 2 * recipe.epochs * recipe.batch_size * _steps(recipe, sizes) / cores
+        seconds[size] = each * (size / at) ** 2 * recipe.epochs * count / cores
     fast = [size for size in filled if seconds[size] <= CPU_SECONDS] or filled[:1]
     chosen = fast[-1]
     return chosen, (f"{why}; {recipe.epochs} epochs take about {max(1, round(seconds[chosen] / 60))} minutes on "
                     f"{cores} CPU cores")
-
-
-def _steps(recipe: OwnPictures, sizes: np.ndarray) -> float:
-    return len(sizes) / recipe.batch_size

@@ -327,14 +327,19 @@ def write_model(model: Path, name: str, recipe: Recipe, data, state, results: di
     write_model_folder(model, config, weights, covariance)
 
 
+# Flags that say where things are on this machine, and what others read in their place; None: nothing.
+PLACES = {"--data": "DIR", "--test": "DIR", "--meta": "DIR", "--lists": "DIR", "--table": "FILE",
+          "--pretrained": "FILE", "--out": None, "--stage1": None, "--name": None, "--workers": None}
+
+
 def command_in_words() -> str:
     """The command as another person would type it: without where this machine keeps things."""
     words, kept = iter(sys.argv[1:]), []
     for word in words:
         flag, _, value = word.partition("=")
-        if flag in ("--data", "--out", "--stage1", "--name", "--workers"):
+        if flag in PLACES:
             value or next(words, None)
-            kept += ["--data", "DIR"] if flag == "--data" else []
+            kept += [flag, place] if (place := PLACES[flag]) else []
         elif flag != "--resume":
             kept.append(word)
     return " ".join(["metasaug", *(kept if kept[:1] == ["train"] else ["train", *kept])])

@@ -322,8 +322,8 @@ class ImageNetLT(LargeSet):
 
     Expected: 52.33 % error (README of the authors, ResNet-50; an older one says 53.33). Meta set: 10 a class of its
     val list.
-    Cost: not run by us. Reckoned, not measured: 90 epochs of 115,846 pictures at 800 a second (ResNet-50 at 224 in TF32
-    on an A100) are 4 hours, and the 20 of the last layer another quarter of an hour.
+    Cost: not run by us. Reckoned, not measured: 90 epochs of 115,846 pictures at 800 a second (ResNet-50 at 224 in
+    TF32 on an A100) are 4 hours, and the 20 of the last layer another quarter of an hour.
     """
 
     dataset: ClassVar[str] = "imagenet-lt"
@@ -338,8 +338,8 @@ class INat17(LargeSet):
 
     Expected: 36.72 % error (second hand, ResNet-50; the authors' commands were never published). Meta set: 5 a class
     of the training pictures, which stay in training.
-    Cost: not run by us. Reckoned, not measured: 200 epochs of 579,184 pictures at 800 a second (ResNet-50 at 224 in TF32
-    on an A100) are 40 hours.
+    Cost: not run by us. Reckoned, not measured: 200 epochs of 579,184 pictures at 800 a second (ResNet-50 at 224 in
+    TF32 on an A100) are 40 hours.
     """
 
     dataset: ClassVar[str] = "inat17"
@@ -357,8 +357,8 @@ class INat18(INat17):
 
     Expected: 30.50 % error (README of the authors, ResNet-50; cited elsewhere as 31.25). Meta set: 2 a class of the
     training pictures, which stay in training.
-    Cost: not run by us. Reckoned, not measured: 200 epochs of 437,513 pictures at 800 a second (ResNet-50 at 224 in TF32
-    on an A100) are 30 hours.
+    Cost: not run by us. Reckoned, not measured: 200 epochs of 437,513 pictures at 800 a second (ResNet-50 at 224 in
+    TF32 on an A100) are 30 hours.
     """
 
     dataset: ClassVar[str] = "inat18"
