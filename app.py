@@ -23,7 +23,9 @@ from zoo.demo import answers, directions, long_tail, model_page, models, picture
 from zoo.demo.look import ACT, ANNOUNCE, CHOOSE, CSS, HEAD, theme
 
 QUEUE: dict[str, Any] = {"max_size": 64, "default_concurrency_limit": 2}
+# Gradio keeps 110 kB for an hour of every session, and each call of the API is one: by default of 10,000, over a GB.
 LAUNCH: dict[str, Any] = {
+    "state_session_capacity": 300,
     "share": False, "max_file_size": "20mb", "enable_monitoring": False, "ssr_mode": False, "run_history": False,
     "show_error": False, "mcp_server": False, "pwa": False, "footer_links": ["api", "settings"],
 }  # fmt: skip
