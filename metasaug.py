@@ -18,6 +18,7 @@ COMMANDS = {
     "info": Command("zoo.command_line:info", "the card of a model"),
     "predict": Command("zoo.command_line:predict", "classify pictures"),
     "evaluate": Command("training.evaluate:evaluate", "measure a model on labelled pictures, per group and class"),
+    "data check": Command("training.data_check:check", "look at a data set before training: faults, cuts, the tail"),
     "train": Command("training.command_line:train", "train on a benchmark; ends in a model folder",
                      then="export.command_line:finish"),
     "import": Command("export.authors_files:import_file", "a model folder from a checkpoint that its authors released"),
@@ -33,7 +34,8 @@ EXTRAS = {"torch": "train", "torchvision": "train", "onnx": "train", "onnxscript
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 2 an error told in one message, 130 and 143 stopped."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    name = arguments[0] if arguments else "--help"
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    name = " ".join(arguments[:words]) or "--help"
     if name in ("--help", "-h"):
         print(overview())
         return 0
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from zoo.errors import ZooError
 
     try:
-        return _call(name, arguments[1:])
+        return _call(name, arguments[words:])
     except ZooError as error:
         print(f"metasaug {name}: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)

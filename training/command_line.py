@@ -39,7 +39,7 @@ from training.report import report_of_run
 class RunOptions:
     """Where from, where to, on what. None of it changes the weights."""
 
-    data: Path | None = None
+    data: Annotated[Path | None, tyro.conf.arg(aliases=["--root"])] = None
     """Folder of the pictures; without it ./data, and the error says which layout is expected."""
 
     out: Path | None = None
@@ -88,7 +88,8 @@ class Job(Generic[R]):
     recipe: Annotated[R, tyro.conf.arg(name="")]
     options: Options = field(default_factory=RunOptions)
 
-    def load(self) -> LongTailed:
+    def load(self, look: bool | None = None) -> LongTailed:
+        """look: decode every picture first, or none; by default as the data set needs it."""
         raise NotImplementedError
 
 
@@ -97,7 +98,7 @@ class TrainCifar(Job[C]):
     download: bool = False
     """Fetch the original data set into --data first."""
 
-    def load(self) -> LongTailed:
+    def load(self, look: bool | None = None) -> LongTailed:
         from training.cifar import load_cifar
 
         recipe = self.recipe
@@ -110,12 +111,13 @@ class TrainLargeSet(Job[L]):
     lists: Path | None = None
     """Folder of the list or JSON files, where they are not in --data."""
 
-    def load(self) -> LongTailed:
+    def load(self, look: bool | None = None) -> LongTailed:
         from training.list_files import load_imagenet_lt, load_inat
 
         load = load_imagenet_lt if self.recipe.dataset == "imagenet-lt" else partial(load_inat, self.recipe.dataset)
         return load(self.options.data, lists=self.lists, meta_per_class=self.recipe.meta_per_class,
-                    subset_seed=self.recipe.subset_seed, subset=self.recipe.subset, skip_bad=self.recipe.skip_bad)
+                    subset_seed=self.recipe.subset_seed, subset=self.recipe.subset, skip_bad=self.recipe.skip_bad,
+                    look=bool(look))
 
 
 @dataclass(frozen=True)
@@ -126,19 +128,21 @@ class TrainFolder(Job[Folder]):
     meta: Path | None = None
     """Class folders of a meta set; without it DATA/meta or DATA/val, or a part of each class."""
 
-    def load(self) -> LongTailed:
+    def load(self, look: bool | None = None) -> LongTailed:
         from training.own_pictures import load_folder
 
         if self.options.data is None:
             raise TrainingError("Where are the pictures? --data DIR, where DIR holds a folder of pictures for each "
                                 "class.")
-        return load_folder(self.options.data, test=self.test, meta=self.meta, **_cutting(self.recipe))
+        return load_folder(self.options.data, test=self.test, meta=self.meta, look=look is not False,
+                          **_cutting(self.recipe))
 
 
 @dataclass(frozen=True)
 class TrainTable(Job[Table]):
-    table: Path = tyro.MISSING
-    """The table, a row a picture: path and label and, where you have them, split (train, val, test, meta) and group
+    table: Path | None = None
+    """The table, where --data is the folder that its paths start from; else --data is the table itself. A row a
+    picture: path and label and, where you have them, split (train, val, test, meta) and group
     (an animal, a track, a camera: what must not be parted)."""
 
     path_column: str | None = None
@@ -153,11 +157,15 @@ class TrainTable(Job[Table]):
     group_column: str | None = None
     """Column of the group; found by its usual names."""
 
-    def load(self) -> LongTailed:
+    def load(self, look: bool | None = None) -> LongTailed:
         from training.own_pictures import load_table
 
-        return load_table(self.table, self.options.data, path_column=self.path_column, label_column=self.label_column,
-                          split_column=self.split_column, group_column=self.group_column, **_cutting(self.recipe))
+        table, root = (self.table, self.options.data) if self.table else (self.options.data, None)
+        if table is None:
+            raise TrainingError("Which table? --data TABLE.csv, with the columns path and label.")
+        return load_table(table, root, path_column=self.path_column, label_column=self.label_column,
+                          split_column=self.split_column, group_column=self.group_column, look=look is not False,
+                          **_cutting(self.recipe))
 
 
 def _cutting(recipe: OwnPictures) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def list_folder(root: Path, test: Path | None = None, meta: Path | None = None, 
         raise DataError(f"{training_folder} has one class only, {class_names[0]}: nothing to tell apart.{hint}")
     loose = sum(_suffix(file) in PICTURE_SUFFIXES for file in os.listdir(training_folder))
     if loose:
-        notes.append(f"{loose:,} pictures lie in {training_folder} itself, in no class: they are not used.")
+        notes.append(f"Pictures that lie in {training_folder} itself, in no class, and are not used: {loose:,}.")
     if others:
         notes.append("No pictures by their ending, and not used: "
                      + ", ".join(f"{n:,} {suffix}" for suffix, n in others.most_common(5)) + ".")
