@@ -94,6 +94,13 @@ def test_a_good_model_gets_no_advice():
     assert "No class lies clearly below the average" in plain_words(config, results)[2]
 
 
+def test_classes_that_are_never_right_are_never_passed_over():
+    """Nothing lies below an average of nearly nothing."""
+    config, results = measured([[1, 9, 9], [9, 0, 9], [9, 9, 0]], [900, 60, 9])
+    assert plain_words(config, results)[2] == (
+        "No class lies clearly below the average, as far as 55 test pictures of 3 classes can tell; 2 are never right.")
+
+
 # ---- the page ----
 
 

@@ -124,8 +124,10 @@ def _group_in_words(classes: Classes, group: str) -> str:
 def _weak_sentence(classes: Classes) -> str:
     weak = classes.weak()
     if not weak:
+        tested, right = classes.images > 0, classes.correct > 0
+        never = f"; {(tested & ~right).sum():,} are never right" if (tested & ~right).any() else ""
         return (f"No class lies clearly below the average, as far as {classes.images.sum():,} test pictures of "
-                f"{(classes.images > 0).sum():,} classes can tell.")
+                f"{tested.sum():,} classes can tell{never}.")
 
     def described(c: int) -> str:
         other = classes.mistaken_for(c)
