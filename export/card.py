@@ -50,6 +50,7 @@ def card(config: Mapping[str, Any], repo: str | None = None, figure: bool = Fals
         _what_it_is(config),
         *_results(ours, figure),
         _use(config, repo),
+        *_variants(ours),
         _origin(ours) if ours.get("imported") else _training(ours),
         _limits(config),
         "## Citation\n\n" + CITATION,
@@ -171,6 +172,37 @@ def _training(ours: Mapping[str, Any]) -> str:
     }
     table = "\n".join(f"| {name} | {_cell(str(value))} |" for name, value in rows.items() if value is not None)
     return f"## Training\n\n| | |\n|---|---|\n{table}"
+
+
+def _variants(ours: Mapping[str, Any]) -> list[str]:
+    """What each ONNX file gets right, side by side: quantisation may cost rare classes more than frequent ones."""
+    variants = ours.get("variants") or {}
+    if not variants:
+        return []
+    names = [name for name in ("fp32", "int8") if name in variants]
+    measured = {name: variants[name] for name in names if "groups" in variants[name]}
+    parts = ["## Variants"]
+    if measured:
+        images = ", ".join(f"{n:,}" for n in sorted({v["images"] for v in measured.values()}))
+        groups = [g for g in (*GROUPS, UNKNOWN) if any(g in v["groups"] for v in measured.values())]
+
+        def row(title: str, share) -> str:
+            return f"| {title} | " + " | ".join(
+                "–" if share(v) is None else f"{share(v):.2%}" for v in measured.values()) + " |"
+
+        parts.append("\n".join([
+            f"Each ONNX file as `metasaug export --data` measured it in ONNX Runtime, on {images} test pictures.", "",
+            "| | " + " | ".join(measured) + " |", "|---" * (1 + len(measured)) + "|",
+            row("error", lambda v: v["error"]), row("macro error", lambda v: v["macro_error"]),
+            row("worst class, error", lambda v: v["worst_class_error"]),
+            *(row(f"{g}, right", lambda v, g=g: v["groups"].get(g, {}).get("accuracy")) for g in groups)]))
+    if "int8" in variants:
+        pictures = variants["int8"].get("calibration_pictures")
+        parts.append(
+            '`onnx/model_int8.onnx`, `zoo.load(..., precision="int8")`: a quarter of the size, for the CPU; static, '
+            "weights by channel" + (f", ranges from {pictures:,} training pictures" if pictures else "") + "."
+            + ("" if "int8" in measured else " Its accuracy was not measured."))
+    return parts
 
 
 def _origin(ours: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ def evaluate(
     data: Path,
     backend: Literal["onnx", "torch"] = "onnx",
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    precision: Literal["fp32", "int8"] = "fp32",
     prior: Literal["uniform", "train"] | None = None,
     per_class: bool = False,
     skip_bad: bool = False,
@@ -46,6 +47,7 @@ def evaluate(
             table's own folder and its label. Of a table with splits the rows of test.
         backend: ONNX Runtime, or torch.
         device: auto takes CUDA where there is one.
+        precision: int8 is the quantised ONNX file, where the model has one; on the CPU.
         prior: Answer for pictures whose classes are equally frequent, or as frequent as in training.
         per_class: Print a line for each class as well.
         skip_bad: Leave unreadable pictures out (they are named) instead of stopping.
@@ -56,7 +58,7 @@ def evaluate(
     for path in (out, report, predictions):
         if path is not None and path.is_dir():
             raise TrainingError(f"{path} is a folder: name a file to write.")
-    predictor = zoo.load(model, backend=backend, device=device)
+    predictor = zoo.load(model, backend=backend, device=device, precision=precision)
     paths, labels = labelled_pictures(data, predictor, model)
     results, rows = measure(predictor, paths, labels, prior, skip_bad)
     results = {"split": str(data), **({"prior": prior} if prior else {}), **results}

@@ -73,6 +73,7 @@ def predict(
     prior: Literal["uniform", "train"] | None = None,
     backend: Literal["onnx", "torch"] = "onnx",
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    precision: Literal["fp32", "int8"] = "fp32",
 ) -> int:
     """Classify pictures. Exit code 0: all read; 1: some could not be, each with its reason; 2: nothing was done.
 
@@ -84,13 +85,14 @@ def predict(
         prior: Answer for pictures whose classes are equally frequent, or as frequent as in training.
         backend: ONNX Runtime, or torch.
         device: auto takes CUDA where there is one.
+        precision: int8 is the quantised ONNX file, where the model has one; on the CPU.
     """
     if not paths:
         raise ZooError("name at least one picture or folder.")
     missing = [str(path) for path in paths if not os.path.exists(path)]
     if len(missing) == len(paths):
         raise ZooError(f"{', '.join(missing)}: no such file or folder.")
-    predictor = zoo.load(model, backend=backend, device=device)
+    predictor = zoo.load(model, backend=backend, device=device, precision=precision)
     rows = _each(predictor, paths, top_k, prior)
     rows = itertools.chain([next(rows)], rows)  # a flag that makes no sense is told before a file is opened
     if out is None:

@@ -10,16 +10,16 @@ from typing import Any
 from zoo.errors import UnknownModelError, ZooError
 from zoo.hub import PREFIX, HubFolder, parse
 from zoo.images import Picture
-from zoo.model_folder import CONFIG, ONNX, WEIGHTS, ModelFolder
-from zoo.predictor import Backend, Device, Prediction, Predictor
+from zoo.model_folder import CONFIG, ONNX, ONNX_INT8, WEIGHTS, ModelFolder
+from zoo.predictor import Backend, Device, Precision, Prediction, Predictor
 from zoo.registry import find, list_models
 
 log = logging.getLogger("zoo")
 
 
 def load(
-    name: str | os.PathLike, backend: Backend = "onnx", device: Device = "auto", *, revision: str | None = None,
-    local_files_only: bool = False, token: str | None = None,
+    name: str | os.PathLike, backend: Backend = "onnx", device: Device = "auto", precision: Precision = "fp32", *,
+    revision: str | None = None, local_files_only: bool = False, token: str | None = None,
 ) -> Predictor:
     """A model of the zoo, of the Hub, or any model folder.
 
@@ -27,16 +27,17 @@ def load(
                       model folder (what `metasaug train` leaves in RUN/model)
     backend           onnx: ONNX Runtime, no torch needed; torch: the module itself
     device            auto: cuda where there is one; cuda: that or BackendError
+    precision         int8: the quantised ONNX file, where the model has one; a quarter of the size, on the CPU
     revision          on the Hub: a branch, tag or commit. The registry's models are pinned to one
     local_files_only  nothing but the Hub's cache, no request
     token             of the Hub, instead of HF_TOKEN or the one of `hf auth login`
     Raises UnknownModelError, UnpublishedModelError, HubError, ModelFolderError or BackendError. Every file is read
     once, and used only if its bytes have the manifest's sha256. Logs in one line, at level INFO, what was loaded.
     """
-    folder = open_folder(name, (CONFIG, WEIGHTS if backend == "torch" else ONNX), revision=revision,
-                         local_files_only=local_files_only, token=token)
+    network = WEIGHTS if backend == "torch" else ONNX_INT8 if precision == "int8" else ONNX
+    folder = open_folder(name, (CONFIG, network), revision=revision, local_files_only=local_files_only, token=token)
     entry = find(os.fspath(name))
-    predictor = Predictor(folder, backend, device, name=entry.name if entry else None)
+    predictor = Predictor(folder, backend, device, entry.name if entry else None, precision)
     folder.check()  # the files that were not read yet
     ours = folder.config["metasaug"]
     log.info("%s: %s, trained on %s, %s; from %s", predictor.name, ours["method"], ours["dataset"],

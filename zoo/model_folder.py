@@ -65,7 +65,8 @@ class ModelFolder:
         if name not in self.files:
             has = ", ".join(self.files)
             raise ModelFolderError(f"{self.path} has no {name} (it has {has})." + (
-                " `metasaug export` adds it." if name == ONNX else ""))
+                " `metasaug export` adds it." if name == ONNX else
+                " `metasaug export FOLDER --int8 --calibrate DIR` makes it." if name == ONNX_INT8 else ""))
         size, digest = self.files[name]
         content = self._bytes(name, size)
         if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
@@ -169,7 +170,7 @@ def write_model_folder(
             (path / name).unlink(missing_ok=True)
     except OSError as error:
         raise ModelFolderError(f"{path} cannot be written: {error.strerror or error}.") from error
-    add_files(path, {CONFIG: _json_bytes(config), WEIGHTS: save(dict(weights)),
+    add_files(path, {CONFIG: json_bytes(config), WEIGHTS: save(dict(weights)),
                      **({COVARIANCE: save(dict(covariance))} if covariance else {})}, {})
     return ModelFolder(path)
 
@@ -200,11 +201,12 @@ def _write(path: Path, content: bytes) -> None:
 
 def _manifest_bytes(files: Mapping[str, tuple[int, str]]) -> bytes:
     listed = {name: {"sha256": files[name][1], "size": files[name][0]} for name in FILES if name in files}
-    digest = hashlib.sha256(_json_bytes(listed)).hexdigest()
-    return _json_bytes({"format": 1, "files": listed, "digest": digest})
+    digest = hashlib.sha256(json_bytes(listed)).hexdigest()
+    return json_bytes({"format": 1, "files": listed, "digest": digest})
 
 
-def _json_bytes(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
+    """As config.json and manifest.json are written."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
@@ -270,6 +272,9 @@ def check_config(config: Mapping[str, Any], where: str | Path) -> None:
     need(ours.get("prior") in ("train", "uniform", None), "metasaug.prior", "train, uniform or null")
     scale = ours.get("cosine_scale")
     need(scale is None or (number(scale) and scale > 0), "metasaug.cosine_scale", "a number, or null")
+    variants = ours.get("variants")
+    need(variants is None or (isinstance(variants, dict) and all(isinstance(v, dict) for v in variants.values())),
+         "metasaug.variants", "an object of objects, or null")
     results = ours.get("results")
     need(results is None or isinstance(results, dict), "metasaug.results", "an object, or null")
     if results:

@@ -17,10 +17,11 @@ from zoo.archives import open_zip
 from zoo.errors import BackendError, ModelFolderError, PictureError, ZooError
 from zoo.images import NamedPicture, Picture, decode, preprocess
 from zoo.labels import GROUPS, UNKNOWN
-from zoo.model_folder import ONNX, ModelFolder
+from zoo.model_folder import ONNX, ONNX_INT8, ModelFolder
 
 Backend = Literal["onnx", "torch"]
 Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["fp32", "int8"]
 Prior = Literal["uniform", "train"] | Sequence[float] | np.ndarray
 
 
@@ -73,16 +74,22 @@ class Predictor:
     name, labels, class_counts, groups, groups_by    of its classes, in the order of its outputs
     folder      the ModelFolder, with its config, results and card
     device      "cpu" or "cuda", where it really runs
+    precision   "fp32", or "int8": the quantised ONNX file, on the CPU
     """
 
     def __init__(
-        self, folder: ModelFolder, backend: Backend = "onnx", device: Device = "auto", name: str | None = None
+        self, folder: ModelFolder, backend: Backend = "onnx", device: Device = "auto", name: str | None = None,
+        precision: Precision = "fp32",
     ):
         if backend not in ("onnx", "torch"):
             raise BackendError(f"Unknown backend {backend!r}: onnx or torch.")
         if device not in ("auto", "cpu", "cuda"):
             raise BackendError(f"Unknown device {device!r}: auto, cpu or cuda.")
-        self.folder, self.backend = folder, backend
+        if precision not in ("fp32", "int8"):
+            raise BackendError(f"Unknown precision {precision!r}: fp32 or int8.")
+        if precision == "int8" and (backend != "onnx" or device == "cuda"):
+            raise BackendError("int8 runs in ONNX Runtime on the CPU: leave out backend= and device=, or precision=.")
+        self.folder, self.backend, self.precision = folder, backend, precision
         config = folder.config
         self.name: str = name or config["metasaug"]["name"]
         self.labels: tuple[str, ...] = tuple(config["label_names"])
@@ -91,12 +98,14 @@ class Predictor:
         self.groups: tuple[str, ...] = tuple(config["metasaug"]["groups"])
         self.groups_by: str = config["metasaug"]["groups_by"]
         self._module = None
-        self._network: _Network = (_OnnxNetwork(folder, device) if backend == "onnx"
-                                   else _TorchNetwork(self.module, device))
+        self._network: _Network = (_TorchNetwork(self.module, device) if backend == "torch"
+                                   else _OnnxNetwork(folder, ONNX_INT8, "cpu") if precision == "int8"
+                                   else _OnnxNetwork(folder, ONNX, device))
         self.device = self._network.device
 
     def __repr__(self) -> str:
-        return f"<{self.name}: {len(self.labels)} classes, {self.backend} on {self.device}>"
+        precision = f" {self.precision}" if self.precision != "fp32" else ""
+        return f"<{self.name}: {len(self.labels)} classes, {self.backend}{precision} on {self.device}>"
 
     @property
     def module(self):
@@ -302,13 +311,13 @@ OUTPUTS = ("logits", "features", "feature_map")  # the last one only where the f
 
 
 class _OnnxNetwork:
-    def __init__(self, folder: ModelFolder, device: Device):
+    def __init__(self, folder: ModelFolder, file: str, device: Device):
         import onnxruntime
 
         from zoo.onnx_file import refuse_unsafe
 
-        content = folder.read(ONNX)
-        refuse_unsafe(content, str(folder.path / ONNX))
+        content = folder.read(file)
+        refuse_unsafe(content, str(folder.path / file))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         providers = ["CPUExecutionProvider"]
@@ -321,7 +330,7 @@ class _OnnxNetwork:
         try:
             self.session = onnxruntime.InferenceSession(content, options, providers=providers)
         except Exception as error:  # ONNX Runtime has no common base class of its own
-            raise ModelFolderError(f"{folder.path / ONNX} does not run in ONNX Runtime: {error}") from error
+            raise ModelFolderError(f"{folder.path / file} does not run in ONNX Runtime: {error}") from error
         # Without CUDA's libraries the runtime falls back to the CPU without a word.
         self.device = "cuda" if self.session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
         if device == "cuda" and self.device != "cuda":
@@ -331,11 +340,11 @@ class _OnnxNetwork:
         expected = list(folder.config["pretrained_cfg"]["input_size"])
         if (len(inputs) != 1 or inputs[0].type != "tensor(float)" or list(inputs[0].shape[1:]) != expected
                 or isinstance(inputs[0].shape[0], int) or not set(outputs) >= set(OUTPUTS[:2])):
-            raise ModelFolderError(f"{folder.path / ONNX} takes and gives something else than config.json says, or a "
+            raise ModelFolderError(f"{folder.path / file} takes and gives something else than config.json says, or a "
                                    "fixed number of pictures.")
         self.input = inputs[0].name
         if outputs["logits"][1:] != [folder.config["num_classes"]]:
-            raise ModelFolderError(f"{folder.path / ONNX} gives logits of shape {outputs['logits']}, config.json has "
+            raise ModelFolderError(f"{folder.path / file} gives logits of shape {outputs['logits']}, config.json has "
                                    f"{folder.config['num_classes']} classes.")
 
         self.outputs = [name for name in OUTPUTS if name in outputs]
