@@ -156,7 +156,7 @@ print(model.predict("photo.jpg"))
 
 Without our package: `onnx/model.onnx` in plain onnxruntime. Input `pictures`, float32 (batch, 3, {height}, {width}),
 RGB, (x / 255 - mean) / std with mean {[round(x, 4) for x in cfg['mean']]} and std {[round(x, 4) for x in cfg['std']]};
-outputs `logits`, `features`, `feature_map`. Labels, exact mean and std, preprocessing in words and this whole
+outputs `logits`, `features` and, where those are its mean, `feature_map`. Labels, exact mean and std, preprocessing in words and this whole
 configuration are in the file's metadata."""
 
 
@@ -199,8 +199,8 @@ def _variants(ours: Mapping[str, Any]) -> list[str]:
     if "int8" in variants:
         pictures = variants["int8"].get("calibration_pictures")
         parts.append(
-            '`onnx/model_int8.onnx`, `zoo.load(..., precision="int8")`: a quarter of the size, for the CPU; static, '
-            "weights by channel" + (f", ranges from {pictures:,} training pictures" if pictures else "") + "."
+            '`onnx/model_int8.onnx`, `zoo.load(..., precision="int8")`: a third of the size or less, for the CPU; static, '
+            "weights by channel" + (f", ranges from {pictures:,} calibration pictures" if pictures else "") + "."
             + ("" if "int8" in measured else " Its accuracy was not measured."))
     return parts
 

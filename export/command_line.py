@@ -15,7 +15,7 @@ def export(
 
     Args:
         folder: A model folder, or a run of `metasaug train` with a model in it.
-        int8: Also an int8 ONNX file, a quarter of the size; needs --calibrate.
+        int8: Also an int8 ONNX file, a third of the size or less; needs --calibrate.
         calibrate: Training pictures of the model in class folders (CALIBRATE/CLASS/picture.jpg): 512 of them show int8
             between which numbers each activation lies.
         data: Labelled test pictures in class folders: each ONNX file is measured on them, and the card shows what is

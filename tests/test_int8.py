@@ -1,4 +1,4 @@
-"""int8: a quarter of the size, right almost as often, each group's accuracy told; and as safe as fp32."""
+"""int8: a third of the size or less, right almost as often, each group's accuracy told; and as safe as fp32."""
 
 import json
 import logging
@@ -94,7 +94,7 @@ def test_the_card_shows_both_per_group_as_evaluate_measures_them(int8_folder, pi
     for group in ("head", "medium", "tail"):
         both = [f"{results[p]['groups'][group]['accuracy']:.2%}" for p in ("fp32", "int8")]
         assert f"| {group}, right | {both[0]} | {both[1]} |" in table
-    assert "ranges from 40 training pictures" in table and "on 40 test pictures" in table
+    assert "ranges from 40 calibration pictures" in table and "on 40 test pictures" in table
     assert variants["int8"]["calibration_pictures"] == 40
     # Both ONNX files carry that config, and nothing of this machine.
     for name in (ONNX, ONNX_INT8):

@@ -27,7 +27,7 @@ def load(
                       model folder (what `metasaug train` leaves in RUN/model)
     backend           onnx: ONNX Runtime, no torch needed; torch: the module itself
     device            auto: cuda where there is one; cuda: that or BackendError
-    precision         int8: the quantised ONNX file, where the model has one; a quarter of the size, on the CPU
+    precision         int8: the quantised ONNX file, where the model has one; a third of the size or less, on the CPU
     revision          on the Hub: a branch, tag or commit. The registry's models are pinned to one
     local_files_only  nothing but the Hub's cache, no request
     token             of the Hub, instead of HF_TOKEN or the one of `hf auth login`

@@ -154,8 +154,8 @@ class Entry:
 
 # sha256 of manifest.json of each folder in weights/.
 BUNDLED = {
-    "metasaug-cifar10-lt": "cd59033c25b6dbb9c923c4515230bb1206be99c075085db43b0886a1d2559f96",
-    "ce-cifar10-lt": "f3849196b64efda8118a05dc567b9370a0b1b8973060dd4d4aa193f96d6c0cc8",
+    "metasaug-cifar10-lt": "6a8801cd08652f4de0977d908fcb1a9a7ce8701857c51cc976bc35f7ff28fe81",
+    "ce-cifar10-lt": "3ba39f5f348a89eb85a7ff59be40844350ae69a20647d004725066f1e1bafb2a",
 }
 
 # What `metasaug publish` prints goes here.
