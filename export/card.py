@@ -156,8 +156,8 @@ print(model.predict("photo.jpg"))
 
 Without our package: `onnx/model.onnx` in plain onnxruntime. Input `pictures`, float32 (batch, 3, {height}, {width}),
 RGB, (x / 255 - mean) / std with mean {[round(x, 4) for x in cfg['mean']]} and std {[round(x, 4) for x in cfg['std']]};
-outputs `logits`, `features` and, where those are its mean, `feature_map`. Labels, exact mean and std, preprocessing in words and this whole
-configuration are in the file's metadata."""
+outputs `logits`, `features` and, where those are its mean, `feature_map`. Labels, exact mean and std, preprocessing in
+words and this whole configuration are in the file's metadata."""
 
 
 def _training(ours: Mapping[str, Any]) -> str:
@@ -198,10 +198,10 @@ def _variants(ours: Mapping[str, Any]) -> list[str]:
             *(row(f"{g}, right", lambda v, g=g: v["groups"].get(g, {}).get("accuracy")) for g in groups)]))
     if "int8" in variants:
         pictures = variants["int8"].get("calibration_pictures")
+        ranges = f", ranges from {pictures:,} calibration pictures" if pictures else ""
         parts.append(
-            '`onnx/model_int8.onnx`, `zoo.load(..., precision="int8")`: a third of the size or less, for the CPU; static, '
-            "weights by channel" + (f", ranges from {pictures:,} calibration pictures" if pictures else "") + "."
-            + ("" if "int8" in measured else " Its accuracy was not measured."))
+            '`onnx/model_int8.onnx`, `zoo.load(..., precision="int8")`: a third of the size or less, for the CPU; '
+            f"static, weights by channel{ranges}." + ("" if "int8" in measured else " Its accuracy was not measured."))
     return parts
 
 

@@ -42,6 +42,30 @@ def test_evaluation_on_the_real_pictures_gives_the_cards_numbers_again(entry, ci
     assert all(f"{group} " in shown for group in card["groups"])
 
 
+def test_int8_is_as_right_on_the_real_pictures_as_the_card_says(cifar10_jpeg, tmp_path):
+    # Given the bundled int8 file, when it is measured again, then each class's count is that of the config,
+    import metasaug
+
+    out = tmp_path / "results.json"
+    assert metasaug.main(["evaluate", "metasaug-cifar10-lt", "--data", str(cifar10_jpeg / "test"), "--precision", "int8",
+                          "--out", str(out)]) == 0
+    measured = [row["correct"] for row in json.loads(out.read_text())["per_class"]]
+    card = zoo.load("metasaug-cifar10-lt").folder.config["metasaug"]["variants"]
+    # but for processors that add up int8 in another way: those without VNNI saturate.
+    assert measured == pytest.approx(card["int8"]["correct_per_class"], abs=10)
+    assert card["fp32"]["correct_per_class"] == pytest.approx(
+        [row["correct"] for row in zoo.load("metasaug-cifar10-lt").folder.results["per_class"]], abs=1)
+
+
+def test_the_readme_states_what_int8_costs():
+    right = {precision: figures["groups"] for precision, figures in
+             zoo.load("ce-cifar10-lt").folder.config["metasaug"]["variants"].items()}
+    lost = {group: right["fp32"][group]["accuracy"] - right["int8"][group]["accuracy"] for group in right["fp32"]}
+    assert lost["head"] <= 0
+    said = f"`ce-cifar10-lt` loses {100 * lost['tail']:.1f} % of the tail and nothing of the head"
+    assert said in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+
 def test_the_pair_shares_everything_but_the_method():
     """Same data, same length, same seed: the demo compares like with like."""
     ours, plain = (zoo.ModelFolder(next(e for e in BUNDLED if e.name == name).folder).config["metasaug"]

@@ -154,8 +154,8 @@ class Entry:
 
 # sha256 of manifest.json of each folder in weights/.
 BUNDLED = {
-    "metasaug-cifar10-lt": "6a8801cd08652f4de0977d908fcb1a9a7ce8701857c51cc976bc35f7ff28fe81",
-    "ce-cifar10-lt": "3ba39f5f348a89eb85a7ff59be40844350ae69a20647d004725066f1e1bafb2a",
+    "metasaug-cifar10-lt": "2f72dc8b919393292ce0a24d91e167ad53347b87fb3067852192754b297a6862",
+    "ce-cifar10-lt": "d975eeea91e8f729a56d7006e7a80cfe50a8bc9e47a22e4906248174e4a001d6",
 }
 
 # What `metasaug publish` prints goes here.
