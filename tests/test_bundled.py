@@ -46,9 +46,9 @@ def test_int8_is_as_right_on_the_real_pictures_as_the_card_says(cifar10_jpeg, tm
     # Given the bundled int8 file, when it is measured again, then each class's count is that of the config,
     import metasaug
 
-    out = tmp_path / "results.json"
-    data = str(cifar10_jpeg / "test")
-    assert metasaug.main(["evaluate", "metasaug-cifar10-lt", "--data", data, "--precision", "int8", "--out", str(out)]) == 0
+    out, data = tmp_path / "results.json", cifar10_jpeg / "test"
+    assert metasaug.main(["evaluate", "metasaug-cifar10-lt", "--data", str(data), "--precision", "int8", "--out",
+                          str(out)]) == 0
     measured = [row["correct"] for row in json.loads(out.read_text())["per_class"]]
     card = zoo.load("metasaug-cifar10-lt").folder.config["metasaug"]["variants"]
     # but for processors that add up int8 in another way.
