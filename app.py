@@ -82,8 +82,8 @@ def build_demo(own: Sequence[str] = ()) -> gr.Blocks:
 
 
 def _picture_tab(names: list[str]):
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=5, min_width=300):
+    with gr.Row(equal_height=False, elem_id="single"):
+        with gr.Column(scale=5, min_width=300, elem_id="ask"):
             picture = gr.Image(type="filepath", sources=["upload", "clipboard", "webcam"], label="Your picture",
                                height=300, buttons=[], elem_id="picture")
             examples = gr.HTML(answers.example_buttons(), js_on_load=CHOOSE)
@@ -92,8 +92,8 @@ def _picture_tab(names: list[str]):
                 world = gr.Slider(-1, 1, value=0, step=0.05, label="How common the classes are", buttons=[],
                                   info="left: rare ones common; middle: all alike; right: as in training")
                 words = gr.HTML(answers.world_in_words(names, False, 0.0))
-            note = gr.HTML(answers.only_these(names))
-        with gr.Column(scale=9, min_width=320):
+            note = gr.HTML(answers.only_these(names), elem_id="note")
+        with gr.Column(scale=9, min_width=320, elem_id="answers"):
             result = gr.HTML(answers.cards(names, {}), elem_id="result", js_on_load=ANNOUNCE)
     return picture, examples, note, adjust, world, words, result
 
