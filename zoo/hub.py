@@ -20,8 +20,8 @@ from zoo.model_folder import MANIFEST, ModelFolder
 T = TypeVar("T")
 
 PREFIX, OWNER = "hf:", "METASAUG_HUB_OWNER"
-PATIENCE = 45.0  # seconds that a load may wait, beside the time that its bytes take at
-SLOWEST = 200_000  # bytes a second
+PATIENCE = 45.0  # seconds that a load may wait, beside `_time_for` its bytes
+SLOWEST, SMALL = 200_000, 3_000_000  # bytes a second, bytes
 PAUSES = (0.5, 2.0)  # seconds between tries
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -63,13 +63,10 @@ class HubFolder(ModelFolder):
         until = time.monotonic() + PATIENCE
         manifest = self._download(MANIFEST, until)
         self.revision = manifest.parent.name  # the commit
-        try:
-            self._opened_twice(lambda: super(HubFolder, self).__init__(manifest.parent, manifest_sha256), MANIFEST)
-        except ModelFolderError as error:
-            raise HubError(f"{self.source}: {error}") from error
+        self._opened_twice(lambda: super(HubFolder, self).__init__(manifest.parent, manifest_sha256), MANIFEST)
         for name in files:
             if name in self.files:
-                until += self.files[name][0] / SLOWEST
+                until += _time_for(self.files[name][0])
                 self._fetch(name, until)
 
     @property
@@ -87,15 +84,15 @@ class HubFolder(ModelFolder):
 
     def _fetch(self, name: str, until: float | None = None) -> None:
         if self._may_lack(name):
-            self._download(name, until or time.monotonic() + PATIENCE + self.files[name][0] / SLOWEST)
+            self._download(name, until or time.monotonic() + PATIENCE + _time_for(self.files[name][0]))
 
     def _opened_twice(self, attempt: Callable[[], T], name: str) -> T:
         """What `attempt` gives; where the bytes of the file are wrong, after fetching it once more."""
         try:
             return attempt()
         except ModelFolderError:
-            size = self.files[name][0] if name != MANIFEST else 0
-            path = self._download(name, time.monotonic() + PATIENCE + size / SLOWEST, again=True)
+            size = 0 if name == MANIFEST else self.files[name][0]
+            path = self._download(name, time.monotonic() + PATIENCE + _time_for(size), again=True)
         try:
             return attempt()
         except ModelFolderError as error:
@@ -119,6 +116,11 @@ class HubFolder(ModelFolder):
             raise
         except Exception as error:  # of any of its libraries: httpx, hf_xet, the file system
             raise HubError(in_words(error, self.repo, self.revision, name)) from error
+
+
+def _time_for(size: int) -> float:
+    """Seconds: a small model comes in a minute or not at all, a large one may take what a slow line takes."""
+    return size / SLOWEST if size < SMALL else size * 8 / SLOWEST
 
 
 def _patiently(call: Callable[[], T]) -> T:
