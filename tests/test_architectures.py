@@ -1,6 +1,7 @@
 """Architectures: a name alone rebuilds a network, ours or timm's, and a folder of it is timm's too."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,24 @@ def test_timm_opens_a_model_folder_unchanged(architecture, size, config, tmp_pat
         if key in data:
             assert (list(data[key]) if isinstance(value, list) else data[key]) == value, key
     assert theirs.num_classes == 10 and theirs.pretrained_cfg["label_names"] == config["label_names"]
+
+
+def test_timm_opens_it_from_the_hub(config, hub, tmp_path):
+    """As `hf-hub:owner/name`, by timm's own download, in a process that has none of our code."""
+    pytest.importorskip("timm")
+    # Given a model folder published as it is,
+    folder = folder_of(tmp_path / "model", "resnet18", config, 64)
+    hub.add("owner/r18", {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()})
+    # when timm loads it, then its logits are ours.
+    code = ("import sys, timm, torch\n"
+            "model = timm.create_model('hf-hub:owner/r18', pretrained=True).eval()\n"
+            "with torch.no_grad(): torch.save(model(torch.ones(1, 3, 64, 64)), sys.argv[1])")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "logits")], cwd=tmp_path, check=True, timeout=300, env={
+        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"})
+    with torch.no_grad():
+        ours = zoo.load(folder, backend="torch").module(torch.ones(1, 3, 64, 64))
+    assert torch.equal(torch.load(tmp_path / "logits", weights_only=True), ours)
 
 
 def test_timm_refuses_a_folder_whose_classifier_it_has_not(config, tmp_path):
