@@ -234,13 +234,16 @@ def _limits(config: Mapping[str, Any]) -> str:
     }.get(ours.get("prior") or "", "")
     jpeg = ("\n- Trained and tested on JPEG copies of CIFAR-10: its errors do not compare with those on the original "
             "pictures." if "JPEG" in ours["dataset"] else "")
+    fitted = {"squash": "squashed to that, whatever their shape", "border": "scaled down whole, on a border"}.get(
+        config["pretrained_cfg"].get("crop_mode", "center"), "scaled down and cropped to their centre")
+    how_much = "; the table above says how much" if ours.get("results") else ""
     return f"""## Intended use and limits
 
 For research on long-tailed recognition and as an example of the method.
 
 - It knows its {config['num_classes']} classes only, and names one of them for any picture whatsoever.
-- It sees {width} x {height} pixels; larger pictures are scaled down and cropped to their centre.
-- Rare classes are less reliable; the table above says how much. {assumes}{jpeg}
+- It sees {width} x {height} pixels; larger pictures are {fitted}.
+- Rare classes are less reliable{how_much}. {assumes}{jpeg}
 - Nothing in it was tested for safety-critical use.
 
 Licence: {_licence(ours).upper()}. Pictures of the training set are not part of this folder."""
