@@ -23,22 +23,46 @@ def test_the_readme_states_what_the_model_folder_measured(entry):
     assert readme_row(entry) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def cifar10_test(cifar10_jpeg):
+    return cifar10_jpeg / "test"
+
+
+@pytest.fixture(scope="module")
+def plankton_test(plankton, tmp_path_factory):
+    """Class folders of the test pictures that the training command cuts by file name."""
+    from training.own_pictures import load_folder
+
+    data = load_folder(plankton / "train")
+    folder = tmp_path_factory.mktemp("plankton") / "test"
+    for path, label in zip(data.test.paths, data.test.labels, strict=True):
+        place = folder / data.label_names[label] / path.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(path)
+    return folder
+
+
+TEST_PICTURES = {"cifar10-lt": ("cifar10_test", 10_000), "plankton": ("plankton_test", 6_075)}
+
+
 @pytest.mark.parametrize("entry", BUNDLED, ids=lambda entry: entry.name)
-def test_evaluation_on_the_real_pictures_gives_the_cards_numbers_again(entry, cifar10_jpeg, tmp_path, capsys):
-    # Given CIFAR-10 (JPEG)'s test pictures, when a user evaluates a bundled model on them,
+def test_evaluation_on_the_real_pictures_gives_the_cards_numbers_again(entry, request, tmp_path, capsys):
+    # Given the test pictures of its data set, when a user evaluates a bundled model on them,
     import metasaug
 
+    fixture, images = TEST_PICTURES[entry.dataset]
     out = tmp_path / "results.json"
-    assert metasaug.main(["evaluate", entry.name, "--data", str(cifar10_jpeg / "test"), "--out", str(out)]) == 0
+    folder = request.getfixturevalue(fixture)
+    assert metasaug.main(["evaluate", entry.name, "--data", str(folder), "--out", str(out)]) == 0
     # then each count right, per group and class, is the card's. Training measured by torch, this is ONNX Runtime: of
-    # 10,000 pictures one may lie so close between two classes that the last bits decide.
+    # thousands of pictures one may lie so close between two classes that the last bits decide.
     measured, card = json.loads(out.read_text()), zoo.ModelFolder(entry.folder).results
-    assert measured["images"] == card["images"] == 10_000
+    assert measured["images"] == card["images"] == images
     for mine, theirs in zip(measured["per_class"], card["per_class"], strict=True):
         assert mine["label"] == theirs["label"]
         assert abs(mine["correct"] - theirs["correct"]) <= 1
     shown = capsys.readouterr().out
-    assert "on 10,000 test pictures" in shown
+    assert f"on {images:,} test pictures" in shown
     assert all(f"{group} " in shown for group in card["groups"])
 
 
@@ -66,10 +90,11 @@ def test_the_readme_states_what_int8_costs():
     assert said in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
 
-def test_the_pair_shares_everything_but_the_method():
+@pytest.mark.parametrize("dataset", sorted({entry.dataset for entry in BUNDLED}))
+def test_the_pair_shares_everything_but_the_method(dataset):
     """Same data, same length, same seed: the demo compares like with like."""
-    ours, plain = (zoo.ModelFolder(next(e for e in BUNDLED if e.name == name).folder).config["metasaug"]
-                   for name in ("metasaug-cifar10-lt", "ce-cifar10-lt"))
+    by_name = {entry.name: zoo.ModelFolder(entry.folder).config["metasaug"] for entry in BUNDLED}
+    ours, plain = by_name[f"metasaug-{dataset}"], by_name[f"ce-{dataset}"]
     for key in ("dataset", "class_counts", "seed", "groups"):
         assert ours[key] == plain[key], key
     differing = {k for k in ours["recipe"] if ours["recipe"][k] != plain["recipe"][k]}

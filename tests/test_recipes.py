@@ -320,6 +320,15 @@ def test_reference_fidelity_on_large_sets_takes_the_same_meta_batch_every_step(t
 # ---- what cannot be trained on ----
 
 
+@pytest.mark.parametrize("flags", [
+    {"beta": 1.0}, {"momentum": -0.1}, {"strength": float("nan")}, {"crop_pct": 0}, {"seed": -1}, {"input_size": 5000},
+    {"stage2_epochs": 201}, {"color_jitter": 0.4}, {"lr_drop": 2}, {"stage2_batch_size": 1}, {"weight_decay": -1}],
+    ids=str)
+def test_flags_out_of_their_range_are_refused_by_name(flags):
+    with pytest.raises(TrainingError, match="--"):
+        Cifar10LT(**flags)
+
+
 def test_data_that_cannot_be_trained_on_is_refused_by_name():
     data = small_data()
     one = dataclasses.replace(data, meta=coloured_stripes([6, 6], 0))

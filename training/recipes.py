@@ -19,6 +19,11 @@ Crops = Literal["shift", "resized"]
 Flips = Literal["none", "mirror", "all"]
 CropMode = Literal["center", "squash", "border"]
 
+# What a flag may be, both ends included.
+RANGES = {"beta": (0, 1 - 1e-9), "strength": (0, 1e6), "meta_rate": (0, 1e6), "lr_drop": (0, 1),
+          "momentum": (0, 1 - 1e-9), "weight_decay": (0, 1e6), "crop_pct": (0.01, 1), "color_jitter": (0, 1),
+          "seed": (0, 2**63 - 1), "subset_seed": (0, 2**32 - 1), "gamma": (0, 1e6), "max_margin": (0, 1e6), "scale": (1e-6, 1e6)}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -101,13 +106,14 @@ class Recipe:
     """Factor of each of the two drops."""
 
     schedule: Literal["steps", "cosine"] = "steps"
-    """steps: the two drops; cosine: stage 1 falls to 0 along half a cosine, stage 2 is at --stage2-lr throughout."""
+    """steps: a drop at the start of stage 2 and one in its middle; cosine: stage 1 falls to 0 along half a cosine,
+    stage 2 is at one rate."""
 
     stage2_epochs: int | None = None
     """Epochs of stage 2, the last ones of the run; without it the last fifth."""
 
     stage2_lr: float | None = None
-    """Learning rate of stage 2 with --schedule cosine."""
+    """Learning rate of stage 2; without it --lr times --lr-drop."""
 
     stage2_batch_size: int | None = None
     """Pictures a step in stage 2, and in the meta set's batches; without it --batch-size."""
@@ -154,8 +160,19 @@ class Recipe:
             value = getattr(self, flag)
             if value is not None and not value > 0 and not (value == 0 and flag in self.CHOSEN):
                 raise TrainingError(f"--{flag.replace('_', '-')} {value}: must be greater than 0.")
-        if self.batch_size == 1:
+        if self.batch_size == 1 or self.stage2_batch_size == 1:
             raise TrainingError("--batch-size 1: batch norm needs at least 2 pictures a step.")
+        for flag, (low, high) in RANGES.items():
+            value = getattr(self, flag)
+            if not low <= value <= high:
+                raise TrainingError(f"--{flag.replace('_', '-')} {value}: must be from {low:g} to {high:g}.")
+        if self.input_size is not None and not self.input_size <= 4096:
+            raise TrainingError(f"--input-size {self.input_size}: at most 4096.")
+        if self.stage2_epochs is not None and self.epochs and self.stage2_epochs > self.epochs:
+            raise TrainingError(f"--stage2-epochs {self.stage2_epochs}: they are among the {self.epochs} of --epochs, "
+                                "so at most as many.")
+        if self.color_jitter and self.crops == "shift":
+            raise TrainingError("--color-jitter goes with --crops resized.")
 
     @property
     def stage2_epoch(self) -> int:
@@ -168,13 +185,14 @@ class Recipe:
         return min(math.ceil(0.8 * self.epochs), self.epochs - 1)
 
     def lr_at(self, epoch: int) -> float:
+        second = self.lr * self.lr_drop if self.stage2_lr is None else self.stage2_lr
         if self.schedule == "cosine":
-            if epoch >= self.stage2_epoch:
-                return self.lr * self.lr_drop if self.stage2_lr is None else self.stage2_lr
-            return self.lr * (1 + math.cos(math.pi * epoch / self.stage2_epoch)) / 2
-        second = math.ceil((self.stage2_epoch + self.epochs) / 2)  # 90 % where stage 2 is the last fifth
-        drops = (epoch >= self.stage2_epoch) + (epoch >= second)
-        return self.lr * self.lr_drop**drops
+            falling = self.lr * (1 + math.cos(math.pi * epoch / max(self.stage2_epoch, 1))) / 2
+            return second if epoch >= self.stage2_epoch else falling
+        if epoch < self.stage2_epoch:
+            return self.lr
+        last = math.ceil((self.stage2_epoch + self.epochs) / 2)  # 90 % where stage 2 is the last fifth
+        return second * self.lr_drop if epoch >= last else second
 
     def strength_at(self, epoch: int) -> float:
         return self.strength * max(epoch, 1) / self.epochs  # a run of a single epoch has its strength too
@@ -279,7 +297,8 @@ class LargeSet(Recipe):
     """Learning rate at the start of stage 1 (SGD with Nesterov momentum)."""
 
     schedule: Literal["steps", "cosine"] = "cosine"
-    """cosine: stage 1 falls to 0 along half a cosine, stage 2 is at --stage2-lr throughout; steps: two drops."""
+    """cosine: stage 1 falls to 0 along half a cosine, stage 2 is at one rate; steps: a drop at the start of stage 2 and
+    one in its middle."""
 
     stage2_epochs: int | None = 20
     """Epochs of stage 2, the last ones of the run."""
