@@ -22,7 +22,8 @@ CropMode = Literal["center", "squash", "border"]
 # What a flag may be, both ends included.
 RANGES = {"beta": (0, 1 - 1e-9), "strength": (0, 1e6), "meta_rate": (0, 1e6), "lr_drop": (0, 1),
           "momentum": (0, 1 - 1e-9), "weight_decay": (0, 1e6), "crop_pct": (0.01, 1), "color_jitter": (0, 1),
-          "seed": (0, 2**63 - 1), "subset_seed": (0, 2**32 - 1), "gamma": (0, 1e6), "max_margin": (0, 1e6), "scale": (1e-6, 1e6)}
+          "seed": (0, 2**63 - 1), "subset_seed": (0, 2**32 - 1), "gamma": (0, 1e6), "max_margin": (0, 1e6),
+          "scale": (1e-6, 1e6)}
 
 
 @dataclass(frozen=True)
