@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 import numpy as np
 import tyro
 
-from export.card import card
+from export.card import card, results_of
 from export.errors import ExportError
 from export.figure import accuracy_figure
 from zoo.errors import HubError
 from zoo.hub import PATIENCE, PREFIX, HubFolder, in_words, parse, within
-from zoo.model_folder import CARD, FIGURE, FILES, MANIFEST, ONNX, WEIGHTS, ModelFolder, manifest_of
-from zoo.predictor import Predictor, torch_module
+from zoo.model_folder import CARD, FIGURE, FILES, MANIFEST, ONNX, ONNX_INT8, WEIGHTS, ModelFolder, manifest_of
+from zoo.predictor import Precision, Predictor, torch_module
 from zoo.registry import OnHub, find
 
 T = TypeVar("T")
@@ -50,8 +50,9 @@ def publish(
     missing = what_the_card_lacks(opened.config)
     print(f"  card    {'lacks ' + ', '.join(missing) if missing else 'complete'}")
     if missing and not incomplete:
-        raise ExportError(f"the card of {folder} lacks {', '.join(missing)}: people could not judge the model. Train "
-                          "or import it again with what is lacking, or publish it all the same with --incomplete.")
+        raise ExportError(f"the card of {folder} lacks {', '.join(missing)}: people could not judge the model. "
+                          "`metasaug export FOLDER --data TEST` measures it; training or importing again may add what "
+                          "else is lacking. Or publish it all the same, with --incomplete.")
     contents = contents_for(opened, repo)
     print(f"to {PREFIX}{repo}{' (private)' if private else ''}, in one commit:")
     for name, content in contents.items():
@@ -80,14 +81,17 @@ def whole(folder: Path) -> ModelFolder:
 
 
 def parity(opened: ModelFolder) -> str:
-    """Runs the ONNX, and compares it to the weights where torch is installed; says how near they are.
+    """Runs the ONNX files, and compares fp32 to the weights where torch is installed; says how near they are.
 
     Raises ModelFolderError, or ExportError where they differ.
     """
     height, width = opened.config["pretrained_cfg"]["input_size"][1:]
-    logits = Predictor(opened, "onnx", "cpu").predict(np.full((height, width, 3), 128, np.uint8)).logits
-    if logits is None or not np.isfinite(logits).all():
-        raise ExportError(f"{opened.path / ONNX} answers a grey picture with what is no number.")
+    grey = np.full((height, width, 3), 128, np.uint8)
+    precisions: dict[Precision, str] = {"fp32": ONNX, **({"int8": ONNX_INT8} if ONNX_INT8 in opened else {})}
+    for precision, name in precisions.items():
+        logits = Predictor(opened, "onnx", "cpu", precision=precision).predict(grey).logits
+        if logits is None or not np.isfinite(logits).all():
+            raise ExportError(f"{opened.path / name} answers a grey picture with what is no number.")
     try:
         from export.to_onnx import check_parity
     except ModuleNotFoundError as error:
@@ -102,7 +106,11 @@ def what_the_card_lacks(config: Mapping[str, Any]) -> list[str]:
     if not ours.get("imported"):
         needed |= {"schedule": "the schedule", "command": "the training command", "seed": "the seed",
                    "code_version": "the version of the code", "versions": "those of the libraries"}
+    if results_of(ours):
+        del needed["results"]
     missing = [words for key, words in needed.items() if ours.get(key) in (None, "", [], {})]
+    if "int8" in (variants := ours.get("variants") or {}) and "groups" not in variants["int8"]:
+        missing.append("what int8 gets right per group")
     if (ours.get("imported") or {}).get("licence") == "unknown":
         missing.append("the licence of the imported file")
     if all(name == str(c) for c, name in enumerate(config["label_names"])):
@@ -157,7 +165,7 @@ def read_back(repo: str, commit: str, contents: Mapping[str, bytes]) -> None:
 def entry(config: Mapping[str, Any], repo: str, commit: str, manifest_sha256: str) -> str:
     """What to paste into zoo/registry.py."""
     ours = config["metasaug"]
-    error = (ours.get("results") or {}).get("error")
+    error = (results_of(ours) or {}).get("error")
     summary = f"trained on {ours['dataset']}, {ours.get('schedule', 'schedule not known')}"
     known = "" if find(ours["name"]) else f"\n(No entry there is called {ours['name']}: add one, or load hf:{repo}.)"
     here = OnHub(repo, commit, manifest_sha256, error, summary)

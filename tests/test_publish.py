@@ -190,6 +190,26 @@ def test_a_seed_of_zero_is_a_seed(tiny_model_folder):
     assert config["metasaug"]["seed"] == 0 and what_the_card_lacks(config) == []
 
 
+def test_results_of_the_onnx_files_count_and_int8_needs_its_own(tiny_model_folder):
+    """Imported weights have no training behind them: `metasaug export --data` measures what they get right."""
+    from huggingface_hub import ModelCard
+
+    from export.card import card
+    from export.publish import entry, what_the_card_lacks
+
+    config = json.loads(json.dumps(ModelFolder(tiny_model_folder).config))
+    ours = config["metasaug"]
+    fp32 = {key: ours["results"][key] for key in ("images", "error", "macro_error", "worst_class_error", "groups")}
+    ours.update(results=None, variants={"fp32": fp32, "int8": {"calibration_pictures": 512}})
+    assert what_the_card_lacks(config) == ["what int8 gets right per group"]
+    ours["variants"]["int8"].update(fp32)
+    assert what_the_card_lacks(config) == []
+    # Then the card's YAML and the registry's entry have these numbers.
+    data = ModelCard(card(config)).data
+    assert {r.metric_name: r.metric_value for r in data.eval_results}["accuracy"] == round(1 - fp32["error"], 4)
+    assert f', {fp32["error"]!r}, ' in entry(config, "me/tiny", "a" * 40, "b" * 64)
+
+
 @pytest.mark.parametrize("repo", ["tiny", "a/b/c", "me/tiny@main", "", "hf:me/tiny", "me/"])
 def test_a_repository_that_is_none_is_told(hub, tiny_model_folder, capsys, repo):
     code, _, err = run(capsys, tiny_model_folder, "--repo", repo)
