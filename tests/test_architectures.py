@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import zoo
 from zoo.errors import ZooError
@@ -172,7 +173,6 @@ def test_timm_refuses_a_folder_whose_classifier_it_has_not(config, tmp_path):
 def test_timms_pictures_are_prepared_as_ours(config, tmp_path, pictures):
     """timm's own transform of the folder's config gives the zoo's pixels: same resize, crop, mean and std."""
     timm = pytest.importorskip("timm")
-    from PIL import Image
 
     folder = folder_of(tmp_path / "model", "resnet10-small", config, 64)
     cfg = ModelFolder(folder).config["pretrained_cfg"]
@@ -201,3 +201,29 @@ def test_a_classifier_of_torchvision_trains_as_any_network(name):
 def test_what_torchvision_has_not_or_ends_otherwise_is_named(name, says):
     with pytest.raises(ZooError, match=says):
         create(f"torchvision:{name}", 5)
+
+
+def test_a_network_of_timm_trained_here_is_timms_too(config, tmp_path, monkeypatch):
+    """From training to timm: own pictures, a network whose last layer is not called fc."""
+    timm = pytest.importorskip("timm")
+    import metasaug
+    from zoo.directions import last_layer
+
+    # Given own pictures, when a network of timm is trained on them for an epoch,
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name, count in (("ash", 30), ("birch", 16)):
+        (tmp_path / "trees" / name).mkdir(parents=True)
+        for i in range(count):
+            noise = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+            noise.save(tmp_path / "trees" / name / f"{i}.png")
+    assert metasaug.main(["train", "folder", "--data", "trees", "--architecture", "timm:regnetx_002", "--epochs", "1",
+                          "--input-size", "32", "--out", "run"]) == 0
+    # then timm opens the folder, with our logits, and the demo finds its last layer.
+    folder = ModelFolder(tmp_path / "run" / "model")
+    theirs = timm.create_model(f"local-dir:{folder.path}", pretrained=True).eval()
+    with torch.no_grad():
+        pictures = torch.randn(2, 3, 32, 32)
+        assert torch.equal(theirs(pictures), zoo.load(folder.path, backend="torch").module(pictures))
+    assert folder.config["pretrained_cfg"]["classifier"] == "head.fc"
+    assert last_layer(folder).shape == (2, theirs.num_features)

@@ -283,6 +283,7 @@ def write_model(model: Path, name: str, recipe: Recipe, data, state, results: di
     import torch
 
     from training.loop import view_of
+    from zoo.architectures import classifier_name
     from zoo.labels import assign_groups
     from zoo.model_folder import write_model_folder
     from zoo.registry import find
@@ -292,12 +293,12 @@ def write_model(model: Path, name: str, recipe: Recipe, data, state, results: di
     groups, groups_by = assign_groups(counts)
     view = view_of(recipe, data)
     config = {
-        "architecture": recipe.architecture,
+        "architecture": recipe.architecture.removeprefix("timm:"),  # as timm itself reads it
         "num_classes": len(data.label_names),
         "num_features": state.module.num_features,
         "label_names": list(data.label_names),
         "pretrained_cfg": {
-            **view.pretrained_cfg, "num_classes": len(data.label_names), "classifier": "fc",
+            **view.pretrained_cfg, "num_classes": len(data.label_names), "classifier": classifier_name(state.module),
         },
         "metasaug": {
             "format": 1,
