@@ -1,7 +1,9 @@
 """`metasaug publish`: a model folder to the Hub. Checked before, uploaded in one commit, read back after."""
 
 import hashlib
+import json
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -18,7 +20,7 @@ from zoo.errors import HubError
 from zoo.hub import PATIENCE, PREFIX, HubFolder, in_words, parse, within
 from zoo.model_folder import CARD, FIGURE, FILES, MANIFEST, ONNX, ONNX_INT8, WEIGHTS, ModelFolder, manifest_of
 from zoo.predictor import Precision, Predictor, torch_module
-from zoo.registry import OnHub, find
+from zoo.registry import find
 
 T = TypeVar("T")
 
@@ -168,6 +170,11 @@ def entry(config: Mapping[str, Any], repo: str, commit: str, manifest_sha256: st
     error = (results_of(ours) or {}).get("error")
     summary = f"trained on {ours['dataset']}, {ours.get('schedule', 'schedule not known')}"
     known = "" if find(ours["name"]) else f"\n(No entry there is called {ours['name']}: add one, or load hf:{repo}.)"
-    here = OnHub(repo, commit, manifest_sha256, error, summary)
-    fields = ", ".join(repr(value) for value in vars(here).values()).replace("'", '"')
-    return f'For ON_HUB in zoo/registry.py:\n    "{ours["name"]}": OnHub({fields}),{known}'
+    words = "\n        ".join(_quoted(part) for part in textwrap.wrap(summary, 100, drop_whitespace=False))
+    return (f"For ON_HUB in zoo/registry.py:\n    {_quoted(ours['name'])}: OnHub(\n        {_quoted(repo)}, "
+            f"{_quoted(commit)},\n        {_quoted(manifest_sha256)}, {error if error is None else round(error, 6)},\n"
+            f"        {words}),{known}")
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # Python's string in double quotes, too

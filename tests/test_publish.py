@@ -77,8 +77,10 @@ def test_what_is_published_is_loaded_by_its_name_once_the_entry_is_pasted(
     assert all(held[name] == (folder / name).read_bytes() for name in (CONFIG, WEIGHTS, COVARIANCE, ONNX))
     assert state(folder) == before and not repo.private
     # The entry that it prints, pasted into the registry, makes the name load, and predict as the folder does.
-    line = re.search(r'^    "metasaug-inat18": (OnHub\(.*\)),$', out, re.MULTILINE)
-    monkeypatch.setitem(zoo.registry.ON_HUB, "metasaug-inat18", eval(line[1], {"OnHub": OnHub}))
+    pasted = out.split("For ON_HUB in zoo/registry.py:\n")[1]
+    assert max(map(len, pasted.splitlines())) <= 120
+    for name, where in eval("{" + pasted + "}", {"OnHub": OnHub}).items():
+        monkeypatch.setitem(zoo.registry.ON_HUB, name, where)
     model = zoo.load("metasaug-inat18")
     assert model.folder.source == f"hf:me/inat18@{repo.refs['main']}"
     assert model.predict(pictures / "a.png") == zoo.load(folder).predict(pictures / "a.png")
@@ -207,7 +209,11 @@ def test_results_of_the_onnx_files_count_and_int8_needs_its_own(tiny_model_folde
     # Then the card's YAML and the registry's entry have these numbers.
     data = ModelCard(card(config)).data
     assert {r.metric_name: r.metric_value for r in data.eval_results}["accuracy"] == round(1 - fp32["error"], 4)
-    assert f', {fp32["error"]!r}, ' in entry(config, "me/tiny", "a" * 40, "b" * 64)
+    ours.update(name="metasaug-inat18", schedule='the "long" one: ' + "x y" * 99)
+    pasted = entry(config, "me/tiny", "a" * 40, "b" * 64).split("registry.py:\n")[1]
+    (here,) = eval("{" + pasted + "}", {"OnHub": OnHub}).values()
+    assert here == OnHub("me/tiny", "a" * 40, "b" * 64, pytest.approx(fp32["error"]),
+                         f"trained on Made-up animals, {ours['schedule']}")
 
 
 @pytest.mark.parametrize("repo", ["tiny", "a/b/c", "me/tiny@main", "", "hf:me/tiny", "me/"])
