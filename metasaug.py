@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"metasaug {version('metasaug')}")
         return 0
     if name not in COMMANDS:
-        print(f"Unknown command {name!r}.\n\n{overview()}", file=sys.stderr)
+        longer = [command for command in COMMANDS if command.startswith(f"{name} ")]
+        hint = f" Did you mean {' or '.join(longer)}?" if longer else ""
+        print(f"Unknown command {name!r}.{hint}\n\n{overview()}", file=sys.stderr)
         return 2
 
     from zoo.errors import ZooError

@@ -105,6 +105,8 @@ def test_the_large_sets_are_checked_in_their_own_formats(tmp_path, capsys, name)
 
 
 def test_what_is_no_data_set_is_one_error(tmp_path, capsys):
+    assert main(["data"]) == 2
+    assert "data check" in capsys.readouterr().err
     for arguments in (["folder", "--data", str(tmp_path)], ["cifar10-lt", "--data", str(tmp_path)],
                       ["table", "--table", str(tmp_path / "x.csv")], ["inat18", "--data", str(tmp_path)]):
         assert main(["data", "check", *arguments]) == 2
@@ -126,5 +128,5 @@ def test_cifar_is_checked_by_content(tmp_path, capsys):
 
 def test_figures_are_told_in_fitting_units():
     assert [_duration(s) for s in (0.2, 90, 150, 9000, 500_000)] == [
-        "1 seconds", "90 seconds", "2.5 minutes", "2.5 hours", "5.8 days"]
+        "a second", "90 seconds", "2.5 minutes", "2.5 hours", "5.8 days"]
     assert [_bytes(n) for n in (900, 2.5e6, 186e9, 1.2e12)] == ["1 kB", "2.5 MB", "186 GB", "1.2 TB"]

@@ -349,7 +349,7 @@ def _duration(seconds: float) -> str:
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}" if seconds > 10 * length else f"{seconds / length:.1f} {unit}"
-    return f"{max(1, math.ceil(seconds))} seconds"
+    return f"{math.ceil(seconds)} seconds" if seconds > 1 else "a second"
 
 
 def _bytes(n: float) -> str:

@@ -130,8 +130,8 @@ def _cut_parts(listing: Listing, keys: Sequence, rule: CutRule) -> _Parts:
     meta, removed, shared = cuts.cut_meta(units, listing.names, listing.labels, ~test, classes, rule.meta_per_class,
                                           rule.subset_seed)
     parts = _Parts(~test & ~removed, meta, test, shared)
-    parts.notes.append(f"Test set cut by file name: {test.sum():,} of {len(test):,} pictures, at least 2 a class and "
-                       "at most a third.")
+    parts.notes.append(f"Test set cut by file name: {test.sum():,} of {len(test):,} pictures, {rule.test_share:.0%} of "
+                       "each class, at least 2 (of a class of 2 or 3, 1).")
     parts.notes += _meta_notes(listing, shared, rule)
     untested = np.setdiff1d(np.arange(classes), listing.labels[test])
     if len(untested):
