@@ -68,7 +68,7 @@ def job_of(kind: str, root, shuffled: bool):
         make_imagenet_lt(root, COUNTS, val=4, test=20)
         parts = {"train": [sorted(folder.iterdir()) for folder in sorted((root / "train").iterdir())],
                  "test": [sorted(folder.iterdir()) for folder in sorted((root / "val").iterdir())]}
-        flags = {**SHORT, "crops": "shift", "stage2_batch_size": 8}
+        flags = {**SHORT, "crops": "shift", "color_jitter": 0.0, "stage2_batch_size": 8}
         job = TrainLargeSet(ImageNetLT(**flags, epochs=18, stage2_epochs=3), options)
     else:
         make_inat(root, 2017 if kind == "inat17" else 2018, COUNTS)
