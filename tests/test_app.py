@@ -334,7 +334,9 @@ def test_a_picture_comes_by_paste_and_by_webcam(chromium, address):
     page.get_by_text("Waiting for a picture").first.wait_for()
     page.get_by_label("Capture from camera").click()
     page.locator("[title='grant webcam access'] button").click()
-    page.locator("#picture video").wait_for()
+    # Gradio takes no photo before the camera's first frame has come.
+    page.wait_for_function("() => { const v = document.querySelector('#picture video'); "
+                           "return v && v.videoWidth > 0 && v.readyState >= 2 && v.currentTime > 0; }")
     page.get_by_label("capture photo").click()
     page.locator(".best").nth(1).wait_for()
     context.close()
