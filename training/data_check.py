@@ -14,11 +14,12 @@ import numpy as np
 import tyro
 
 from training.command_line import AnyJob, Job, choose_device, settle
-from training.datasets import LongTailed, PictureFiles, Split, content_key, listed, printable
+from training.datasets import LongTailed, PictureFiles, Split, content_key, listed
 from training.errors import DataError
 from training.listings import left_out_in_words
 from training.metrics import wilson_interval
 from training.recipes import Recipe
+from zoo.files import printable
 from zoo.images import decode
 from zoo.labels import GROUPS, HEAD_ABOVE, TAIL_BELOW, assign_groups
 

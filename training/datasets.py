@@ -13,6 +13,7 @@ import numpy as np
 
 from training.errors import DataError
 from zoo.errors import PictureError
+from zoo.files import printable
 from zoo.images import decode
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp", ".ppm",
@@ -136,11 +137,6 @@ def check_class_names(names: Iterable[str], where: str) -> None:
         if twin != name:
             raise DataError(f"{where} has two classes of one name but for case or accents, {twin} and {name}: rename "
                             "or join them.")
-
-
-def printable(text: str) -> str:
-    """File names that are no text (Linux allows any bytes) with their odd bytes as \\udcXX."""
-    return text.encode("utf-8", errors="backslashreplace").decode()
 
 
 def listed(items: Sequence[str], between: str, most: int = 10) -> str:

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from training.authors_subsets import authors_meta
-from training.datasets import LongTailed, PictureFiles, listed, printable
+from training.datasets import LongTailed, PictureFiles, listed
 from training.errors import DataError
 from training.listings import left_out_in_words, refuse
 from training.looking import look_at
 from zoo import label_names as known
+from zoo.files import printable
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from training import cuts
-from training.datasets import LongTailed, PictureFiles, listed, printable
+from training.datasets import LongTailed, PictureFiles, listed
 from training.errors import DataError
 from training.listings import Listing, left_out_in_words, list_folder, list_table, refuse
 from training.looking import glance_at, look_at
+from zoo.files import printable
 
 
 @dataclass(frozen=True)

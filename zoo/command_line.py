@@ -14,12 +14,13 @@ import tyro
 import zoo
 from zoo.archives import is_zip
 from zoo.errors import PictureError, ZooError
+from zoo.files import printable
 from zoo.hub import OWNER, own_copies
 from zoo.loading import open_folder
 from zoo.model_folder import CARD
 from zoo.predictor import Prediction, Predictor
 from zoo.registry import PAPER
-from zoo.rows import cells, header, printable
+from zoo.rows import cells, header
 
 
 def list_table(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and their names as text."""
 
 import os
 from pathlib import Path
@@ -24,3 +24,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def printable(text: str) -> str:
+    """File names that are no text (Linux allows any bytes) with their odd bytes as \\udcXX."""
+    return text.encode("utf-8", errors="backslashreplace").decode()

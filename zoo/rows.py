@@ -1,5 +1,6 @@
 """Predictions as rows of a table: what `metasaug predict --out` and the demo write."""
 
+from zoo.files import printable
 from zoo.labels import GROUPS
 from zoo.predictor import Prediction
 
@@ -20,11 +21,6 @@ def cells(row: Prediction, top_k: int) -> list[str]:
     rest = [cell for c in row.top[1:top_k] for cell in (c.label, f"{c.probability:.6f}")]
     rest += [""] * (len(_others(top_k)) - len(rest))
     return [printable(row.source), *first, *mass, *rest, printable(row.error or "")]
-
-
-def printable(text: str) -> str:
-    """File names that are no text (Linux allows any bytes) with their odd bytes as \\udcXX."""
-    return text.encode("utf-8", errors="backslashreplace").decode()
 
 
 def _others(top_k: int) -> list[str]:
