@@ -1,8 +1,8 @@
 """Does it help? Every cell of ledger.toml, run once, from one stage 1 a set and seed.
 
-    python -m benchmarks.ledger run --data DIR        # goes on where it was stopped
-    python -m benchmarks.ledger status                # what is missing, and how long it will take
-    python -m benchmarks.ledger page                  # the tables and the curve in docs/ledger.md
+    python -m benchmarks.ledger run --cifar10 DIR --plankton DIR   # goes on where it was stopped
+    python -m benchmarks.ledger status                             # what is missing, and how long it will take
+    python -m benchmarks.ledger page                               # the tables and the curve in docs/ledger.md
 """
 
 import json
@@ -10,19 +10,22 @@ import statistics
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from training.command_line import RunOptions, TrainCifar, TrainFolder, alone_in
+from training.datasets import LongTailed
 from training.errors import TrainingError
-from training.recipes import Cifar10LT, Cifar100LT
+from training.recipes import Cifar10LT, Folder, Recipe
 from zoo.files import write_atomically
 from zoo.labels import GROUPS
 
 HERE = Path(__file__).resolve().parent
 PROTOCOL, RESULTS, PAGE = HERE / "ledger.toml", HERE / "results" / "ledger.json", HERE.parent / "docs" / "ledger.md"
-RECIPES = {recipe.dataset: recipe for recipe in (Cifar10LT, Cifar100LT)}
+RECIPES: dict[str, type[Recipe]] = {recipe.dataset: recipe for recipe in (Cifar10LT, Folder)}
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,15 @@ class Protocol:
         return [Cell(part["name"], method, seed) for part in self._content["sets"] for seed in part["seeds"]
                 for method in part["methods"]]
 
-    def recipe(self, cell: Cell) -> Cifar10LT:
-        flags = dict(next(part["recipe"] for part in self._content["sets"] if part["name"] == cell.set))
+    def _set(self, cell: Cell) -> dict[str, Any]:
+        return next(part for part in self._content["sets"] if part["name"] == cell.set)
+
+    def steps(self, cell: Cell) -> int:
+        """Steps an epoch."""
+        return -(-self._set(cell)["train_pictures"] // self.recipe(cell).batch_size)
+
+    def recipe(self, cell: Cell) -> Recipe:
+        flags = dict(self._set(cell)["recipe"])
         make = RECIPES[flags.pop("dataset")]
         return make(**flags, **self.methods[cell.method], stage1_loss="ce", seed=cell.seed, subset_seed=cell.seed)
 
@@ -59,34 +69,54 @@ class Protocol:
 # ---- running ----
 
 
-def run(data: Path, runs: Path = Path("runs/ledger"), results: Path = RESULTS, limit: int | None = None) -> None:
+def run(cifar10: Path | None = None, plankton: Path | None = None, runs: Path = Path("runs/ledger"),
+        results: Path = RESULTS, only: str = "", limit: int | None = None) -> None:
     """Run the cells that are missing, one after the other; a cell done is never run again.
 
     Args:
-        data: Folder of the CIFAR-10 pictures, as for `metasaug train cifar10-lt`.
+        cifar10: Folder of the CIFAR-10 pictures, as for `metasaug train cifar10-lt`; without it those cells wait.
+        plankton: Folder of the plankton class folders, as for `metasaug train folder`; without it those cells wait.
         runs: Where the runs live; a run that was stopped goes on to the same bits.
         results: The file that takes each cell's figures as it ends.
+        only: Only cells whose SET/METHOD/SEED matches, as "cifar10-lt-100/*/1". Several of these commands may run
+            beside each other where no set and seed is matched by two.
         limit: Stop after so many cells.
     """
     protocol = Protocol()
-    missing = _missing(protocol, results)
+    folders = {"cifar10-lt": cifar10, "folder": plankton}
+    missing = [cell for cell in _missing(protocol, results)
+               if folders[protocol.recipe(cell).dataset] and fnmatch(cell.key, only or "*")]
     for number, cell in enumerate(missing[:limit], 1):
         print(f"[{number}/{len(missing)}] {cell.key}", flush=True)
-        figures = _run_cell(protocol.recipe(cell), cell, data, runs)
-        write_atomically(results, _as_json([*_done(results), figures]))
+        recipe = protocol.recipe(cell)
+        folder = folders[recipe.dataset]
+        assert folder is not None
+        with alone_in(runs / cell.set / str(cell.seed)):
+            figures = _run_cell(recipe, cell, _load(recipe, folder), runs)
+        with alone_in(runs, wait=True):
+            done = [*_done(results), figures]
+            order = [cell.key for cell in protocol.cells]
+            done.sort(key=lambda row: order.index(_cell_of(row).key))
+            write_atomically(results, _as_json(done))
         print(f"    {protocol.metric} {figures[protocol.metric]:.2%}", flush=True)
 
 
-def _run_cell(recipe: Cifar10LT, cell: Cell, data: Path, runs: Path) -> dict[str, Any]:
+def _load(recipe: Recipe, folder: Path) -> LongTailed:
+    """As `metasaug train` loads it."""
+    options = RunOptions(data=folder)
+    if isinstance(recipe, Cifar10LT):
+        return TrainCifar(recipe, options).load()
+    assert isinstance(recipe, Folder)
+    return TrainFolder(recipe, options).load()
+
+
+def _run_cell(recipe: Recipe, cell: Cell, pictures: LongTailed, runs: Path) -> dict[str, Any]:
     import torch
 
     from benchmarks.measuring import machine
     from training import loop
-    from training.cifar import load_cifar
     from training.command_line import code_version
 
-    pictures = load_cifar(recipe.dataset, data, recipe.imbalance, recipe.meta_per_class, recipe.subset_seed,
-                          subset=recipe.subset)
     folder = runs / cell.set / str(cell.seed)
     stage1 = folder / "stage1"  # the first cell's; the others start from it
     own = folder / cell.method
@@ -115,8 +145,12 @@ def _done(results: Path) -> list[dict[str, Any]]:
     return json.loads(results.read_text())["cells"] if results.exists() else []
 
 
+def _cell_of(row: Mapping[str, Any]) -> Cell:
+    return Cell(row["set"], row["method"], row["seed"])
+
+
 def _missing(protocol: Protocol, results: Path) -> list[Cell]:
-    done = {Cell(row["set"], row["method"], row["seed"]) for row in _done(results)}
+    done = {_cell_of(row) for row in _done(results)}
     return [cell for cell in protocol.cells if cell not in done]
 
 
@@ -144,8 +178,7 @@ STEP_COST = {"none": 1.0, "isda": 1.1, "classifier": 1.4, "network": 3.8}
 
 
 def _hours_left(protocol: Protocol, missing: Sequence[Cell], done: Sequence[Mapping[str, Any]]) -> float | None:
-    plain = [row["seconds"] / (row["epochs"] * _steps(protocol.recipe(Cell(row["set"], "ce", row["seed"]))))
-             for row in done if row["method"] == "ce"]
+    plain = [row["seconds"] / (row["epochs"] * protocol.steps(_cell_of(row))) for row in done if row["method"] == "ce"]
     if not plain:
         return None
     steps, begun = 0.0, {(row["set"], row["seed"]) for row in done}
@@ -156,18 +189,8 @@ def _hours_left(protocol: Protocol, missing: Sequence[Cell], done: Sequence[Mapp
         if (cell.set, cell.seed) not in begun:  # the first cell of a set and seed runs their stage 1
             begun.add((cell.set, cell.seed))
             epochs += recipe.stage2_epoch
-        steps += epochs * _steps(recipe)
+        steps += epochs * protocol.steps(cell)
     return steps * statistics.median(plain) / 3600
-
-
-def _steps(recipe: Cifar10LT) -> int:
-    """Steps an epoch."""
-    from training.cifar import CIFAR, long_tail_counts
-
-    assert isinstance(recipe, Cifar10LT)
-    about = CIFAR[recipe.dataset]
-    counts = long_tail_counts(about.class_size - recipe.meta_per_class, about.num_classes, recipe.imbalance)
-    return -(-sum(counts) // recipe.batch_size)
 
 
 # ---- the page ----

@@ -60,6 +60,7 @@ metasaug = { augment = "metasaug" }
 [[sets]]
 name = "tiny"
 recipe = { dataset = "cifar10-lt", imbalance = 2, epochs = 2, meta_per_class = 2, batch_size = 20 }
+train_pictures = 80
 seeds = [3]
 methods = ["ce", "metasaug"]
 """)
@@ -67,11 +68,11 @@ methods = ["ce", "metasaug"]
     monkeypatch.setattr(ledger, "Protocol", lambda: protocol)
     results = tmp_path / "ledger.json"
     # when the first is run, and then the rest, and then all again,
-    ledger.run(tmp_path, tmp_path / "runs", results, limit=1)
+    ledger.run(tmp_path, runs=tmp_path / "runs", results=results, limit=1)
     first = json.loads(results.read_text())["cells"]
-    ledger.run(tmp_path, tmp_path / "runs", results)
+    ledger.run(tmp_path, runs=tmp_path / "runs", results=results)
     both = json.loads(results.read_text())["cells"]
-    ledger.run(tmp_path, tmp_path / "runs", results)
+    ledger.run(tmp_path, runs=tmp_path / "runs", results=results)
     # then each ran once, the second began after stage 1, and its log says how far S moved.
     assert [row["method"] for row in both] == ["ce", "metasaug"]
     assert both[0] == first[0]

@@ -219,7 +219,7 @@ def train(job: AnyJob) -> Path | None:
 
     loop.check(recipe, data)
     print(f"{run_name(job.recipe)} on {device}, into {folder}")
-    with _alone_in(folder):
+    with alone_in(folder):
         workers = (os.cpu_count() or 1) if options.workers is None else options.workers
         state, results = loop.run(recipe, data, folder, device, options.resume, options.stage1,
                                   options.evaluate_every, options.save_every, workers, options.tensorboard)
@@ -394,8 +394,8 @@ def hardware(device) -> str:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Two runs in one folder would tear each other's state: the second one is told, and leaves."""
+def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Two runs in one folder would tear each other's state: the second one waits, or is told and leaves."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")  # noqa: SIM115
@@ -403,7 +403,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
         raise TrainingError(f"--out {folder} cannot be written: {error.strerror or error}.") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             raise TrainingError(f"{folder} is in use by another run; choose another --out.") from None
         yield
