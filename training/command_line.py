@@ -63,6 +63,9 @@ class RunOptions:
     save_every: int = 1
     """Epochs between checkpoints. SIGINT (exit code 130) and SIGTERM (143) save at once."""
 
+    save_minutes: float = 10
+    """Minutes after which a checkpoint is written within an epoch, for long ones; 0: at the end of epochs only."""
+
     tensorboard: bool = False
     """Keep the log in RUN/tensorboard as well, for `tensorboard --logdir runs`."""
 
@@ -222,7 +225,8 @@ def train(job: AnyJob) -> Path | None:
     with alone_in(folder):
         workers = (os.cpu_count() or 1) if options.workers is None else options.workers
         state, results = loop.run(recipe, data, folder, device, options.resume, options.stage1,
-                                  options.evaluate_every, options.save_every, workers, options.tensorboard)
+                                  options.evaluate_every, options.save_every, options.save_minutes, workers,
+                                  options.tensorboard)
         model = folder / "model"
         write_model(model, options.name or run_name(job.recipe), recipe, loop.data_of_stage(recipe, data, 2), state,
                     results)

@@ -27,7 +27,7 @@ from training.datasets import LongTailed, PictureFiles, Split, listed
 from training.errors import DivergenceError, Interrupted, TrainingError
 from training.frozen_head import SUPPORTED_LOSSES, frozen_head_step
 from training.losses import HeadLoss, class_balanced_weights
-from training.meta import StepResult, features_of, isda_step, metasaug_step, plain_step
+from training.meta import StepResult, check_finite, features_of, isda_step, metasaug_step, plain_step
 from training.metrics import DETAILS, Tally
 from training.recipes import Loss, Recipe
 from training.start_weights import load_pretrained
@@ -51,6 +51,19 @@ class State:
     seconds: float = 0.0
     log_bytes: int = 0  # length of the log when the state was saved
     sums: dict[str, float] = field(default_factory=dict)  # of this epoch, for its log line
+
+    def check(self) -> None:
+        """DivergenceError where a number that a checkpoint would keep is NaN or infinite."""
+        momenta = [one.get("momentum_buffer") for one in self.optimizer.state.values()]
+        kept = {"weight": self.module.state_dict().values(), "momentum": momenta,
+                "covariance": [*self.covariance.state_dict().values(), *self.learned.state_dict().values()]}
+        kept = {name: [t for t in tensors if torch.is_tensor(t) and t.is_floating_point()]
+                for name, tensors in kept.items()}
+        try:
+            check_finite(**{name: tensors for name, tensors in kept.items() if tensors})
+        except DivergenceError as error:
+            raise DivergenceError(f"epoch {self.epoch + 1}, step {self.step}: {error} Not saved; the last checkpoint is "
+                                  "good. Try a smaller --lr or --strength.") from error
 
     def to_dict(self, recipe: Recipe) -> dict:
         return {
@@ -166,6 +179,7 @@ def run(
     stage1: Path | None = None,
     evaluate_every: int = 10,
     save_every: int = 1,
+    save_minutes: float = 10,
     workers: int = 0,
     tensorboard: bool = False,
     on_progress: Callable[[State], None] | None = None,
@@ -175,6 +189,7 @@ def run(
     folder          run folder: log.jsonl, checkpoints/, stage1/
     evaluate_every  epochs between looks at the test set, for the log only; the last epoch is always looked at
     save_every      epochs between checkpoints; SIGINT and SIGTERM save at once
+    save_minutes    minutes after which a checkpoint is written within an epoch; 0: only at its end
     workers         processes that decode pictures; their number changes no bit of the result
     tensorboard     keep the log in `folder`/tensorboard as well
     Returns the state after the last epoch and its test results. Raises TrainingError, DivergenceError before an
@@ -190,11 +205,22 @@ def run(
     steps = [stages[epoch >= recipe.stage2_epoch].batches.steps for epoch in range(recipe.epochs)]
     results: dict = {}
 
+    saved_at = time.monotonic()
+
     def save_state() -> None:
+        nonlocal saved_at
+        state.check()
         checkpoints.save(folder / "checkpoints", state.to_dict(recipe), state.epoch, state.step)
+        saved_at = time.monotonic()
+
+    def leave_if_stopped() -> None:
+        if stopped:
+            save_state()
+            raise Interrupted(f"stopped in epoch {state.epoch + 1}, after step {state.step}; nothing is lost: the same "
+                              "command with --resume goes on.", 128 + stopped[0])
 
     def test() -> dict:
-        return evaluate(state.module, final, view, groups, device, workers, recipe.implicit_prior)
+        return evaluate(state.module, final, view, groups, device, workers, recipe.implicit_prior, leave_if_stopped)
 
     with (
         _stop_signals() as stopped,
@@ -202,6 +228,7 @@ def run(
         tqdm(total=sum(steps), initial=sum(steps[: state.epoch]) + state.step, unit="step", dynamic_ncols=True) as bar,
     ):
         while state.epoch < recipe.epochs:
+            leave_if_stopped()
             in_stage2 = state.epoch >= recipe.stage2_epoch
             stage, last = stages[in_stage2], steps[state.epoch]
             _set_trained(state.module, recipe, in_stage2)
@@ -211,6 +238,7 @@ def run(
             meta = _meta_batches(recipe, stage, state, last) if with_meta else itertools.repeat(None)
             began = time.monotonic()
             for (pictures, labels), meta_batch in zip(stage.batches.epoch(state.epoch, state.step), meta, strict=False):
+                torch.manual_seed(_seed_of_step(recipe, state))
                 try:
                     result = _step(recipe, state, stage, pictures, labels, meta_batch)
                 except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -233,23 +261,19 @@ def run(
                                     f"error {state.sums['wrong'] / seen:.1%}", refresh=False)
                 if on_progress is not None:
                     on_progress(state)
-                if stopped and state.step < last:
+                leave_if_stopped()
+                if 0 < save_minutes * 60 <= time.monotonic() - saved_at and state.step < last:
                     save_state()
-                    raise Interrupted(f"stopped in epoch {state.epoch + 1}, after step {state.step} of {last}; nothing "
-                                      "is lost: the same command with --resume goes on.", 128 + stopped[0])
             line = _log_line(recipe, state)
-            state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
-            if state.epoch % evaluate_every == 0 or state.epoch == recipe.epochs:
+            if (state.epoch + 1) % evaluate_every == 0 or state.epoch + 1 == recipe.epochs:
                 results = test()
                 line["test"] = {k: v for k, v in results.items() if k not in DETAILS}
+            state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
             state.log_bytes = log.write(line)
             if state.epoch == recipe.stage2_epoch:
                 checkpoints.save(folder / "stage1", state.to_dict(recipe), state.epoch, 0, keep=1)
-            if state.epoch % save_every == 0 or state.epoch == recipe.epochs or stopped:
+            if state.epoch % save_every == 0 or state.epoch == recipe.epochs:
                 save_state()
-            if stopped and state.epoch < recipe.epochs:
-                raise Interrupted(f"stopped after epoch {state.epoch} of {recipe.epochs}; nothing is lost: the same "
-                                  "command with --resume goes on.", 128 + stopped[0])
     if not results:  # resumed after the last epoch
         results = test()
     return state, {"split": "test", "epoch": state.epoch, **results}
@@ -260,6 +284,11 @@ def _meta_batches(recipe: Recipe, stage: Stage, state: State, last: int) -> Iter
     if recipe.fidelity == "reference" and recipe.stage2_trains == "classifier":
         return itertools.repeat(next(stage.meta.meta(0, 0, 1)))
     return stage.meta.meta(state.epoch, state.step, last)
+
+
+def _seed_of_step(recipe: Recipe, state: State) -> int:
+    """For what torch itself draws in a step (dropout, stochastic depth)."""
+    return int(np.random.SeedSequence([recipe.seed, state.epoch, state.step]).generate_state(1, np.uint64)[0])
 
 
 def _step(
@@ -299,14 +328,15 @@ def _set_trained(module: nn.Module, recipe: Recipe, in_stage2: bool) -> None:
 
 def evaluate(
     module: nn.Module, data: LongTailed, view: View, groups: tuple[str, ...], device: torch.device, workers: int = 0,
-    prior: str | None = None,
+    prior: str | None = None, before_each: Callable[[], None] = lambda: None,
 ) -> dict:
-    """Test results of the module as it stands; see training.metrics.Tally."""
+    """Test results of the module as it stands; see training.metrics.Tally. `before_each` batch may end it."""
     was_training = module.training
     module.eval()
     tally, seen = Tally(data.label_names, data.class_counts, groups, prior), 0
     with torch.no_grad():
         for pictures in in_order(data.test, view, device, workers):
+            before_each()
             tally.add(module(pictures).float().cpu().numpy(), data.test.labels[seen : seen + len(pictures)])
             seen += len(pictures)
     module.train(was_training)
