@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,16 +54,15 @@ class State:
 
     def check(self) -> None:
         """DivergenceError where a number that a checkpoint would keep is NaN or infinite."""
-        momenta = [one.get("momentum_buffer") for one in self.optimizer.state.values()]
-        kept = {"weight": self.module.state_dict().values(), "momentum": momenta,
-                "covariance": [*self.covariance.state_dict().values(), *self.learned.state_dict().values()]}
-        kept = {name: [t for t in tensors if torch.is_tensor(t) and t.is_floating_point()]
-                for name, tensors in kept.items()}
+        momenta = _floats(one.get("momentum_buffer") for one in self.optimizer.state.values())
+        covariances = [*self.covariance.state_dict().values(), *self.learned.state_dict().values()]
         try:
-            check_finite(**{name: tensors for name, tensors in kept.items() if tensors})
+            check_finite(weight=_floats(self.module.state_dict().values()), covariance=_floats(covariances))
+            if momenta:
+                check_finite(momentum=momenta)
         except DivergenceError as error:
-            raise DivergenceError(f"epoch {self.epoch + 1}, step {self.step}: {error} Not saved; the last checkpoint is "
-                                  "good. Try a smaller --lr or --strength.") from error
+            raise DivergenceError(f"epoch {self.epoch + 1}, step {self.step}: {error} Not saved; the last checkpoint "
+                                  "is good. Try a smaller --lr or --strength.") from error
 
     def to_dict(self, recipe: Recipe) -> dict:
         return {
@@ -81,6 +80,10 @@ class State:
         self.learned.load_state_dict(saved["learned"])
         for name in ("epoch", "step", "seconds", "log_bytes", "sums"):
             setattr(self, name, saved[name])
+
+
+def _floats(values: Iterable[Any]) -> list[torch.Tensor]:
+    return [v for v in values if torch.is_tensor(v) and v.is_floating_point()]
 
 
 def start(recipe: Recipe, num_classes: int, device: torch.device) -> State:
