@@ -94,3 +94,29 @@ def test_nothing_in_a_checkpoint_can_run(tmp_path):
     with pytest.raises(TrainingError, match="refused"):
         checkpoints.load(path)
     assert not canary.exists()
+
+
+def test_what_damage_and_kills_leave_is_cleared_away_by_the_next_write(tmp_path):
+    """A damaged newest file once counted among the two that are kept."""
+    # Given a good checkpoint, a damaged one after it, and a temporary file of a kill inside a write,
+    checkpoints.save(tmp_path, state(1), 1, 0)
+    damaged = checkpoints.save(tmp_path, state(3), 3, 0)
+    damaged.write_bytes(b"")
+    (tmp_path / f".{damaged.name}.77.tmp").write_bytes(b"half")
+    # when the run goes on from the good one and saves again,
+    new = checkpoints.save(tmp_path, state(2), 2, 0)
+    # then the two whole ones stand there and nothing else.
+    assert {path.name.split("-")[1] for path in tmp_path.iterdir()} == {"00001", "00002"}
+    assert checkpoints.load_newest(tmp_path)[1]["epoch"] == 2
+    new.write_bytes(b"")
+    with pytest.warns(UserWarning, match="Falling back"):
+        assert checkpoints.load_newest(tmp_path)[1]["epoch"] == 1
+
+
+def test_where_every_checkpoint_is_damaged_nothing_starts_again_unasked(tmp_path):
+    for epoch in (1, 2):
+        path = checkpoints.save(tmp_path, state(epoch), epoch, 0)
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(TrainingError, match=r"is whole .*--out"):
+        checkpoints.load_newest(tmp_path)

@@ -30,14 +30,20 @@ def write(path: Path, content: bytes) -> None:
 
 
 def save(folder: Path, state: dict, epoch: int, step: int, keep: int = 2) -> Path:
-    """Write a checkpoint and drop all but the newest `keep`."""
+    """Write a checkpoint, drop all but the newest `keep`, and what damage or a kill has left.
+
+    A run goes on from its newest whole checkpoint: what stands there from this step on or later is damaged, and must
+    not count among the kept.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
     digest = hashlib.sha256(content).hexdigest()[:16]
     path = folder / f"step-{epoch:05d}-{step:07d}-{digest}.pt"
     write(path, content)
-    for _, _, old in _newest_first(folder)[keep:]:
+    before = [old for *at, old in _newest_first(folder) if at < [epoch, step]]
+    later = [old for *at, old in _newest_first(folder) if at >= [epoch, step] and old != path]
+    for old in (*before[keep - 1 :], *later, *folder.glob(".step-*.tmp")):
         old.unlink(missing_ok=True)
     return path
 
@@ -58,12 +64,17 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
 
 
 def load_newest(folder: Path, device: torch.device | str = "cpu") -> tuple[Path, dict] | None:
-    """The newest whole checkpoint, or None; a damaged one is named in a warning and passed over."""
-    for _, _, path in _newest_first(folder):
+    """The newest whole checkpoint, or None where there never was one; a damaged one is named in a warning and passed
+    over. TrainingError where all are damaged: to start again is for a person to decide."""
+    found = _newest_first(folder)
+    for _, _, path in found:
         try:
             return path, load(path, device)
         except TrainingError as error:
             warnings.warn(f"{error} Falling back to the one before.", stacklevel=2)
+    if found:
+        raise TrainingError(f"No checkpoint in {folder} is whole ({', '.join(path.name for *_, path in found)}). Start "
+                            "again with another --out; if the run's stage 1 was kept, with --stage1.")
     return None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -98,6 +99,16 @@ class LongTailed:
     def untested_classes(self) -> tuple[int, ...]:
         tested = np.bincount(self.test.labels, minlength=len(self.label_names))
         return tuple(np.flatnonzero(tested == 0).tolist())
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when a run goes on: classes, counts, and which pictures train and guide, by name."""
+        digest = hashlib.sha256()
+        for pictures in (self.train, self.meta):
+            digest.update(pictures.labels.astype("<i8").tobytes())
+            if isinstance(pictures, PictureFiles):
+                digest.update("\0".join(pictures.names).encode(errors="surrogateescape"))
+        return {"label_names": list(self.label_names), "class_counts": list(self.class_counts),
+                "pictures": digest.hexdigest()}
 
     def with_meta_in_training(self) -> "LongTailed":
         """The same, its training set joined by those meta pictures that are not in it."""

@@ -64,9 +64,9 @@ class State:
             raise DivergenceError(f"epoch {self.epoch + 1}, step {self.step}: {error} Not saved; the last checkpoint "
                                   "is good. Try a smaller --lr or --strength.") from error
 
-    def to_dict(self, recipe: Recipe) -> dict:
+    def to_dict(self, recipe: Recipe, data: LongTailed) -> dict:
         return {
-            "format": 1, "recipe": recipe.to_dict(), "stage1_key": recipe.stage1_key(),
+            "format": 1, "recipe": recipe.to_dict(), "stage1_key": recipe.stage1_key(), "data": data.identity(),
             "module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(),
             "covariance": self.covariance.state_dict(), "learned": self.learned.state_dict(),
             "epoch": self.epoch, "step": self.step, "seconds": self.seconds, "log_bytes": self.log_bytes,
@@ -201,7 +201,7 @@ def run(
     final = data_of_stage(recipe, data, 2)
     groups, _ = assign_groups(final.class_counts)
     state = start(recipe, len(data.label_names), device)
-    _find_start(recipe, state, folder, device, resume, stage1)
+    _find_start(recipe, data, state, folder, device, resume, stage1)
     view = view_of(recipe, data)
     _try(state.module, recipe, view, device)
     stages = _stages(recipe, data, view, device, workers)
@@ -213,7 +213,7 @@ def run(
     def save_state() -> None:
         nonlocal saved_at
         state.check()
-        checkpoints.save(folder / "checkpoints", state.to_dict(recipe), state.epoch, state.step)
+        checkpoints.save(folder / "checkpoints", state.to_dict(recipe, data), state.epoch, state.step)
         saved_at = time.monotonic()
 
     def leave_if_stopped() -> None:
@@ -274,7 +274,7 @@ def run(
             state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
             state.log_bytes = log.write(line)
             if state.epoch == recipe.stage2_epoch:
-                checkpoints.save(folder / "stage1", state.to_dict(recipe), state.epoch, 0, keep=1)
+                checkpoints.save(folder / "stage1", state.to_dict(recipe, data), state.epoch, 0, keep=1)
             if state.epoch % save_every == 0 or state.epoch == recipe.epochs:
                 save_state()
     if not results:  # resumed after the last epoch
@@ -389,7 +389,8 @@ def _try(module: nn.Module, recipe: Recipe, view: View, device: torch.device) ->
 
 
 def _find_start(
-    recipe: Recipe, state: State, folder: Path, device: torch.device, resume: bool, stage1: Path | None
+    recipe: Recipe, data: LongTailed, state: State, folder: Path, device: torch.device, resume: bool,
+    stage1: Path | None,
 ) -> None:
     found = checkpoints.load_newest(folder / "checkpoints", device)
     if found is not None:
@@ -397,12 +398,15 @@ def _find_start(
         if not resume:
             raise TrainingError(f"{folder} already holds a run (epoch {saved['epoch']}). Go on with --resume, or "
                                 "choose another --out.")
-        differing = sorted(k for k, v in recipe.to_dict().items() if saved["recipe"].get(k) != v)
+        theirs = recipe.completed(saved["recipe"])
+        differing = sorted(k for k, v in recipe.to_dict().items() if theirs[k] != v)
         if differing:
             raise TrainingError(f"{folder} was trained with other settings: "
-                                + ", ".join(f"{k} {saved['recipe'].get(k)}" for k in differing)
+                                + ", ".join(f"{k} {theirs[k]}" for k in differing)
                                 + ". Resume with those, or choose another --out.")
-        state.load_dict(saved)
+        _check_data(data, saved, f"{folder} cannot go on")
+        with _fitting(path, recipe):
+            state.load_dict(saved)
     elif stage1 is not None:
         newest = (stage1, checkpoints.load(stage1, device)) if stage1.is_file() else checkpoints.load_newest(
             stage1 / "stage1" if (stage1 / "stage1").is_dir() else stage1, device)
@@ -410,16 +414,42 @@ def _find_start(
             raise TrainingError(f"--stage1 {stage1}: no stage-1 checkpoint there. Name a run folder whose stage 1 "
                                 "has ended.")
         path, saved = newest
-        if saved["stage1_key"] != recipe.stage1_key() or saved["epoch"] != recipe.stage2_epoch or saved["step"] != 0:
-            ours, theirs = json.loads(recipe.stage1_key()), json.loads(saved["stage1_key"])
-            differing = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+        ours, theirs = json.loads(recipe.stage1_key()), recipe.completed_key(saved["stage1_key"])
+        differing = sorted(k for k in ours if ours[k] != theirs.get(k))
+        if differing or saved["epoch"] != recipe.stage2_epoch or saved["step"] != 0:
             raise TrainingError(f"--stage1 {path}: another stage 1 than this recipe's ("
-                                + (", ".join(f"{k} {theirs.get(k)}, not {ours.get(k)}" for k in differing)
+                                + (", ".join(f"{k} {theirs.get(k)}, not {ours[k]}" for k in differing)
                                    or f"saved at epoch {saved['epoch']}") + ").")
+        _check_data(data, saved, f"--stage1 {path} does not serve")
         # Only what stage 1 made is taken over; estimates of stage 2 and the log start empty.
-        state.module.load_state_dict(saved["module"])
-        state.optimizer.load_state_dict(saved["optimizer"])
+        with _fitting(path, recipe):
+            state.module.load_state_dict(saved["module"])
+            state.optimizer.load_state_dict(saved["optimizer"])
         state.epoch, state.seconds = saved["epoch"], saved["seconds"]
+
+
+@contextmanager
+def _fitting(path: Path, recipe: Recipe) -> Iterator[None]:
+    """Another version of timm, torchvision or this code may build another network under the same name."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise TrainingError(f"{path} does not fit {recipe.architecture} as it is built here: "
+                            f"{' '.join(str(error).split())[:300]}. Take the versions that it was trained with, or "
+                            "begin anew with another --out.") from error
+
+
+def _check_data(data: LongTailed, saved: dict, what: str) -> None:
+    """TrainingError where the state was made on other pictures; states of before this was kept are taken on trust."""
+    ours, theirs = data.identity(), saved.get("data")
+    if theirs is None or ours == theirs:
+        return
+    now, then = (dict(zip(one["label_names"], one["class_counts"], strict=True)) for one in (ours, theirs))
+    differing = [f"{name} had {then.get(name, 'no')} training pictures and has {now.get(name, 'none')}"
+                 for name in sorted(now.keys() | then.keys()) if now.get(name) != then.get(name)]
+    reason = listed(differing, ", ") or "as many of each class, but not the same"
+    raise TrainingError(f"{what}: it was trained on other pictures ({reason}). Put those back, or begin anew with "
+                        "another --out.")
 
 
 class Log:

@@ -238,6 +238,16 @@ class Recipe:
         shared |= {"stage1_loss": self.first_loss, "meta_in_training": self.meta_in_training == "always"}
         return json.dumps(shared, sort_keys=True)
 
+    @classmethod
+    def completed(cls, saved: dict) -> dict:
+        """What an earlier version saved by `to_dict`: a flag that it did not know counts as its default."""
+        return cls().to_dict() | saved
+
+    @classmethod
+    def completed_key(cls, saved: str) -> dict:
+        """The same for a `stage1_key`."""
+        return json.loads(cls().stage1_key()) | json.loads(saved)
+
     def to_dict(self) -> dict:
         """Everything, where start weights come from by its last name only: nobody's folders go into a model folder."""
         flags = dataclasses.asdict(self)
