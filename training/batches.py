@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,7 @@ class Batches:
 
     def _batches(self, batches: list[np.ndarray], drawn: list[np.ndarray]):
         for at, pictures in zip(batches, self._augmented(batches, drawn), strict=True):
-            yield (normalised(pictures, self.view, self.device), torch.from_numpy(self.labels[at]).to(self.device))
+            yield normalised(pictures, self.view, self.device), _moved(self.labels[at], self.device)
 
     def _augmented(self, batches: list[np.ndarray], drawn: list[np.ndarray]) -> Iterator[np.ndarray]:
         if isinstance(self.pictures, PictureFiles):
@@ -252,7 +253,17 @@ def in_order(
 
 def normalised(pictures: np.ndarray, view: View, device: torch.device) -> torch.Tensor:
     """uint8 (N, H, W, 3) -> float32 (N, 3, H, W), channels last in memory: 1.6 x faster on a CPU."""
-    mean, std = (torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
-                 for values in (view.mean, view.std))
-    nchw = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2)
-    return ((nchw.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+    nchw = _moved(pictures, device).permute(0, 3, 1, 2)
+    return ((nchw.float() / 255 - _per_channel(view.mean, device)) / _per_channel(view.std, device)).contiguous(
+        memory_format=torch.channels_last)
+
+
+@lru_cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+
+
+def _moved(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """To a GPU through pinned memory: nobody waits for the copy."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -69,6 +69,10 @@ class RunOptions:
     tensorboard: bool = False
     """Keep the log in RUN/tensorboard as well, for `tensorboard --logdir runs`."""
 
+    deterministic: bool = True
+    """On CUDA: only kernels that give the same bits each time. Without, it may be faster, and a resumed run differs in
+    the last bits from an undisturbed one."""
+
     workers: int | None = None
     """Processes that decode pictures which do not fit into memory; without it one a core."""
 
@@ -226,7 +230,7 @@ def train(job: AnyJob) -> Path | None:
         workers = (os.cpu_count() or 1) if options.workers is None else options.workers
         state, results = loop.run(recipe, data, folder, device, options.resume, options.stage1,
                                   options.evaluate_every, options.save_every, options.save_minutes, workers,
-                                  options.tensorboard)
+                                  options.tensorboard, options.deterministic)
         model = folder / "model"
         write_model(model, options.name or run_name(job.recipe), recipe, loop.data_of_stage(recipe, data, 2), state,
                     results)

@@ -185,6 +185,7 @@ def run(
     save_minutes: float = 10,
     workers: int = 0,
     tensorboard: bool = False,
+    deterministic: bool = True,
     on_progress: Callable[[State], None] | None = None,
 ) -> tuple[State, dict]:
     """Train from the newest checkpoint in `folder` (resume), from a shared stage 1, or from nothing.
@@ -195,9 +196,12 @@ def run(
     save_minutes    minutes after which a checkpoint is written within an epoch; 0: only at its end
     workers         processes that decode pictures; their number changes no bit of the result
     tensorboard     keep the log in `folder`/tensorboard as well
+    deterministic   on CUDA: only kernels that give the same bits each time, else a resumed run differs in the last ones
     Returns the state after the last epoch and its test results. Raises TrainingError, DivergenceError before an
     update that would spread NaN, Interrupted once the state is saved.
     """
+    if deterministic and device.type == "cuda":
+        _same_bits_each_time()
     final = data_of_stage(recipe, data, 2)
     groups, _ = assign_groups(final.class_counts)
     state = start(recipe, len(data.label_names), device)
@@ -254,9 +258,10 @@ def run(
                     where = f"epoch {state.epoch + 1}, step {state.step + 1}"
                     raise DivergenceError(f"{where}: {error} Stopped before the update; the last checkpoint is good. "
                                           "Try a smaller --lr or --strength.") from error
+                figures = _figures(result, labels)  # before the optimizer's step, which a GPU then takes meanwhile
                 state.optimizer.step()
                 state.step += 1
-                _add(state.sums, _figures(result, labels), len(labels))
+                _add(state.sums, figures, len(labels))
                 state.seconds, began = state.seconds + time.monotonic() - began, time.monotonic()
                 bar.update()
                 seen = state.sums["pictures"]
@@ -280,6 +285,14 @@ def run(
     if not results:  # resumed after the last epoch
         results = test()
     return state, {"split": "test", "epoch": state.epoch, **results}
+
+
+def _same_bits_each_time() -> None:
+    """What CUDA otherwise leaves to chance: the order of atomic additions, cuDNN's and cuBLAS's choice of kernel."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)  # a network may hold what has no such kernel: it says so
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _meta_batches(recipe: Recipe, stage: Stage, state: State, last: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -348,11 +361,11 @@ def evaluate(
 
 def _figures(result: StepResult, labels: torch.Tensor) -> dict[str, float]:
     """What a step says for the log. `shift` is |S' - S| / |S|, `effect` what that change did to the loss."""
-    figures = {"loss": result.loss.item(), "wrong": (result.logits_NC.argmax(1) != labels).sum().item()}
+    figures = {"loss": result.loss, "wrong": (result.logits_NC.argmax(1) != labels).sum()}
     if result.meta_loss is not None and result.loss_before is not None and result.shift is not None:
-        figures |= {"meta_loss": result.meta_loss.item(), "shift": result.shift.item(),
-                    "effect": (result.loss - result.loss_before).item()}
-    return figures
+        figures |= {"meta_loss": result.meta_loss, "shift": result.shift, "effect": result.loss - result.loss_before}
+    values = torch.stack([value.to(result.loss.dtype) for value in figures.values()]).tolist()  # one look at the device
+    return dict(zip(figures, values, strict=True))
 
 
 def _inner_rate(recipe: Recipe, epoch: int) -> float:
