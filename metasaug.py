@@ -24,6 +24,7 @@ COMMANDS = {
     "import": Command("export.authors_files:import_file", "a model folder from a checkpoint that its authors released"),
     "export": Command("export.command_line:export", "ONNX beside the weights of a model folder"),
     "publish": Command("export.publish:publish", "a model folder to the Hugging Face Hub"),
+    "release": Command("export.release:release", "train, measure, export and publish every cell that is not out yet"),
 }
 
 # What each missing library belongs to.

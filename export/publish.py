@@ -25,6 +25,7 @@ from zoo.registry import find
 T = TypeVar("T")
 
 SLOWEST_UPLOAD = 50_000  # bytes a second
+WHERE = "For ON_HUB in zoo/registry.py:"
 
 
 def publish(
@@ -134,19 +135,20 @@ def upload(repo: str, contents: Mapping[str, bytes], private: bool, name: str) -
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(library_name="metasaug", library_version=version("metasaug"))
-    _asked(repo, lambda: api.create_repo(repo, private=private or None, exist_ok=True))
-    if private and not _asked(repo, lambda: api.model_info(repo)).private:
+    asked(repo, lambda: api.create_repo(repo, private=private or None, exist_ok=True))
+    if private and not asked(repo, lambda: api.model_info(repo)).private:
         raise HubError(f"{PREFIX}{repo} is there already, and public. Nothing was uploaded: make it private on its "
                        "page, or name another.")
-    there = _asked(repo, lambda: api.list_repo_files(repo))
+    there = asked(repo, lambda: api.list_repo_files(repo))
     operations: list[Any] = [*(CommitOperationAdd(name, content) for name, content in contents.items()),
                              *(CommitOperationDelete(name) for name in FILES if name in there and name not in contents)]
     seconds = sum(map(len, contents.values())) / SLOWEST_UPLOAD
     message = f"{name}, by metasaug {version('metasaug')}"
-    return _asked(repo, lambda: api.create_commit(repo, operations, commit_message=message), seconds).oid
+    return asked(repo, lambda: api.create_commit(repo, operations, commit_message=message), seconds).oid
 
 
-def _asked(repo: str, call: Callable[[], T], seconds: float = 0) -> T:
+def asked(repo: str, call: Callable[[], T], seconds: float = 0) -> T:
+    """What the Hub answers to `call` within PATIENCE and `seconds`, or HubError."""
     try:
         return within(time.monotonic() + PATIENCE + seconds, call)
     except Exception as error:  # of any of the Hub's libraries
@@ -165,15 +167,20 @@ def read_back(repo: str, commit: str, contents: Mapping[str, bytes]) -> None:
 
 
 def entry(config: Mapping[str, Any], repo: str, commit: str, manifest_sha256: str) -> str:
-    """What to paste into zoo/registry.py."""
+    """What to paste into zoo/registry.py, and where."""
+    name = config["metasaug"]["name"]
+    known = "" if find(name) else f"\n(No entry there is called {name}: add one, or load hf:{repo}.)"
+    return f"{WHERE}\n{on_hub(config, repo, commit, manifest_sha256)}{known}"
+
+
+def on_hub(config: Mapping[str, Any], repo: str, commit: str, manifest_sha256: str) -> str:
+    """The item of ON_HUB, as Python."""
     ours = config["metasaug"]
     error = (results_of(ours) or {}).get("error")
     summary = f"trained on {ours['dataset']}, {ours.get('schedule', 'schedule not known')}"
-    known = "" if find(ours["name"]) else f"\n(No entry there is called {ours['name']}: add one, or load hf:{repo}.)"
     words = "\n        ".join(_quoted(part) for part in textwrap.wrap(summary, 100, drop_whitespace=False))
-    return (f"For ON_HUB in zoo/registry.py:\n    {_quoted(ours['name'])}: OnHub(\n        {_quoted(repo)}, "
-            f"{_quoted(commit)},\n        {_quoted(manifest_sha256)}, {error if error is None else round(error, 6)},\n"
-            f"        {words}),{known}")
+    return (f"    {_quoted(ours['name'])}: OnHub(\n        {_quoted(repo)}, {_quoted(commit)},\n"
+            f"        {_quoted(manifest_sha256)}, {error if error is None else round(error, 6)},\n        {words}),")
 
 
 def _quoted(text: str) -> str:

@@ -281,6 +281,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     # ---- publishing ----
 
+    def whoami(self) -> None:
+        role = {WRITER: "write", READER: "read"}.get(self.token() or "")
+        if role is None:
+            return self.error(401)
+        return self.json({"type": "user", "name": "me", "orgs": [{"name": "lab", "roleInOrg": "write"}],
+                          "auth": {"type": "access_token", "accessToken": {"displayName": "test", "role": role}}})
+
     def create(self) -> None:
         asked = json.loads(self.body)
         name = f"{asked['organization']}/{asked['name']}"
@@ -354,6 +361,7 @@ ROUTES: list[tuple[str, Callable[..., None]]] = [
     (rf"/api/models/{REPO}", _Handler.info),
     (rf"/api/models/{REPO}/revision/(?P<revision>[^/]+)", _Handler.info),
     (rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)/?", _Handler.tree),
+    (r"/api/whoami-v2", _Handler.whoami),
     (r"/api/repos/create", _Handler.create),
     (r"/api/validate-yaml", _Handler.validate),
     (rf"/api/models/{REPO}/preupload/(?P<revision>[^/]+)", _Handler.preupload),

@@ -205,9 +205,15 @@ def measured(recipe: Recipe, data: LongTailed, device) -> dict[str, Any]:
         "seconds_to_read_an_epoch": reading * len(data.train) / (os.cpu_count() or 1),
         "memory": {"network_and_batch": round(3 * weights + batch_bytes), "covariances": 2 * covariance,
                    "pictures_at_input_size": (len(data.train) + len(data.meta) + len(data.test)) * size * size * 3},
-        "disk_of_the_run": 3 * (2 * weights + 2 * covariance) + 2 * weights + 2 * covariance,
+        "disk_of_the_run": run_bytes(weights, covariance),
         "disk_of_the_pictures": None if isinstance(data.train, Split) else _disk(data),
     }
+
+
+def run_bytes(weights: int, covariance: int) -> int:
+    """Disk of a run: three checkpoints (weights and momentum; covariances, running and learned), and the model folder
+    with the weights twice, as ONNX too."""
+    return 4 * (2 * weights + 2 * covariance)
 
 
 def _seconds_to_read(files: PictureFiles) -> float:
@@ -336,24 +342,24 @@ def _cost_in_words(cost: dict[str, Any] | None) -> list[str]:
         *(["Chosen for these pictures on this machine:", *map(_wrapped, cost["chosen"])] if cost["chosen"] else []),
         f"Estimates, from two steps measured here: {cost['architecture']} at {cost['input_size']} x "
         f"{cost['input_size']}, {cost['epochs']} epochs on {cost['device']}{alone}",
-        f"  time     {_duration(cost['seconds'])}"
-        + (f"; reading the pictures once, {_duration(reading)} on {os.cpu_count()} cores" if reading else ""),
-        f"  memory   {_bytes(memory['network_and_batch'])} for the network and a batch, "
-        f"{_bytes(memory['covariances'])} for covariances, {_bytes(memory['pictures_at_input_size'])} where all "
-        "pictures are held",
-        f"  disk     {_bytes(cost['disk_of_the_run'])} for the run"
-        + (f"; the pictures themselves are {_bytes(pictures)}" if pictures else ""),
+        f"  time     {duration_in_words(cost['seconds'])}"
+        + (f"; reading the pictures once, {duration_in_words(reading)} on {os.cpu_count()} cores" if reading else ""),
+        f"  memory   {size_in_words(memory['network_and_batch'])} for the network and a batch, "
+        f"{size_in_words(memory['covariances'])} for covariances, "
+        f"{size_in_words(memory['pictures_at_input_size'])} where all pictures are held",
+        f"  disk     {size_in_words(cost['disk_of_the_run'])} for the run"
+        + (f"; the pictures themselves are {size_in_words(pictures)}" if pictures else ""),
     ]
 
 
-def _duration(seconds: float) -> str:
+def duration_in_words(seconds: float) -> str:
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}" if seconds > 10 * length else f"{seconds / length:.1f} {unit}"
     return f"{math.ceil(seconds)} seconds" if seconds > 1 else "a second"
 
 
-def _bytes(n: float) -> str:
+def size_in_words(n: float) -> str:
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if n >= size:
             return f"{n / size:.3g} {unit}"

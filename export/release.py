@@ -1,0 +1,621 @@
+"""`metasaug release`: every named cell trained, measured, exported and published by one command.
+
+What is done is read from the run folders and the Hub each time, never from a list of our own, so the command may be
+killed at any moment and given again. Each cell trains and is published in a process of its own: one that fails, or
+takes too much memory, takes nothing with it.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tqdm import tqdm
+
+from export.errors import ExportError
+from export.publish import WHERE, asked, on_hub
+from export.release_plan import (
+    AS_GIVEN,
+    FOLDERS,
+    Cell,
+    Planned,
+    Standing,
+    Work,
+    by_data_set,
+    cell_of,
+    classes_of,
+    disk_of,
+    entries_named,
+    in_cells,
+    plan_table,
+    rates_from,
+    results_by_cell,
+    work_of,
+)
+from training.command_line import alone_in, choose_device
+from training.data_check import duration_in_words, size_in_words
+from training.datasets import LongTailed
+from training.errors import Interrupted, TrainingError
+from training.recipes import OwnPictures, Recipe
+from zoo.errors import HubError, ModelFolderError, ZooError
+from zoo.hub import PREFIX, HubFolder, own_copies
+from zoo.model_folder import CARD, CONFIG, FIGURE, MANIFEST, ONNX, ModelFolder
+from zoo.registry import Entry
+
+LIBRARIES = ("torch", "torchvision", "onnx", "onnxscript", "matplotlib")
+FIRST_MINUTES, THEN_EVERY = 180, 3600  # seconds after which the time left is told, and between tellings
+WINDOW = 600  # seconds of training that the time left is reckoned from
+
+
+def release(
+    cells: tuple[str, ...],
+    root: Path | None = None,
+    owner: str | None = None,
+    out: Path = Path("runs/release"),
+    data: tuple[str, ...] = (),
+    processes: int = 1,
+    pictures_per_second: tuple[str, ...] = (),
+    price_per_hour: float | None = None,
+    again: bool = False,
+    private: bool = False,
+    publish: bool = True,
+    dry_run: bool = False,
+    flags: tyro.conf.Positional[tuple[str, ...]] = (),
+) -> int:
+    """Train, measure, export and publish every named cell that is not out yet. First it tells what that takes.
+
+    Stopped or killed at any moment, the same command goes on where it was: no cell is trained or published twice. What
+    follows a lone -- goes to each `metasaug train`, as in `metasaug release --cells inat18 … -- --workers 32`.
+    Exit code 0: all is done; 1: some cells failed, each with its reason; 2: nothing was begun; 130, 143: stopped.
+
+    Args:
+        cells: Names from `metasaug list`, data sets (all their cells that are not out), or all; with commas or spaces.
+        root: Folder of the data sets: ROOT/cifar10, cifar100, imagenet-lt, inat17, inat18, plankton, each as `metasaug
+            train` reads it.
+        owner: User or organisation on the Hub; models go to OWNER/NAME. Without it METASAUG_HUB_OWNER.
+        out: Folder of the runs, OUT/NAME, each with the output of its training in output.log.
+        data: DATASET=DIR, for a data set that lies elsewhere than under --root.
+        processes: Processes of each training, started by torchrun; one a GPU.
+        pictures_per_second: Speed of plain training here, for the plan: a number for all data sets, or DATASET=NUMBER.
+        price_per_hour: What the machine costs, for the plan.
+        again: Cells that are out already, too.
+        private: Make the repositories private.
+        publish: Put the models on the Hub; without it all stays in the runs.
+        dry_run: Print the plan and leave; needs neither data nor GPU, and does not ask the Hub.
+        flags: Flags for `metasaug train`, after --.
+    """
+    if flags and not flags[0].startswith("-"):
+        raise ExportError(f"{shlex.join(flags)}: cells are named with --cells; what follows -- are flags of `metasaug "
+                          "train`.")
+    if processes < 1:
+        raise ExportError(f"--processes {processes}: at least 1.")
+    places = {name: Path(place).expanduser() for name, place in by_data_set(data, "data").items()}
+    base = Path("ROOT") if root is None else root.expanduser()
+    order = Order(
+        [cell_of(entry, places.get(entry.dataset, base / FOLDERS[entry.dataset]), out, flags)
+         for entry in entries_named(cells)],
+        out, (owner or own_copies()) if publish else None, publish, private, again, processes,
+        rates_from(pictures_per_second), price_per_hour)
+    if dry_run:
+        print(order.plan_in_words())
+        missing = order.look_at_data() if root is not None or places else []
+        print("\n".join([*missing, "Dry run: nothing was begun"
+                         + (", and the Hub was not asked which of these are out." if publish else ".")]))
+        return 0
+    if root is None and not places:
+        raise ExportError("Where are the data sets? --root DIR, with a folder for each in it "
+                          f"({', '.join(FOLDERS.values())}), or --data DATASET=DIR.")
+    with alone_in(out):
+        unready = order.look_round()
+        print(order.plan_in_words(), flush=True)
+        if unready:
+            raise ExportError("not ready, and nothing was begun:\n\n" + "\n\n".join(unready))
+        return order.carry_out()
+
+
+@dataclass
+class Order:
+    """What was asked for, and what was found on the way."""
+
+    cells: list[Cell]
+    out: Path
+    owner: str | None
+    publish: bool
+    private: bool
+    again: bool
+    processes: int
+    rates: Mapping[str, tuple[float, str]]
+    price: float | None
+    on_hub: dict[str, HubFolder] = field(default_factory=dict)  # what is published under the cells' names
+    pictures: dict[str, tuple[int, int]] = field(default_factory=dict)  # of a data set: for training, and classes
+    pace: dict[str, float] = field(default_factory=dict)  # of a data set: measured seconds for one that was reckoned
+
+    # ---- where everything stands ----
+
+    def repo(self, cell: Cell) -> str:
+        return f"{self.owner}/{cell.name}"
+
+    def standing(self, cell: Cell) -> Standing:
+        """As the registry, the Hub and the run folder have it."""
+        if cell.entry.weights != "unpublished" and not self.again:
+            return "out"
+        local, remote = finished(cell), self.on_hub.get(cell.name)
+        if local is not None and other_recipe(cell.recipe, local):
+            return "otherwise"
+        if remote is not None and local is not None and same(local, remote):
+            return "published"
+        if remote is not None and not self.again:
+            return "otherwise" if other_recipe(cell.recipe, remote) else "published"
+        if local is not None:
+            return "trained"
+        return "begun" if any((cell.run / "checkpoints").glob("*.pt")) else "new"
+
+    def _otherwise(self, cell: Cell) -> str:
+        """What to do about a model of this name that was trained otherwise."""
+        local, remote = finished(cell), self.on_hub.get(cell.name)
+        if local is not None and (other := other_recipe(cell.recipe, local)):
+            return (f"{cell.run} holds {cell.name} trained otherwise ({other}): name another --out, or remove that "
+                    "folder.")
+        assert remote is not None
+        return (f"{remote.source} is {cell.name} trained otherwise ({other_recipe(cell.recipe, remote)}). With --again "
+                "it is replaced, by a new commit.")
+
+    def is_done(self, cell: Cell) -> bool:
+        return self.standing(cell) in (("out", "published") if self.publish else ("out", "published", "trained"))
+
+    def plan(self) -> list[Planned]:
+        """The cells that are not done, what is left of each, and from which the first stage is taken."""
+        ready, begun, rows = stage1_runs(self.out), dict[str, str](), []
+        for cell in self.cells:
+            standing = self.standing(cell)
+            if self.is_done(cell):
+                continue
+            name, recipe = cell.entry.dataset, cell.recipe
+            pictures, classes = self.pictures.get(name, (None, classes_of(recipe)))
+            rate = self.rates.get(name)
+            work = work_of(recipe, pictures, rate and rate[0] * (1 if rate[1] == AS_GIVEN else self.processes))
+            taken = next((run.name for run, saved in ready if fits(recipe, saved)), begun.get(recipe.stage1_key()))
+            begun.setdefault(recipe.stage1_key(), cell.name)
+            taken = None if taken == cell.name else taken
+            share = 1.0 if standing == "trained" else max(share_done(cell, work), work.first if taken else 0.0)
+            rows.append(Planned(cell, standing, work, taken, work.steps and round(work.steps * (1 - share)),
+                                work.total - work.done(share), disk_of(recipe, classes)))
+        return rows
+
+    def plan_in_words(self) -> str:
+        plan = self.plan()
+        left = {row.cell.name for row in plan}
+        where = (f"to {PREFIX}{self.owner or 'OWNER'}/NAME{' (private)' if self.private else ''}" if self.publish else
+                 "not published")
+        lines = [f"{in_cells(len(plan))} to do, {where}; runs in {self.out}"]
+        done: dict[str, list[str]] = {}
+        for cell in self.cells:
+            if cell.name not in left:
+                done.setdefault(self._why_done(cell), []).append(cell.name)
+        lines += [f"  {why}: {', '.join(names)}" for why, names in done.items()]
+        return "\n".join(lines + (["", plan_table(plan, self.price, self.processes, self.rates), ""] if plan else []))
+
+    def _why_done(self, cell: Cell) -> str:
+        standing = self.standing(cell)
+        if standing == "out":
+            return f"out already ({cell.entry.weights}), not made again without --again"
+        return f"published already as {PREFIX}{self.owner}/NAME" if standing == "published" else "trained already"
+
+    # ---- what is needed ----
+
+    def look_round(self) -> list[str]:
+        """Everything that would stop the order later, each with what to do. Asks the Hub."""
+        unready = self._look_at_hub() if self.publish else []
+        lacking = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+        if lacking:
+            unready.append(f"Training and export need {', '.join(lacking)}: pip install 'metasaug[train]'.")
+        unready += [self._otherwise(cell) for cell in self.cells if self.standing(cell) == "otherwise"]
+        return [*unready, *self.look_at_data(), *self._look_at_machine()]
+
+    def look_at_data(self) -> list[str]:
+        """Each data set that is needed, read as training reads it, but no picture decoded; what is missing."""
+        missing = []
+        needed = {row.cell.entry.dataset: row.cell for row in reversed(self.plan()) if row.standing != "trained"}
+        for name, cell in needed.items():
+            place = cell.job.options.data
+            try:
+                loaded = cell.job.load(look=False)
+            except ZooError as error:
+                missing.append(f"{name}, looked for in {place} (--data {name}=DIR for elsewhere): {error}"
+                               + (" They are the training pictures of the National Data Science Bowl (2015), a folder "
+                                  "for each of the 121 classes." if name == "plankton" else ""))
+                continue
+            print(f"{name}: {len(loaded.train):,} training pictures in {len(loaded.label_names):,} classes, in {place}"
+                  + "".join(f"\n  {note}" for note in loaded.notes), flush=True)
+            missing += self._nameless(name, loaded)
+            if not isinstance(cell.recipe, OwnPictures) and not hasattr(cell.recipe, "imbalance"):
+                self.pictures[name] = len(loaded.train), len(loaded.label_names)
+        return missing
+
+    def _nameless(self, name: str, loaded: LongTailed) -> list[str]:
+        if self.publish and all(label == str(c) for c, label in enumerate(loaded.label_names)):
+            return [f"{name}: the classes have numbers for names, and `metasaug publish` refuses those. Use the JSON "
+                    "files of the data set, or --no-publish."]
+        return []
+
+    def _look_at_machine(self) -> list[str]:
+        plan = self.plan()
+        unready = []
+        if any(row.standing != "trained" for row in plan):
+            import torch
+
+            try:
+                device = choose_device(plan[0].cell.job.options.device)
+            except TrainingError as error:
+                return [str(error)]
+            if device.type == "cpu" and any(row.cell.recipe.architecture == "resnet50" for row in plan):
+                print("No GPU here: the hours of the large sets below are those of one.")
+            if device.type == "cuda" and self.processes > torch.cuda.device_count():
+                unready.append(f"--processes {self.processes}: there are {torch.cuda.device_count()} GPUs here.")
+        there = sum(file.stat().st_size for row in plan for file in row.cell.run.rglob("*") if file.is_file())
+        needed = sum(row.disk or 0 for row in plan) - there
+        free = shutil.disk_usage(self.out).free
+        if needed > free:
+            unready.append(f"The runs take {size_in_words(needed)} more, and {self.out} has {size_in_words(free)} free:"
+                           " make room, or name another --out.")
+        return unready
+
+    def _look_at_hub(self) -> list[str]:
+        """Whether we may write there, and what is there already."""
+        from huggingface_hub import HfApi
+
+        if self.owner is None:
+            return ["Whose are the models on the Hub? --owner NAME, or METASAUG_HUB_OWNER; or --no-publish."]
+        try:
+            who = asked(self.owner, HfApi().whoami)
+        except HubError as error:
+            return [f"Not logged in to the Hub: `hf auth login`, or HF_TOKEN, with a token that may write; or "
+                    f"--no-publish. ({error})"]
+        lack = may_not_write(who, self.owner)
+        if lack:
+            return [lack]
+        unready = []
+        for cell in self.cells:
+            try:
+                if self.standing(cell) != "out" and (folder := published(self.repo(cell))) is not None:
+                    self.on_hub[cell.name] = folder
+            except ZooError as error:
+                unready.append(str(error))
+        return unready
+
+    # ---- doing it ----
+
+    def carry_out(self) -> int:
+        """Every cell that is not done, one after the other; the results of all. 0, or 1 where some failed."""
+        failed: dict[str, str] = {}
+        stuck: dict[str, str] = {}  # first stages that failed, and in which cell
+        plan = self.plan()
+        with Children() as children:
+            for number, row in enumerate(plan, 1):
+                cell, key = row.cell, row.cell.recipe.stage1_key()
+                with Line(f"[{number}/{len(plan)}] {cell.name}") as line:
+                    try:
+                        if key in stuck and row.standing == "new":
+                            raise ExportError(f"not begun, as its first stage is that of {stuck[key]}.")
+                        self._make(row, plan[number:], children, line)
+                    except Interrupted:
+                        raise
+                    except (ZooError, OSError) as error:
+                        failed[cell.name] = str(error)
+                        line.say(f"failed: {str(error).splitlines()[0]}")
+                        if finished(cell) is None and stage1_for(cell, self.out) is None:
+                            stuck.setdefault(key, cell.name)
+        print(self.results())
+        for name, reason in failed.items():
+            print(f"\nFailed: {name}: {reason}")
+        if failed:
+            print(f"\n{in_cells(len(failed))} of {len(plan)} failed; once mended, the same command goes on with "
+                  f"{'it' if len(failed) == 1 else 'them'} alone.")
+        return int(bool(failed))
+
+    def _make(self, row: Planned, later: list[Planned], children: "Children", line: "Line") -> None:
+        cell, log = row.cell, row.cell.run / "output.log"
+        if row.standing != "trained":
+            line.show("training")
+            stage1 = stage1_for(cell, self.out)
+            words = [*cell.words, *(["--stage1", str(stage1)] if stage1 not in (None, cell.run) else [])]
+            with alone_in(cell.run, wait=True):  # one that outlived a killed release saves, and leaves
+                pass
+            gauge = Gauge(row, lambda here, pace: self._tell(row, later, here, pace), line)
+            children.run(launched(words, self.processes), log, "metasaug train", gauge.look)
+            if finished(cell) is None:
+                raise ExportError(f"training left no whole model in {cell.run}: see {log}.")
+        result = finished(cell)
+        assert result is not None and result.results is not None
+        done = f"error {result.results['error']:.2%}"
+        if self.publish:
+            line.show("publishing")
+            children.run(["-m", "metasaug", "publish", str(cell.run), "--repo", self.repo(cell),
+                          *(["--private"] if self.private else [])], log, "metasaug publish")
+            folder = published(self.repo(cell))
+            if folder is None or not same(result, folder):
+                raise ExportError(f"{PREFIX}{self.repo(cell)} does not hold what was published: see {log}.")
+            self.on_hub[cell.name] = folder
+            done += f", published as {folder.source}"
+        line.say(done)
+
+    def _tell(self, row: Planned, later: list[Planned], here: float, pace: float) -> str:
+        """The time left, of this cell and of all, by the speed measured."""
+        self.pace[row.cell.entry.dataset] = pace
+        total = here + sum(each.seconds * self.pace.get(each.cell.entry.dataset, 1.0) for each in later)
+        planned = row.seconds + sum(each.seconds for each in later)
+        money = "" if self.price is None else f" ({total / 3600 * self.price:,.2f})"
+        return (f"{duration_in_words(here)} left, of all cells {duration_in_words(total)}{money}; reckoned at its "
+                f"start: {duration_in_words(planned)}")
+
+    def results(self) -> str:
+        """What every named cell got, beside the published figures; what to paste where something was published."""
+        rows: list[tuple[Entry, Mapping[str, Any] | None]] = []
+        for cell in self.cells:
+            folder = self.on_hub.get(cell.name) or finished(cell)
+            config = folder.config if folder else cell.entry.config
+            if config or cell.entry.measured_error is not None:
+                rows.append((cell.entry, (config or {}).get("metasaug", {}).get("results")))
+        parts = ["\n" + results_by_cell(rows, lambda entry: entry.measured_error)] if rows else []
+        pasted = [on_hub(folder.config, folder.repo, folder.revision,
+                         hashlib.sha256((folder.path / MANIFEST).read_bytes()).hexdigest())
+                  for folder in self.on_hub.values()]
+        return "\n".join(parts + (["", WHERE, *pasted] if pasted else []))
+
+
+# ---- what is there already ----
+
+
+def finished(cell: Cell) -> ModelFolder | None:
+    """The run's model, measured and exported; None where there is none yet. (Publishing checks every byte.)"""
+    try:
+        folder = ModelFolder(cell.run / "model")
+        return folder if ONNX in folder and CARD in folder and folder.results else None
+    except ModelFolderError:  # not there, or killed while it was written
+        return None
+
+
+def other_recipe(recipe: Recipe, folder: ModelFolder) -> str | None:
+    """In what the model was trained otherwise than by this recipe; what a recipe leaves open is as it was chosen."""
+    saved = folder.config["metasaug"].get("recipe") or {}
+    settled = recipe.with_choices(saved) if isinstance(recipe, OwnPictures) else recipe
+    ours = json.loads(json.dumps(settled.to_dict()))
+    differing = [f"{flag} {saved.get(flag)}, not {value}" for flag, value in ours.items() if saved.get(flag) != value]
+    return ", ".join(differing[:5]) or None
+
+
+def same(local: ModelFolder, remote: ModelFolder) -> bool:
+    """Whether the Hub has these very weights and results; the card there names another place."""
+    apart = {CARD, FIGURE}
+    return ({name: entry for name, entry in local.files.items() if name not in apart}
+            == {name: entry for name, entry in remote.files.items() if name not in apart})
+
+
+def published(repo: str) -> HubFolder | None:
+    """The model folder in a repository, at its newest commit; None where there is none. Raises HubError."""
+    from huggingface_hub import HfApi
+
+    if not asked(repo, lambda: HfApi().file_exists(repo, MANIFEST)):
+        return None
+    return HubFolder(repo, files=(CONFIG,))
+
+
+def may_not_write(who: Mapping[str, Any], owner: str) -> str | None:
+    """What keeps the account that is logged in from publishing for `owner`, as far as the Hub says."""
+    name = who.get("name", "?")
+    role = ((who.get("auth") or {}).get("accessToken") or {}).get("role")
+    if role == "read":
+        return f"The token of {name} on the Hub may only read: make one that may write, then `hf auth login`."
+    roles = {org.get("name"): org.get("roleInOrg") for org in who.get("orgs") or []}
+    if owner != name and owner not in roles:
+        return (f"--owner {owner}: {name} is logged in to the Hub, and is not of {owner}. It may write for "
+                f"{', '.join([name, *map(str, roles)])}.")
+    if roles.get(owner) == "read":
+        return f"--owner {owner}: {name} may only read there; an administrator of {owner} can change that."
+    return None
+
+
+def stage1_runs(out: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Runs whose first stage has ended, and what they say of it."""
+    found = ((folder.parent, _stage1_in(folder, tuple(sorted(file.name for file in folder.iterdir()))))
+             for folder in sorted(out.glob("*/stage1")))
+    return [(run, saved) for run, saved in found if saved is not None]
+
+
+@functools.cache
+def _stage1_in(folder: Path, _names: tuple[str, ...]) -> dict[str, Any] | None:
+    """What its newest whole checkpoint says, without the tensors; a file is never changed under its name."""
+    from training.checkpoints import load_newest
+
+    newest = load_newest(folder)
+    return None if newest is None else {key: newest[1].get(key) for key in ("stage1_key", "epoch", "recipe")}
+
+
+def fits(recipe: Recipe, saved: Mapping[str, Any]) -> bool:
+    """Whether a finished first stage is this recipe's."""
+    settled = recipe.with_choices(saved["recipe"]) if isinstance(recipe, OwnPictures) else recipe
+    return saved["stage1_key"] == settled.stage1_key() and saved["epoch"] == settled.stage2_epoch
+
+
+def stage1_for(cell: Cell, out: Path) -> Path | None:
+    return next((run for run, saved in stage1_runs(out) if fits(cell.recipe, saved)), None)
+
+
+def share_done(cell: Cell, work: Work) -> float:
+    """Share of the steps that the run's log has; by whole epochs."""
+    try:
+        epoch = json.loads((cell.run / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])["epoch"]
+    except (OSError, ValueError, IndexError, KeyError):
+        return 0.0
+    first, epochs = cell.recipe.stage2_epoch, cell.recipe.epochs
+    if not epochs:  # chosen from the pictures
+        return 0.0
+    second = work.first + (1 - work.first) * (epoch - first) / (epochs - first)
+    return second if epoch > first else work.first * epoch / first
+
+
+# ---- processes ----
+
+
+def launched(words: list[str], processes: int) -> list[str]:
+    """What Python is given to run `metasaug` with these words, in one process or many."""
+    many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    return [*many, "-m", "metasaug", *words]
+
+
+class Children:
+    """Runs one command after the other, its output into a log; hands SIGINT and SIGTERM on, and then stops too."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.child: subprocess.Popen | None = None
+
+    def __enter__(self) -> "Children":
+        self.usual = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: Any) -> None:
+        self.received.append(number)
+        if self.child is not None:
+            self.child.send_signal(number)
+
+    def run(self, words: list[str], log: Path, says: str, look: Callable[[str], None] = lambda _: None) -> None:
+        """Runs Python with these words to its end. ExportError with its own reason, or Interrupted.
+
+        log    what it prints is added to this file      says   with what it begins its error
+        look   called every second with the last of its output
+        """
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as file:
+            file.write(f"\n== {time.strftime('%Y-%m-%d %H:%M:%S')}  python {shlex.join(words)}\n".encode())
+            file.flush()
+            start = file.tell()
+            self._stop_where_asked()
+            # In a session of its own, so that Ctrl-C comes to it once, from us.
+            self.child = subprocess.Popen(
+                [sys.executable, *words], stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True, preexec_fn=_end_with_us if sys.platform == "linux" else None,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUNBUFFERED": "1",
+                     "TQDM_MININTERVAL": "5"})
+            for number in self.received:  # while it was being started
+                self.child.send_signal(number)
+            while self.child.poll() is None:
+                try:
+                    self.child.wait(1)
+                except subprocess.TimeoutExpired:
+                    look(_end_of(log, start))
+        code, self.child = self.child.returncode, None
+        self._stop_where_asked()
+        if code:
+            raise ExportError(f"{reason(_end_of(log, start, 100_000), code, says)} (all of it: {log})")
+
+    def _stop_where_asked(self) -> None:
+        if self.received:
+            raise Interrupted("stopped; nothing is lost: the same command goes on.", 128 + self.received[0])
+
+
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+PR_SET_PDEATHSIG = 1
+
+
+def _end_with_us() -> None:
+    """In the child: where this process is killed, it gets SIGTERM, saves and leaves the GPU to the next."""
+    assert LIBC is not None
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _end_of(log: Path, start: int, most: int = 4000) -> str:
+    with open(log, "rb") as file:
+        file.seek(max(start, file.seek(0, os.SEEK_END) - most))
+        return file.read().decode(errors="replace")
+
+
+def reason(output: str, code: int, says: str) -> str:
+    """Why a command failed, in its own words."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"ended by {name}" + (", as the system does where memory runs out" if name == "SIGKILL" else "")
+    told = output.rpartition(f"\n{says}: ")[2] if f"\n{says}: " in output else ""
+    lines = (told or output).replace("\r", "\n").strip().splitlines()
+    return "\n".join(lines[:12] if told else lines[-1:]) or f"exit code {code}"
+
+
+# ---- progress ----
+
+
+class Line:
+    """What is told of one cell: a line that changes, on a terminal, and lines that stay."""
+
+    def __init__(self, title: str):
+        self.title = title
+        self.bar = tqdm(bar_format="{desc}", leave=False, disable=None, dynamic_ncols=True, file=sys.stdout)
+
+    def __enter__(self) -> "Line":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    @property
+    def on_terminal(self) -> bool:
+        return not self.bar.disable
+
+    def show(self, text: str) -> None:
+        self.bar.set_description_str(f"{self.title}: {text}")
+
+    def say(self, text: str) -> None:
+        self.bar.clear()
+        print(f"{self.title}: {text}", flush=True)
+
+
+STEPS = re.compile(r"(\d+)/(\d+) \[[^\]]*step")
+
+
+class Gauge:
+    """How far a training is, from the progress bar in its log, and how long it will take at the speed measured."""
+
+    def __init__(self, row: Planned, tell: Callable[[float, float], str], line: Line):
+        self.work, self.tell, self.line = row.work, tell, line
+        self.seen: deque[tuple[float, float]] = deque()  # when, and seconds' worth of work done then
+        self.until: float | None = None  # the next lasting line
+
+    def look(self, output: str) -> None:
+        found = STEPS.findall(output)
+        if not found:
+            return
+        step, total = map(int, found[-1])
+        now, done = time.monotonic(), self.work.done(step / max(total, 1))
+        if not self.seen or done > self.seen[-1][1]:
+            self.seen.append((now, done))
+        while len(self.seen) > 2 and now - self.seen[1][0] > WINDOW:
+            self.seen.popleft()
+        self.until = self.until or now + FIRST_MINUTES
+        text = f"step {step:,} of {total:,}"
+        (began, before), (then, after) = self.seen[0], self.seen[-1]
+        if after > before:
+            pace = (then - began) / (after - before)
+            text += f", {self.tell((self.work.total - done) * pace, pace)}"
+            if now >= self.until:
+                self.until = now + THEN_EVERY if not self.line.on_terminal else math.inf
+                self.line.say(text)
+        self.line.show(text)
