@@ -393,10 +393,10 @@ def finished(cell: Cell) -> ModelFolder | None:
 
 def other_recipe(recipe: Recipe, folder: ModelFolder) -> str | None:
     """In what the model was trained otherwise than by this recipe; what a recipe leaves open is as it was chosen."""
-    saved = folder.config["metasaug"].get("recipe") or {}
+    saved = recipe.completed(folder.config["metasaug"].get("recipe") or {})
     settled = recipe.with_choices(saved) if isinstance(recipe, OwnPictures) else recipe
-    ours = json.loads(json.dumps(settled.to_dict()))
-    differing = [f"{flag} {saved.get(flag)}, not {value}" for flag, value in ours.items() if saved.get(flag) != value]
+    differing = [f"{flag} {saved[flag]}, not {value}" for flag, value in settled.to_dict().items()
+                 if saved[flag] != value]
     return ", ".join(differing[:5]) or None
 
 
@@ -443,14 +443,19 @@ def _stage1_in(folder: Path, _names: tuple[str, ...]) -> dict[str, Any] | None:
     """What its newest whole checkpoint says, without the tensors; a file is never changed under its name."""
     from training.checkpoints import load_newest
 
-    newest = load_newest(folder)
-    return None if newest is None else {key: newest[1].get(key) for key in ("stage1_key", "epoch", "recipe")}
+    try:
+        newest = load_newest(folder)
+    except TrainingError:  # damaged: then it is trained again
+        return None
+    return None if newest is None else {key: newest[1][key] for key in ("stage1_key", "epoch", "recipe")}
 
 
 def fits(recipe: Recipe, saved: Mapping[str, Any]) -> bool:
     """Whether a finished first stage is this recipe's."""
     settled = recipe.with_choices(saved["recipe"]) if isinstance(recipe, OwnPictures) else recipe
-    return saved["stage1_key"] == settled.stage1_key() and saved["epoch"] == settled.stage2_epoch
+    theirs = settled.completed_key(saved["stage1_key"])
+    agree = all(theirs.get(flag) == value for flag, value in json.loads(settled.stage1_key()).items())
+    return agree and saved["epoch"] == settled.stage2_epoch
 
 
 def stage1_for(cell: Cell, out: Path) -> Path | None:

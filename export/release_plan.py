@@ -16,7 +16,7 @@ import tyro
 from export.errors import ExportError
 from training.choices import CPU_SECONDS
 from training.cifar import CIFAR, long_tail_counts
-from training.command_line import AnyJob, Job, RunOptions
+from training.command_line import AnyJob, Job
 from training.data_check import STAGE2_STEP, run_bytes, size_in_words
 from training.list_files import IMAGENET_LT, INAT
 from training.recipes import Cifar10LT, OwnPictures, Recipe
@@ -102,14 +102,12 @@ def cell_of(entry: Entry, data: Path, out: Path, flags: Sequence[str]) -> Cell:
             raise
         raise ExportError(f"What follows -- goes to `metasaug train {words[0]}`, and {entry.name} does not take "
                           f"{shlex.join(flags)}: see above.") from None
-    own = RunOptions(data=data, device=job.options.device, workers=job.options.workers,
-                     tensorboard=job.options.tensorboard, evaluate_every=job.options.evaluate_every,
-                     save_every=job.options.save_every)
-    if job.options != own:
+    ours = dataclasses.replace(job.options, data=data, out=None, name=None, stage1=None, resume=False, dry_run=False)
+    if job.options != ours:
         raise ExportError("After --, no --data, --out, --name, --stage1, --resume or --dry-run: release sets them "
                           "itself (--root, --data and --out before the --).")
     out = out / entry.name
-    job = dataclasses.replace(job, options=dataclasses.replace(own, out=out, name=entry.name, resume=True))
+    job = dataclasses.replace(job, options=dataclasses.replace(ours, out=out, name=entry.name, resume=True))
     return Cell(entry, job, ("train", *words, "--out", str(out), "--name", entry.name, "--resume"))
 
 

@@ -9,7 +9,7 @@ from metasaug import main
 from tests.test_datasets import write_class_folders
 from tests.test_list_files import make_imagenet_lt, make_inat
 from tests.test_own_pictures import SIZES, names_of, paint_classes
-from training.data_check import _bytes, _duration
+from training.data_check import duration_in_words, size_in_words
 from training.own_pictures import load_folder, load_table
 
 
@@ -127,6 +127,6 @@ def test_cifar_is_checked_by_content(tmp_path, capsys):
 
 
 def test_figures_are_told_in_fitting_units():
-    assert [_duration(s) for s in (0.2, 90, 150, 9000, 500_000)] == [
+    assert [duration_in_words(s) for s in (0.2, 90, 150, 9000, 500_000)] == [
         "a second", "90 seconds", "2.5 minutes", "2.5 hours", "5.8 days"]
-    assert [_bytes(n) for n in (900, 2.5e6, 186e9, 1.2e12)] == ["1 kB", "2.5 MB", "186 GB", "1.2 TB"]
+    assert [size_in_words(n) for n in (900, 2.5e6, 186e9, 1.2e12)] == ["1 kB", "2.5 MB", "186 GB", "1.2 TB"]

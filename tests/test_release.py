@@ -385,3 +385,9 @@ def test_many_processes_are_torchruns():
     assert releasing.launched(["train", "inat18"], 1) == ["-m", "metasaug", "train", "inat18"]
     assert releasing.launched(["train", "inat18"], 8) == [
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8", "-m", "metasaug", "train", "inat18"]
+
+
+def test_the_plan_in_the_docs_is_the_plan(capsys):
+    page = (ROOT / "docs" / "release.md").read_text(encoding="utf-8")
+    command, shown = re.search(r"<!-- plan: metasaug (.+) -->\n```\n(.+?)\n```", page, re.DOTALL).groups()
+    assert run(capsys, *command.split())[1].split("\n\n")[1] == shown
