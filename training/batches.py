@@ -6,6 +6,9 @@ Everything random is drawn here, in the main process, before a worker sees it: h
 import math
 import os
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -148,8 +151,10 @@ def _decoded(
     """uint8 (N, H, W, 3) for each array of indices; `drawn` goes with them. DataError names what cannot be read."""
     rows = [[(int(i), None if drawn is None else drawn[b][k]) for k, i in enumerate(at)]
             for b, at in enumerate(batches)]
+    # Forked, whatever Python's default is: started anew, each would import torch and be sent the files every epoch.
     loader = DataLoader(_Decoded(files.paths, view), batch_sampler=rows, num_workers=workers, collate_fn=list,
-                        worker_init_fn=_deaf_to_signals)
+                        worker_init_fn=_in_a_worker,
+                        multiprocessing_context="fork" if workers and sys.platform == "linux" else None)
     for pictures in loader:
         bad = [picture for picture in pictures if isinstance(picture, str)]
         if bad:
@@ -157,10 +162,26 @@ def _decoded(
         yield np.stack(pictures)
 
 
-def _deaf_to_signals(_worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one decides, and ends the others by SIGTERM."""
+def _in_a_worker(_worker: int) -> None:
+    """Ctrl-C and some schedulers' SIGTERM reach every process: the main one decides, and needs its workers until it has
+    saved. Where it was killed itself, they leave: a worker that waits to hand over a batch would stay for ever, and
+    hold the lock of the run folder.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _leave_later)
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _leave_later(*_) -> None:
+    timer = threading.Timer(30, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+
+
+def _leave_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def hold(pictures: Split | PictureFiles, view: View, workers: int = 0) -> Split:

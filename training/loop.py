@@ -231,6 +231,7 @@ def run(
 
     with (
         _stop_signals() as stopped,
+        _death_of_a_worker_told(),
         Log(folder / "log.jsonl", state.log_bytes, folder / "tensorboard" if tensorboard else None) as log,
         tqdm(total=sum(steps), initial=sum(steps[: state.epoch]) + state.step, unit="step", dynamic_ncols=True) as bar,
     ):
@@ -476,9 +477,10 @@ class Log:
         self.board: TensorBoardLog | None = None
 
     def __enter__(self) -> "Log":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.touch()
-        os.truncate(self.path, min(self.length, self.path.stat().st_size))
+        with self._writing():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+            os.truncate(self.path, min(self.length, self.path.stat().st_size))
         if self.tensorboard is not None:
             lines = self.path.read_text(encoding="utf-8").splitlines()
             self.board = TensorBoardLog(self.tensorboard, map(json.loads, lines))
@@ -490,11 +492,31 @@ class Log:
 
     def write(self, line: dict) -> int:
         """Append a line; returns the length of the log with it."""
-        with open(self.path, "a") as file:
+        with self._writing(), open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
         if self.board is not None:
             self.board.write(line)
         return self.path.stat().st_size
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(f"{self.path} could not be written ({error.strerror or error}). Make room, then go on "
+                                "with --resume.") from error
+
+
+@contextmanager
+def _death_of_a_worker_told() -> Iterator[None]:
+    """torch raises it wherever the main process just is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError("A process that decodes pictures was ended from outside, as where memory runs out. Go on "
+                            "from the last checkpoint with --resume and fewer --workers.") from error
 
 
 @contextmanager
