@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 PIP     = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo space test test-long lint browser clean help
+.PHONY: demo space test test-long test-gpu lint browser clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,6 +21,9 @@ test: $(VENV)/.dev browser lint  ## lint, types and all tests (a few minutes)
 
 test-long: $(VENV)/.dev browser  ## the long forms of the robustness tests (about an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m long
+
+test-gpu: $(VENV)/.dev  ## what only a GPU can show, skipped with the reason where there is none
+	$(BIN)/python -m pytest -m gpu -rs
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .

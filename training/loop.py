@@ -148,11 +148,16 @@ def _stages(
             Batches(meta, view, recipe.seed, size, device, workers),
             HeadLoss(loss, counts, gamma=recipe.gamma, max_margin=recipe.max_margin, scale=recipe.scale,
                      tau=recipe.tau),
-            class_balanced_weights(counts, recipe.beta).to(device) if weighted else None)
+            _placed(class_balanced_weights(counts, recipe.beta), device) if weighted else None)
 
     return (stage(train, first.class_counts, recipe.first_loss, recipe.batch_size, False),
             stage(second_train, second.class_counts, recipe.loss, recipe.stage2_batch_size or recipe.batch_size,
                   recipe.weighted))
+
+
+def _placed(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device, where MPS has no float64."""
+    return (values.float() if device.type == "mps" else values).to(device)
 
 
 def check(recipe: Recipe, data: LongTailed) -> None:

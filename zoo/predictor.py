@@ -320,11 +320,13 @@ class _OnnxNetwork:
         refuse_unsafe(content, str(folder.path / file))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        providers = ["CPUExecutionProvider"]
+        providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
         if device == "cuda" or (device == "auto" and _has_nvidia_driver()):
             if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
                 onnxruntime.preload_dlls()  # CUDA's libraries from pip packages, where they are there
-                providers.insert(0, "CUDAExecutionProvider")
+                # Without TF32, which changes the third digit; kernels by rule, not by a search for each batch size.
+                options_of_cuda = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+                providers.insert(0, ("CUDAExecutionProvider", options_of_cuda))
             elif device == "cuda":
                 raise BackendError("This ONNX Runtime has no CUDA: pip install onnxruntime-gpu, or use device='cpu'.")
         try:
