@@ -5,28 +5,20 @@ killed at any moment and given again. Each cell trains and is published in a pro
 takes too much memory, takes nothing with it.
 """
 
-import ctypes
 import functools
 import hashlib
 import importlib.util
 import json
 import math
-import os
-import re
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tyro
-from tqdm import tqdm
+from huggingface_hub.utils import disable_progress_bars
 
 from export.errors import ExportError
 from export.publish import WHERE, asked, on_hub
@@ -48,6 +40,7 @@ from export.release_plan import (
     results_by_cell,
     work_of,
 )
+from export.release_runs import Children, Gauge, Line, launched
 from training.command_line import alone_in, choose_device
 from training.data_check import duration_in_words, size_in_words
 from training.datasets import LongTailed
@@ -58,9 +51,8 @@ from zoo.hub import PREFIX, HubFolder, own_copies
 from zoo.model_folder import CARD, CONFIG, FIGURE, MANIFEST, ONNX, ModelFolder
 from zoo.registry import Entry
 
+NO_ROOT = Path("ROOT")  # stands for a --root that was not given
 LIBRARIES = ("torch", "torchvision", "onnx", "onnxscript", "matplotlib")
-FIRST_MINUTES, THEN_EVERY = 180, 3600  # seconds after which the time left is told, and between tellings
-WINDOW = 600  # seconds of training that the time left is reckoned from
 
 
 def release(
@@ -105,8 +97,11 @@ def release(
                           "train`.")
     if processes < 1:
         raise ExportError(f"--processes {processes}: at least 1.")
+    if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
+        raise ExportError(f"--price-per-hour {price_per_hour}: a number, 0 or more.")
+    disable_progress_bars()  # the Hub's; ours is a line a cell
     places = {name: Path(place).expanduser() for name, place in by_data_set(data, "data").items()}
-    base = Path("ROOT") if root is None else root.expanduser()
+    base = NO_ROOT if root is None else root.expanduser()
     order = Order(
         [cell_of(entry, places.get(entry.dataset, base / FOLDERS[entry.dataset]), out, flags)
          for entry in entries_named(cells)],
@@ -118,15 +113,12 @@ def release(
         print("\n".join([*missing, "Dry run: nothing was begun"
                          + (", and the Hub was not asked which of these are out." if publish else ".")]))
         return 0
-    if root is None and not places:
-        raise ExportError("Where are the data sets? --root DIR, with a folder for each in it "
-                          f"({', '.join(FOLDERS.values())}), or --data DATASET=DIR.")
-    with alone_in(out):
+    with alone_in(out), Children() as children:
         unready = order.look_round()
         print(order.plan_in_words(), flush=True)
         if unready:
             raise ExportError("not ready, and nothing was begun:\n\n" + "\n\n".join(unready))
-        return order.carry_out()
+        return order.carry_out(children)
 
 
 @dataclass
@@ -234,6 +226,9 @@ class Order:
         needed = {row.cell.entry.dataset: row.cell for row in reversed(self.plan()) if row.standing != "trained"}
         for name, cell in needed.items():
             place = cell.job.options.data
+            if place == NO_ROOT / FOLDERS[name]:
+                missing.append(f"Where is {name}? --root DIR, with {FOLDERS[name]} in it, or --data {name}=DIR.")
+                continue
             try:
                 loaded = cell.job.load(look=False)
             except ZooError as error:
@@ -285,8 +280,8 @@ class Order:
         try:
             who = asked(self.owner, HfApi().whoami)
         except HubError as error:
-            return [f"Not logged in to the Hub: `hf auth login`, or HF_TOKEN, with a token that may write; or "
-                    f"--no-publish. ({error})"]
+            return [f"The Hub does not say who is logged in: {error} Log in with a token that may write (`hf auth "
+                    "login`, or HF_TOKEN), or --no-publish."]
         lack = may_not_write(who, self.owner)
         if lack:
             return [lack]
@@ -301,26 +296,25 @@ class Order:
 
     # ---- doing it ----
 
-    def carry_out(self) -> int:
+    def carry_out(self, children: Children) -> int:
         """Every cell that is not done, one after the other; the results of all. 0, or 1 where some failed."""
         failed: dict[str, str] = {}
         stuck: dict[str, str] = {}  # first stages that failed, and in which cell
         plan = self.plan()
-        with Children() as children:
-            for number, row in enumerate(plan, 1):
-                cell, key = row.cell, row.cell.recipe.stage1_key()
-                with Line(f"[{number}/{len(plan)}] {cell.name}") as line:
-                    try:
-                        if key in stuck and row.standing == "new":
-                            raise ExportError(f"not begun, as its first stage is that of {stuck[key]}.")
-                        self._make(row, plan[number:], children, line)
-                    except Interrupted:
-                        raise
-                    except (ZooError, OSError) as error:
-                        failed[cell.name] = str(error)
-                        line.say(f"failed: {str(error).splitlines()[0]}")
-                        if finished(cell) is None and stage1_for(cell, self.out) is None:
-                            stuck.setdefault(key, cell.name)
+        for number, row in enumerate(plan, 1):
+            cell, key = row.cell, row.cell.recipe.stage1_key()
+            with Line(f"[{number}/{len(plan)}] {cell.name}") as line:
+                try:
+                    if key in stuck and row.standing == "new":
+                        raise ExportError(f"not begun, as its first stage is that of {stuck[key]}.")
+                    self._make(row, plan[number:], children, line)
+                except Interrupted:
+                    raise
+                except (ZooError, OSError) as error:
+                    failed[cell.name] = str(error)
+                    line.say(f"failed: {str(error).splitlines()[0]}")
+                    if finished(cell) is None and stage1_for(cell, self.out) is None:
+                        stuck.setdefault(key, cell.name)
         print(self.results())
         for name, reason in failed.items():
             print(f"\nFailed: {name}: {reason}")
@@ -329,15 +323,16 @@ class Order:
                   f"{'it' if len(failed) == 1 else 'them'} alone.")
         return int(bool(failed))
 
-    def _make(self, row: Planned, later: list[Planned], children: "Children", line: "Line") -> None:
+    def _make(self, row: Planned, later: list[Planned], children: Children, line: Line) -> None:
         cell, log = row.cell, row.cell.run / "output.log"
         if row.standing != "trained":
-            line.show("training")
+            line.show(f"training, its output in {log}", always=True)
             stage1 = stage1_for(cell, self.out)
             words = [*cell.words, *(["--stage1", str(stage1)] if stage1 not in (None, cell.run) else [])]
             with alone_in(cell.run, wait=True):  # one that outlived a killed release saves, and leaves
                 pass
-            gauge = Gauge(row, lambda here, pace: self._tell(row, later, here, pace), line)
+            gauge = Gauge(row.work, lambda here, pace: self._tell(row, later, here, pace), line,
+                          duration_in_words(row.seconds + sum(each.seconds for each in later)))
             children.run(launched(words, self.processes), log, "metasaug train", gauge.look)
             if finished(cell) is None:
                 raise ExportError(f"training left no whole model in {cell.run}: see {log}.")
@@ -359,10 +354,8 @@ class Order:
         """The time left, of this cell and of all, by the speed measured."""
         self.pace[row.cell.entry.dataset] = pace
         total = here + sum(each.seconds * self.pace.get(each.cell.entry.dataset, 1.0) for each in later)
-        planned = row.seconds + sum(each.seconds for each in later)
         money = "" if self.price is None else f" ({total / 3600 * self.price:,.2f})"
-        return (f"{duration_in_words(here)} left, of all cells {duration_in_words(total)}{money}; reckoned at its "
-                f"start: {duration_in_words(planned)}")
+        return f"{duration_in_words(here)} left, with all that follow {duration_in_words(total)}{money}"
 
     def results(self) -> str:
         """What every named cell got, beside the published figures; what to paste where something was published."""
@@ -473,154 +466,3 @@ def share_done(cell: Cell, work: Work) -> float:
         return 0.0
     second = work.first + (1 - work.first) * (epoch - first) / (epochs - first)
     return second if epoch > first else work.first * epoch / first
-
-
-# ---- processes ----
-
-
-def launched(words: list[str], processes: int) -> list[str]:
-    """What Python is given to run `metasaug` with these words, in one process or many."""
-    many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    return [*many, "-m", "metasaug", *words]
-
-
-class Children:
-    """Runs one command after the other, its output into a log; hands SIGINT and SIGTERM on, and then stops too."""
-
-    def __init__(self) -> None:
-        self.received: list[int] = []
-        self.child: subprocess.Popen | None = None
-
-    def __enter__(self) -> "Children":
-        self.usual = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.usual.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _frame: Any) -> None:
-        self.received.append(number)
-        if self.child is not None:
-            self.child.send_signal(number)
-
-    def run(self, words: list[str], log: Path, says: str, look: Callable[[str], None] = lambda _: None) -> None:
-        """Runs Python with these words to its end. ExportError with its own reason, or Interrupted.
-
-        log    what it prints is added to this file      says   with what it begins its error
-        look   called every second with the last of its output
-        """
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "ab") as file:
-            file.write(f"\n== {time.strftime('%Y-%m-%d %H:%M:%S')}  python {shlex.join(words)}\n".encode())
-            file.flush()
-            start = file.tell()
-            self._stop_where_asked()
-            # In a session of its own, so that Ctrl-C comes to it once, from us.
-            self.child = subprocess.Popen(
-                [sys.executable, *words], stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True, preexec_fn=_end_with_us if sys.platform == "linux" else None,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUNBUFFERED": "1",
-                     "TQDM_MININTERVAL": "5"})
-            for number in self.received:  # while it was being started
-                self.child.send_signal(number)
-            while self.child.poll() is None:
-                try:
-                    self.child.wait(1)
-                except subprocess.TimeoutExpired:
-                    look(_end_of(log, start))
-        code, self.child = self.child.returncode, None
-        self._stop_where_asked()
-        if code:
-            raise ExportError(f"{reason(_end_of(log, start, 100_000), code, says)} (all of it: {log})")
-
-    def _stop_where_asked(self) -> None:
-        if self.received:
-            raise Interrupted("stopped; nothing is lost: the same command goes on.", 128 + self.received[0])
-
-
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-PR_SET_PDEATHSIG = 1
-
-
-def _end_with_us() -> None:
-    """In the child: where this process is killed, it gets SIGTERM, saves and leaves the GPU to the next."""
-    assert LIBC is not None
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _end_of(log: Path, start: int, most: int = 4000) -> str:
-    with open(log, "rb") as file:
-        file.seek(max(start, file.seek(0, os.SEEK_END) - most))
-        return file.read().decode(errors="replace")
-
-
-def reason(output: str, code: int, says: str) -> str:
-    """Why a command failed, in its own words."""
-    if code < 0:
-        name = signal.Signals(-code).name
-        return f"ended by {name}" + (", as the system does where memory runs out" if name == "SIGKILL" else "")
-    told = output.rpartition(f"\n{says}: ")[2] if f"\n{says}: " in output else ""
-    lines = (told or output).replace("\r", "\n").strip().splitlines()
-    return "\n".join(lines[:12] if told else lines[-1:]) or f"exit code {code}"
-
-
-# ---- progress ----
-
-
-class Line:
-    """What is told of one cell: a line that changes, on a terminal, and lines that stay."""
-
-    def __init__(self, title: str):
-        self.title = title
-        self.bar = tqdm(bar_format="{desc}", leave=False, disable=None, dynamic_ncols=True, file=sys.stdout)
-
-    def __enter__(self) -> "Line":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
-
-    @property
-    def on_terminal(self) -> bool:
-        return not self.bar.disable
-
-    def show(self, text: str) -> None:
-        self.bar.set_description_str(f"{self.title}: {text}")
-
-    def say(self, text: str) -> None:
-        self.bar.clear()
-        print(f"{self.title}: {text}", flush=True)
-
-
-STEPS = re.compile(r"(\d+)/(\d+) \[[^\]]*step")
-
-
-class Gauge:
-    """How far a training is, from the progress bar in its log, and how long it will take at the speed measured."""
-
-    def __init__(self, row: Planned, tell: Callable[[float, float], str], line: Line):
-        self.work, self.tell, self.line = row.work, tell, line
-        self.seen: deque[tuple[float, float]] = deque()  # when, and seconds' worth of work done then
-        self.until: float | None = None  # the next lasting line
-
-    def look(self, output: str) -> None:
-        found = STEPS.findall(output)
-        if not found:
-            return
-        step, total = map(int, found[-1])
-        now, done = time.monotonic(), self.work.done(step / max(total, 1))
-        if not self.seen or done > self.seen[-1][1]:
-            self.seen.append((now, done))
-        while len(self.seen) > 2 and now - self.seen[1][0] > WINDOW:
-            self.seen.popleft()
-        self.until = self.until or now + FIRST_MINUTES
-        text = f"step {step:,} of {total:,}"
-        (began, before), (then, after) = self.seen[0], self.seen[-1]
-        if after > before:
-            pace = (then - began) / (after - before)
-            text += f", {self.tell((self.work.total - done) * pace, pace)}"
-            if now >= self.until:
-                self.until = now + THEN_EVERY if not self.line.on_terminal else math.inf
-                self.line.say(text)
-        self.line.show(text)

@@ -252,7 +252,7 @@ def plan_table(plan: Sequence[Planned], price: float | None, processes: int,
              _money(row.seconds, price), "?" if row.disk is None else size_in_words(row.disk)] for row in plan]
     seconds = sum(row.seconds for row in plan)
     rows.append([in_cells(len(plan)), "", "", "", "", _hours(seconds), _money(seconds, price),
-                 size_in_words(sum(row.disk or 0 for row in plan))])
+                 size_in_words(sum(row.disk or 0 for row in plan)) if any(row.disk for row in plan) else "?"])
     shown = [k for k, name in enumerate(names) if name not in ("state", "cost") or any(row[k] for row in rows)]
     widths = [max(len(row[k]) for row in (names, *rows)) for k in range(len(names))]
     lines = ["  ".join(row[k].ljust(widths[k]) if names[k] in ("cell", "stage 1", "state") else row[k].rjust(widths[k])

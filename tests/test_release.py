@@ -1,5 +1,6 @@
 """`metasaug release`: from nothing to the Hub by one command, whatever happens on the way."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,12 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 
 import zoo
 from export import release as releasing
+from export import release_runs
 from export.release_plan import Work, entries_named
 from tests.hub_server import READER, WRITER, wait_until
 from tests.test_command_line import run
@@ -55,16 +58,13 @@ class Releases:
         process.communicate()
         assert wait_until(lambda: not self.still_running(), 60), "what it had started outlived it"
 
-    def still_running(self) -> list[str]:
-        """Command lines of processes that work in our folder."""
+    def still_running(self) -> list[int]:
+        """Processes that work in our folder, those that were started last first."""
         found = []
         for place in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                line = place.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:  # it ended meanwhile
-                continue
-            found += [line] * (str(self.out) in line)
-        return found
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                found += [int(place.parent.name)] * (os.fsencode(self.out) in place.read_bytes())
+        return sorted(found, reverse=True)
 
     def commands(self, name: str) -> list[str]:
         """What was started for a cell: train or publish, in order."""
@@ -130,6 +130,34 @@ def test_a_release_killed_anywhere_goes_on_and_does_nothing_twice(hub, tmp_path,
         assert config["recipe"]["epochs"] == 4
 
 
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_release_killed_at_random_publishes_every_cell_once(hub, tmp_path):
+    # Given four cells of two data sets,
+    make_imagenet_lt(tmp_path / "data" / "imagenet-lt", counts=(24, 12, 6), test=4)
+    make_inat(tmp_path / "data" / "inat18")
+    releases = Releases(hub, tmp_path, "--cells", "imagenet-lt,inat18")
+    rng, names = np.random.default_rng(0), ["metasaug-imagenet-lt", "ce-imagenet-lt", "metasaug-inat18", "ce-inat18"]
+    # when a signal comes 20 times at any moment, to the release or to what it has started, and once none comes,
+    for _ in range(20):
+        process = releases.start()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(1, 14))
+        victims = [*releases.still_running(), process.pid] if rng.random() < 0.3 else [process.pid]
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victims[0], rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+        out, _ = process.communicate()
+        assert "Traceback" not in out, out
+        assert process.returncode in (0, 1, 130, 143, -9, -15), out  # -15: while Python itself was starting
+    code, out = releases.to_the_end()
+    # then all are out, each by one commit, each epoch was logged once, and no second first stage was trained.
+    assert code == 0, out
+    for name in names:
+        assert len(hub.repos["me/" + name].messages) == 2, name
+        assert zoo.load(f"hf:me/{name}").name == name
+        assert releases.epochs_logged(name) == ([1, 2, 3, 4] if name.startswith("metasaug") else [3, 4])
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
 def test_who_stops_the_release_stops_the_training_which_saves(tmp_path, number, code):
@@ -139,7 +167,7 @@ def test_who_stops_the_release_stops_the_training_which_saves(tmp_path, number, 
                         "def save(number, frame): pathlib.Path('saved').touch(); sys.exit(128 + number)\n"
                         "for each in (signal.SIGINT, signal.SIGTERM): signal.signal(each, save)\n"
                         "pathlib.Path('begun').touch(); time.sleep(60)\n")
-    script = ("import sys\nfrom pathlib import Path\nfrom export.release import Children\n"
+    script = ("import sys\nfrom pathlib import Path\nfrom export.release_runs import Children\n"
               "from training.errors import Interrupted\n"
               "try:\n    with Children() as children: children.run(['long_one.py'], Path('log'), 'metasaug train')\n"
               "except Interrupted as stop: sys.exit(stop.exit_code)\n")
@@ -217,7 +245,8 @@ def test_names_data_sets_and_all_are_cells():
 @pytest.mark.parametrize(("arguments", "told"), [
     (("--cells", "imagenet,inat19"), ["'imagenet'. Did you mean imagenet-lt", "'inat19'. Did you mean inat18"]),
     (("--cells", ","), ["--cells: which?"]),
-    (("--cells", "inat18"), ["Where are the data sets? --root DIR", "--data DATASET=DIR"]),
+    (("--cells", "inat18", "--no-publish", "--out", "/dev/null/x"), ["--out /dev/null/x cannot be written"]),
+    (("--cells", "inat18", "--price-per-hour", "-1"), ["--price-per-hour -1.0: a number"]),
     (("--cells", "inat18", "--data", "inat19=x"), ["--data inat19=x: DATASET=VALUE", "inat18"]),
     (("--cells", "inat18", "--data", "inat18="), ["--data inat18=: DATASET=VALUE"]),
     (("--cells", "inat18", "--pictures-per-second", "fast"), ["--pictures-per-second fast: a number"]),
@@ -257,18 +286,21 @@ def test_all_that_is_missing_is_told_at_once_and_nothing_is_begun(hub, tmp_path,
     code, out, err = run(capsys, "release", "--cells", "imagenet-lt,inat18,plankton,ce-cifar10-lt-10", "--root",
                          tmp_path / "data", "--out", tmp_path / "runs", "--owner", "me")
     assert code == 2 and "imagenet-lt: 17 training pictures in 3 classes" in out
-    for told in ("Not logged in to the Hub: `hf auth login`, or HF_TOKEN", "visipedia/inat_comp", "about 120 GB",
+    for told in ("Log in with a token that may write (`hf auth login`, or HF_TOKEN)", "visipedia/inat_comp",
+                 "about 120 GB",
                  f"looked for in {tmp_path / 'data' / 'inat18'} (--data inat18=DIR", "National Data Science Bowl",
                  "cifar-10-batches-py", "need onnxscript: pip install 'metasaug[train]'", "1 MB free"):
         assert told in err, told
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".lock"]
-    # A dry run tells of the data too, and of nothing else.
+    # Without --root it is asked for; a dry run tells of the data too, where it may be, and of nothing else.
+    code, _, err = run(capsys, "release", "--cells", "inat18", "--out", tmp_path / "runs", "--no-publish")
+    assert code == 2 and "Where is inat18? --root DIR, with inat18 in it, or --data inat18=DIR." in err
     code, out, _ = run(capsys, "release", "--dry-run", "--cells", "inat18", "--root", tmp_path / "data")
     assert code == 0 and "visipedia/inat_comp" in out and "Hub was not asked" in out
 
 
 @pytest.mark.parametrize(("token", "owner", "told"), [
-    ("hf_wrong", "me", "Not logged in to the Hub"), (READER, "me", "may only read"),
+    ("hf_wrong", "me", "refuses the token"), (READER, "me", "may only read"),
     (WRITER, "somebody", "me is logged in to the Hub, and is not of somebody. It may write for me, lab")])
 def test_a_token_that_may_not_publish_is_told_before_anything_is_trained(
         hub, tmp_path, capsys, monkeypatch, token, owner, told):
@@ -344,7 +376,7 @@ def test_what_another_machine_published_is_out_unless_it_was_trained_otherwise(
 def test_the_time_left_is_corrected_by_what_was_measured(monkeypatch):
     # Given a plan of 100 steps of plain training in 100 seconds, and 100 in 400,
     now, told, said = [0.0], [], []
-    monkeypatch.setattr(releasing.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(release_runs.time, "monotonic", lambda: now[0])
 
     class Line:
         on_terminal = False
@@ -359,8 +391,7 @@ def test_the_time_left_is_corrected_by_what_was_measured(monkeypatch):
         told.append((left, pace))
         return f"{left:.0f} s left"
 
-    row = type("Row", (), {"work": Work(200, 0.5, (100.0, 400.0))})
-    gauge = releasing.Gauge(row, tell, Line())
+    gauge = release_runs.Gauge(Work(200, 0.5, (100.0, 400.0)), tell, Line(), "8 minutes")
     gauge.look("loading\n")
     # when steps take three times as long as reckoned,
     for step in range(0, 101, 10):
@@ -368,7 +399,7 @@ def test_the_time_left_is_corrected_by_what_was_measured(monkeypatch):
         gauge.look(f" 10%|#  | {step}/200 [00:10<1:00,  1.20step/s, epoch 1/2 loss 1.0]\r")
     # then so will those of the second stage; after the first minutes it is told in a line that stays.
     assert told[-1] == (pytest.approx(1200), pytest.approx(3))
-    assert len(said) == 1 and said[0].startswith("step 60 of 200, ")
+    assert len(said) == 1 and said[0] == "step 60 of 200, 1320 s left; at its start 8 minutes were reckoned"
 
 
 @pytest.mark.parametrize(("output", "code", "told"), [
@@ -378,12 +409,12 @@ def test_the_time_left_is_corrected_by_what_was_measured(monkeypatch):
     ("50%|## |\r60%|## |", -9, "ended by SIGKILL, as the system does where memory runs out"),
     ("", 3, "exit code 3")])
 def test_a_failure_is_told_in_the_trainings_own_words(output, code, told):
-    assert releasing.reason(output, code, "metasaug train") == told
+    assert release_runs.reason(output, code, "metasaug train") == told
 
 
 def test_many_processes_are_torchruns():
-    assert releasing.launched(["train", "inat18"], 1) == ["-m", "metasaug", "train", "inat18"]
-    assert releasing.launched(["train", "inat18"], 8) == [
+    assert release_runs.launched(["train", "inat18"], 1) == ["-m", "metasaug", "train", "inat18"]
+    assert release_runs.launched(["train", "inat18"], 8) == [
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8", "-m", "metasaug", "train", "inat18"]
 
 
