@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
+from tests.test_datasets import write_class_folders  # noqa: E402
 from tests.test_training import (  # noqa: E402
     CPU,
     TINY,
@@ -32,6 +34,7 @@ from tests.test_training import (  # noqa: E402
 from training import checkpoints, loop  # noqa: E402
 from training.datasets import LongTailed, PictureFiles, Split  # noqa: E402
 from training.errors import DivergenceError, Interrupted, TrainingError  # noqa: E402
+from zoo.model_folder import ModelFolder  # noqa: E402
 
 SAVED_ALWAYS = 1e-9  # minutes
 FORKED = multiprocessing.get_context("forkserver")
@@ -61,6 +64,22 @@ def on_disk(tmp_path_factory) -> Path:
         pictures = getattr(data, split)
         for i, picture in enumerate(pictures.pictures):
             Image.fromarray(picture).save(root / f"{split}-{i:03d}-{pictures.labels[i]}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def class_folders(tmp_path_factory) -> Path:
+    """Large enough that every epoch has some steps."""
+    root = tmp_path_factory.mktemp("classes")
+    write_class_folders(root, {"ant": 40, "bee": 30, "cat": 20}, size=(20, 20))
+    return root
+
+
+@pytest.fixture(scope="module")
+def cifar_folders(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("small-cifar")
+    write_class_folders(root / "train", {f"c{i}": 24 for i in range(10)})
+    write_class_folders(root / "test", {f"c{i}": 3 for i in range(10)}, seed=1)
     return root
 
 
@@ -165,6 +184,39 @@ def test_fifty_kills_at_random_and_the_same_bits(tmp_path, on_disk, method):
     assert_nothing_left_over(tmp_path / "killed")
 
 
+CIFAR = ["cifar10-lt", "--imbalance", "4", "--meta-per-class", "4", "--epochs", "30"]
+FOLDER = ["folder", "--epochs", "60", "--batch-size", "8", "--architecture", "resnet32", "--input-size", "16",
+          "--crops", "resized", "--save-minutes", "0.001"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flags", [CIFAR, FOLDER], ids=["cifar, in memory", "folder, on disk"])
+def test_the_command_killed_at_random_ends_in_the_same_bits_and_model(tmp_path, class_folders, cifar_folders, flags):
+    """kill -9 of the real command from its first moment to its last, 50 times, with other workers each time."""
+    data = cifar_folders if flags is CIFAR else class_folders
+    rng = np.random.default_rng(0)
+
+    def run(name: str) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-m", "training", *flags, "--data", data, "--out", tmp_path / name,
+                                 "--resume", "--workers", str(rng.integers(0, 3))],
+                                stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    assert run("whole").wait() == 0
+    hit = 0
+    for _ in range(50):
+        process = run("killed")
+        time.sleep(rng.uniform(1, 6))
+        process.kill()
+        hit += process.wait() == -signal.SIGKILL
+    while (process := run("killed")).wait() != 0:  # the last kill's workers may hold the folder for half a second
+        time.sleep(1)
+    assert hit >= 10
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert_nothing_left_over(tmp_path / "killed")
+    ones, others = (ModelFolder(tmp_path / name / "model").weights() for name in ("whole", "killed"))
+    assert all(np.array_equal(ones[name], others[name]) for name in ones)
+
+
 # ---- killed at the worst moments ----
 
 
@@ -209,6 +261,8 @@ def die_at(place: str, nth: int = 1) -> None:
         os.replace = dying(os.replace, after)
     elif place == "before the old one is dropped":
         Path.unlink = dying(Path.unlink, of=lambda path, *_: path.suffix == ".pt")
+    elif place == "within the model folder":
+        os.replace = dying(os.replace, of=lambda path, *_: "model" in Path(path).parts)
     elif place == "after the log line":
         loop.Log.write = dying(loop.Log.write, after)
     else:
@@ -235,6 +289,23 @@ def test_a_run_killed_at_every_bad_moment_goes_on_to_the_same_bits(tmp_path):
     # and the stage 1 that it handed over serves another run as its own would.
     loop.run(SMALL, small_data(), tmp_path / "shared", CPU, stage1=tmp_path / "killed")
     assert_same_run(tmp_path / "whole", tmp_path / "shared", from_line=2)
+
+
+@pytest.mark.long
+def test_a_run_killed_while_its_model_is_written_still_ends_in_a_whole_one(tmp_path, class_folders):
+    # Given a run that dies at each file of its model folder in turn (weights, manifest, ONNX, card),
+    for nth in range(1, 12):
+        run = FORKED.Process(target=command, args=(tmp_path / "run", *words(class_folders, 2)), kwargs={"dies": nth})
+        run.start()
+        if (code := ended(run)) == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert nth > 6
+    # when it goes on at last, then the folder is whole, and nothing else is in it.
+    folder = ModelFolder(tmp_path / "run" / "model")
+    folder.check()
+    assert {"README.md", "onnx/model.onnx", "covariance.safetensors"} <= set(folder.files)
+    assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
 # ---- checkpoints within an epoch ----
@@ -371,10 +442,15 @@ def test_a_stop_signal_during_a_look_at_the_test_set_does_not_wait_for_its_end(t
     assert log_without_times(tmp_path / "stopped") == log_without_times(tmp_path / "whole")
 
 
-def command(folder: Path, *words: str, group: bool = False, endless: Path | None = None) -> None:
-    """`metasaug train …` of a process of its own; `endless` is touched within a step that does not end."""
+def command(folder: Path, *words: str, group: bool = False, endless: Path | None = None, dies: int = 0) -> None:
+    """`metasaug train …` of a process of its own.
+
+    endless   touched within a step that does not end          dies   at this file of the model folder
+    """
     import metasaug
 
+    if dies:
+        die_at("within the model folder", dies)
     if group:
         os.setsid()
     if endless is not None:
@@ -386,19 +462,9 @@ def command(folder: Path, *words: str, group: bool = False, endless: Path | None
     sys.exit(metasaug.main(["train", *words, "--out", str(folder)]))
 
 
-@pytest.fixture(scope="module")
-def class_folders(tmp_path_factory) -> Path:
-    """Large enough that every epoch has some steps, on disk."""
-    from tests.test_datasets import write_class_folders
-
-    root = tmp_path_factory.mktemp("classes")
-    write_class_folders(root, {"ant": 40, "bee": 30, "cat": 20}, size=(20, 20))
-    return root
-
-
-def words(class_folders: Path) -> list[str]:
-    return ["folder", "--data", str(class_folders), "--epochs", "40", "--batch-size", "8", "--architecture", "resnet32",
-            "--input-size", "16", "--crops", "resized", "--workers", "2", "--device", "cpu", "--resume"]
+def words(class_folders: Path, epochs: int = 40) -> list[str]:
+    return ["folder", "--data", str(class_folders), "--epochs", str(epochs), "--batch-size", "8", "--input-size", "16",
+            "--architecture", "resnet32", "--crops", "resized", "--workers", "2", "--device", "cpu", "--resume"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

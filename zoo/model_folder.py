@@ -166,8 +166,8 @@ def write_model_folder(
     check_config(config, "the config")
     path = Path(path)
     try:
-        for name in (MANIFEST, *FILES):  # from the first until the end it is no model folder
-            (path / name).unlink(missing_ok=True)
+        for old in (*(path / name for name in (MANIFEST, *FILES)), *path.rglob(".*.tmp")):
+            old.unlink(missing_ok=True)  # the manifest first: from now until the end it is no model folder
     except OSError as error:
         raise ModelFolderError(f"{path} cannot be written: {error.strerror or error}.") from error
     add_files(path, {CONFIG: json_bytes(config), WEIGHTS: save(dict(weights)),
