@@ -33,7 +33,7 @@ EXTRAS = {"torch": "train", "torchvision": "train", "onnx": "train", "onnxscript
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0 done, 2 an error told in one message, 130 and 143 stopped."""
+    """Run one command; returns its exit code: 0 done, 2 an error told in one message, 130, 143 and 129 stopped."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name = " ".join(arguments[:words]) or "--help"

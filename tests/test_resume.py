@@ -467,9 +467,9 @@ def words(class_folders: Path, epochs: int = 40) -> list[str]:
             "--architecture", "resnet32", "--crops", "resized", "--workers", "2", "--device", "cpu", "--resume"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_stop_signal_to_the_whole_terminal_saves_and_has_its_exit_code(tmp_path, class_folders, number, code):
-    """Ctrl-C reaches the worker processes as well; some schedulers send SIGTERM to all of them."""
+    """Ctrl-C and the end of a terminal reach the worker processes as well; some schedulers send SIGTERM to all."""
     # Given the real command with worker processes, in a group of its own, some steps on its way,
     run = FORKED.Process(target=command, args=(tmp_path / "run", *words(class_folders), "--save-minutes", "1e-9"),
                          kwargs={"group": True})

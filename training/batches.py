@@ -163,11 +163,12 @@ def _decoded(
 
 
 def _in_a_worker(_worker: int) -> None:
-    """Ctrl-C and some schedulers' SIGTERM reach every process: the main one decides, and needs its workers until it has
-    saved. Where it was killed itself, they leave: a worker that waits to hand over a batch would stay for ever, and
-    hold the lock of the run folder.
+    """Ctrl-C, the end of a terminal and some schedulers' SIGTERM reach every process: the main one decides, and needs
+    its workers until it has saved. Where it was killed itself, they leave: a worker that waits to hand over a batch
+    would stay for ever, and hold the lock of the run folder.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave_later)
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
 

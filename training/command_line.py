@@ -61,7 +61,7 @@ class RunOptions:
     """Epochs between looks at the test set for the log; the result is always that of the last epoch."""
 
     save_every: int = 1
-    """Epochs between checkpoints. SIGINT (exit code 130) and SIGTERM (143) save at once."""
+    """Epochs between checkpoints. SIGINT (exit code 130), SIGTERM (143) and SIGHUP (129) save at once."""
 
     save_minutes: float = 10
     """Minutes after which a checkpoint is written within an epoch, for long ones; 0: at the end of epochs only."""

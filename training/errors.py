@@ -16,7 +16,7 @@ class DivergenceError(TrainingError):
 
 
 class Interrupted(TrainingError):  # noqa: N818  (it is a request that was honoured, not a fault)
-    """SIGINT or SIGTERM arrived; the state is saved. `exit_code` is 130 or 143."""
+    """SIGINT, SIGTERM or SIGHUP arrived; the state is saved. `exit_code` is 130, 143 or 129."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)

@@ -197,7 +197,7 @@ def run(
 
     folder          run folder: log.jsonl, checkpoints/, stage1/
     evaluate_every  epochs between looks at the test set, for the log only; the last epoch is always looked at
-    save_every      epochs between checkpoints; SIGINT and SIGTERM save at once
+    save_every      epochs between checkpoints; SIGINT, SIGTERM and SIGHUP save at once
     save_minutes    minutes after which a checkpoint is written within an epoch; 0: only at its end
     workers         processes that decode pictures; their number changes no bit of the result
     tensorboard     keep the log in `folder`/tensorboard as well
@@ -526,7 +526,8 @@ def _death_of_a_worker_told() -> Iterator[None]:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list that receives the first SIGINT or SIGTERM; the second one has its usual effect at once."""
+    """A list that receives the first SIGINT, SIGTERM or SIGHUP (the terminal is gone); the second one has its usual
+    effect at once. What is ignored stays so: nohup's SIGHUP, SIGINT in the background of a script."""
     received: list[int] = []
     previous: dict[signal.Signals, Any] = {}
 
@@ -536,8 +537,9 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(each, usual)
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                previous[number] = signal.signal(number, note)
     except ValueError:  # not in the main thread: there is nobody to press Ctrl-C
         pass
     try:
