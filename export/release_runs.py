@@ -1,6 +1,7 @@
 """The processes of a release: one after the other, their output in a log, how far each is, and how it is stopped."""
 
 import ctypes
+import itertools
 import math
 import os
 import re
@@ -104,14 +105,23 @@ def _end_of(log: Path, start: int, most: int = 4000) -> str:
         return file.read().decode(errors="replace")
 
 
+# What torchrun writes after the message of a process that failed, and the last line of a traceback.
+TORCHRUNS = re.compile(r"[IWEF]\d{4} \d\d:|Traceback |={9}|\[rank\d")
+ERROR = re.compile(r"(\[rank\d+\]: )?(?!torch\.distributed\.elastic)[\w.]+(Error|Exception)\b")
+
+
 def reason(output: str, code: int, says: str) -> str:
     """Why a command failed, in its own words."""
     if code < 0:
         name = signal.Signals(-code).name
         return f"ended by {name}" + (", as the system does where memory runs out" if name == "SIGKILL" else "")
-    told = output.rpartition(f"\n{says}: ")[2] if f"\n{says}: " in output else ""
-    lines = (told or output).replace("\r", "\n").strip().splitlines()
-    return "\n".join(lines[:12] if told else lines[-1:]) or f"exit code {code}"
+    lines = output.replace("\r", "\n").splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith(f"{says}: "):  # of many processes the first to fail
+            rest = itertools.takewhile(lambda line: not TORCHRUNS.match(line), lines[number + 1 : number + 12])
+            return "\n".join([line.removeprefix(f"{says}: "), *rest]).strip()
+    errors = [line for line in lines if ERROR.match(line)] or [line for line in lines if line.strip()]
+    return errors[-1].strip() if errors else f"exit code {code}"
 
 
 # ---- progress ----

@@ -406,6 +406,12 @@ def test_the_time_left_is_corrected_by_what_was_measured(monkeypatch):
     ("50%|\nmetasaug train: the disk is full.\nMake room.\n", 2, "the disk is full.\nMake room."),
     ("Traceback (most recent call last):\n  File\nRuntimeError: CUDA error: misaligned\n", 1,
      "RuntimeError: CUDA error: misaligned"),
+    # Two processes under torchrun: the second only lost the first.
+    ("metasaug train: Make room.\nNow.\n\nmetasaug train: another process ended.\nE1125 03:57:27.428000 23 api.py:753] "
+     "failed\nTraceback (most recent call last):\n", 1, "Make room.\nNow.\n\nmetasaug train: another process ended."),
+    ("[rank1]: Traceback (most recent call last):\n[rank1]: torch.OutOfMemoryError: no memory\nTraceback\n"
+     "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n=====\nFailures:\n", 1,
+     "[rank1]: torch.OutOfMemoryError: no memory"),
     ("50%|## |\r60%|## |", -9, "ended by SIGKILL, as the system does where memory runs out"),
     ("", 3, "exit code 3")])
 def test_a_failure_is_told_in_the_trainings_own_words(output, code, told):
