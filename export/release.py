@@ -74,7 +74,8 @@ def release(
 
     Stopped or killed at any moment, the same command goes on where it was: no cell is trained or published twice. What
     follows a lone -- goes to each `metasaug train`, as in `metasaug release --cells inat18 … -- --workers 32`.
-    Exit code 0: all is done; 1: some cells failed, each with its reason; 2: nothing was begun; 130, 143: stopped.
+    Exit code 0: all is done; 1: some cells failed, each with its reason; 2: nothing was begun; 129, 130,
+    143: stopped.
 
     Args:
         cells: Names from `metasaug list`, data sets (all their cells that are not out), or all; with commas or spaces.

@@ -32,7 +32,8 @@ def launched(words: list[str], processes: int) -> list[str]:
 
 
 class Children:
-    """Runs one command after the other, its output into a log; hands SIGINT and SIGTERM on, and then stops too."""
+    """Runs one command after the other, its output into a log; hands SIGINT, SIGTERM and SIGHUP on, and then stops
+    too. What is ignored, as SIGHUP under nohup, stays ignored."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
@@ -40,7 +41,9 @@ class Children:
         self.busy = False  # with a child, or starting one
 
     def __enter__(self) -> "Children":
-        self.usual = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.usual = {number: signal.signal(number, self._receive)
+                      for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+                      if signal.getsignal(number) is not signal.SIG_IGN}
         return self
 
     def __exit__(self, *_) -> None:

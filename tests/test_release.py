@@ -158,14 +158,15 @@ def test_a_release_killed_at_random_publishes_every_cell_once(hub, tmp_path):
         assert releases.epochs_logged(name) == ([1, 2, 3, 4] if name.startswith("metasaug") else [3, 4])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("number", "code"), [
+    (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGKILL, -9)])
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
 def test_who_stops_the_release_stops_the_training_which_saves(tmp_path, number, code):
     # Given a release whose training takes long,
     training = tmp_path / "long_one.py"
     training.write_text("import pathlib, signal, sys, time\n"
                         "def save(number, frame): pathlib.Path('saved').touch(); sys.exit(128 + number)\n"
-                        "for each in (signal.SIGINT, signal.SIGTERM): signal.signal(each, save)\n"
+                        "for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(each, save)\n"
                         "pathlib.Path('begun').touch(); time.sleep(60)\n")
     script = ("import sys\nfrom pathlib import Path\nfrom export.release_runs import Children\n"
               "from training.errors import Interrupted\n"
