@@ -9,9 +9,7 @@ Known layouts, of which DataParallel's "module." may stand before every name:
 and the tensors alone, without any of the outer names. Which network it is, is read off the tensors' shapes.
 """
 
-import argparse
 import hashlib
-import importlib
 import io
 import json
 import pickle
@@ -32,6 +30,7 @@ from torch import Tensor
 from export.errors import ExportError
 from training.cifar import CIFAR, CIFAR_MEAN, CIFAR_STD, long_tail_counts
 from training.list_files import IMAGENET_LT, INAT, read_inat_json, read_list
+from training.start_weights import PLAIN
 from zoo import label_names
 from zoo.architectures import ARCHITECTURES, create
 from zoo.labels import assign_groups
@@ -56,11 +55,6 @@ _OTHER_PARTS = {
     "modulatedatt": "modulated attention (OLTR)", "fc_add": "an extra layer before the classifier (use_fc)",
     "cosnorm_classifier": "OLTR's memory and cosine classifier", "fc_hallucinator": "OLTR's memory",
     "fc_selector": "OLTR's memory", "centroids": "a nearest-mean classifier"}
-
-# Plain values that checkpoints carry beside their tensors; nothing that could do anything.
-_PLAIN: list[Any] = [argparse.Namespace, np.dtype, np.ndarray, *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU"}]
-_PLAIN += [(getattr(importlib.import_module("numpy._core.multiarray"), name), f"numpy.{core}.multiarray.{name}")
-           for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
 
 
 @dataclass(frozen=True)
@@ -164,7 +158,7 @@ def _load(content: bytes, name: str) -> Mapping[str, Any]:
     if content[:2] == b"PK":
         _check_zip(content, name)
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_PLAIN):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN):
             warnings.simplefilter("ignore")
             loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

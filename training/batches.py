@@ -9,11 +9,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ class View:
                  8 to 100 % of the picture, 3:4 to 4:3, at random (torchvision's RandomResizedCrop)
     flips        none; mirror: left and right; all: also upside down and a quarter turn, for things without an up
     color_jitter brightness, contrast and saturation times 1 ± this, in random order; `resized` only
+    interpolation   bilinear or bicubic: how pictures are resized
     """
 
     size: tuple[int, int]
@@ -53,12 +54,13 @@ class View:
     crops: Crops = "shift"
     flips: Flips = "mirror"
     color_jitter: float = 0.0
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
         """The same for those who predict: keys of a model folder."""
         return {"input_size": [3, *self.size], "mean": list(self.mean), "std": list(self.std),
-                "interpolation": "bilinear", "crop_pct": self.crop_pct, "crop_mode": self.crop_mode}
+                "interpolation": self.interpolation, "crop_pct": self.crop_pct, "crop_mode": self.crop_mode}
 
     @property
     def padding(self) -> int:
@@ -94,7 +96,8 @@ class View:
         if self.crops == "shift":
             return self.shifted(self.padded(self.fit(picture)), drawn)
         rng = np.random.default_rng(drawn[0])
-        part = picture.resize(self.size[::-1], Image.Resampling.BILINEAR, box=_part(rng, *picture.size))
+        how = Image.Resampling.BICUBIC if self.interpolation == "bicubic" else Image.Resampling.BILINEAR
+        part = picture.resize(self.size[::-1], how, box=_part(rng, *picture.size))
         return _flipped(np.asarray(_jittered(rng, part, self.color_jitter)), drawn[2:])
 
 
@@ -217,18 +220,25 @@ class Batches:
     def __init__(self, pictures: Split | PictureFiles, view: View, seed: int, batch_size: int, device: torch.device,
                  workers: int = 0):
         self.pictures, self.view, self.workers = pictures, view, workers
-        self.padded = view.padded(pictures.pictures) if isinstance(pictures, Split) else None
         self.labels = pictures.labels
         self.seed, self.device = seed, device
         self.batch_size = min(batch_size, len(pictures))
         # A last batch of one picture has no batch statistics: it is left out.
         self.steps = len(pictures) // self.batch_size + (len(pictures) % self.batch_size > 1)
 
+    @cached_property
+    def padded(self) -> np.ndarray | None:
+        return self.view.padded(self.pictures.pictures) if isinstance(self.pictures, Split) else None
+
+    def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """What happens to each of n pictures, (n, ...)."""
+        return self.view.draw(rng, n)
+
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Each picture once, in an order of its own; `first_step` on."""
         n = len(self.labels)
         order = np.random.default_rng([self.seed, epoch, ORDER]).permutation(n)
-        drawn = self.view.draw(np.random.default_rng([self.seed, epoch, CROPS]), n)
+        drawn = self.draw(np.random.default_rng([self.seed, epoch, CROPS]), n)
         batches = [order[step * self.batch_size : (step + 1) * self.batch_size]
                    for step in range(first_step, self.steps)]
         yield from self._batches(batches, [drawn[at] for at in batches])
@@ -242,7 +252,7 @@ class Batches:
             turn, part = divmod(step, turns)
             rng = np.random.default_rng([self.seed, epoch, META, turn])
             batches.append(rng.permutation(n)[part * self.batch_size : (part + 1) * self.batch_size])
-            drawn.append(self.view.draw(rng, n)[batches[-1]])
+            drawn.append(self.draw(rng, n)[batches[-1]])
         yield from self._batches(batches, drawn)
 
     def _batches(self, batches: list[np.ndarray], drawn: list[np.ndarray]):
@@ -262,15 +272,29 @@ def in_order(
     pictures: Split | PictureFiles, view: View, device: torch.device, workers: int = 0
 ) -> Iterator[torch.Tensor]:
     """The pictures in their order, as predicting sees them."""
-    size = max(16, min(500, 500 * 64 * 64 // (view.size[0] * view.size[1])))
+    size = at_once(view)
     at = [np.arange(i, min(i + size, len(pictures))) for i in range(0, len(pictures), size)]
-    arrays: Iterable[np.ndarray]
-    if isinstance(pictures, Split):
-        arrays = (hold(Split(pictures.pictures[i], pictures.labels[i]), view).pictures for i in at)
-    else:
-        arrays = _decoded(pictures, view, at, None, workers)
-    for array in arrays:
+    for array in read(pictures, view, at, None, workers):
         yield normalised(array, view, device)
+
+
+def at_once(view: View) -> int:
+    """Pictures in a batch of `in_order`."""
+    return max(16, min(500, 500 * 64 * 64 // (view.size[0] * view.size[1])))
+
+
+def read(
+    pictures: Split | PictureFiles, view: View, at: Sequence[np.ndarray], drawn: Sequence[np.ndarray] | None,
+    workers: int = 0,
+) -> Iterator[np.ndarray]:
+    """uint8 (N, H, W, 3) for each array of indices: as drawn for them (`View.draw`), or as predicting sees them."""
+    if isinstance(pictures, PictureFiles):
+        yield from _decoded(pictures, view, at, drawn, workers)
+        return
+    for b, i in enumerate(at):
+        held = hold(Split(pictures.pictures[i], pictures.labels[i]), view).pictures
+        yield held if drawn is None else np.stack(
+            [view.shifted(padded, row) for padded, row in zip(view.padded(held), drawn[b], strict=True)])
 
 
 def normalised(pictures: np.ndarray, view: View, device: torch.device) -> torch.Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from training.datasets import LongTailed, PictureFiles, Split
-from training.recipes import OwnPictures
+from training.errors import TrainingError
+from training.recipes import OwnPictures, Recipe
 from zoo.images import decode
 
 SIZES = (32, 48, 64, 96, 128, 160, 192, 224)
@@ -21,6 +22,66 @@ CORE_SECONDS = {"resnet32": (3.4e-3, 32), "resnet18": (45e-3, 224)}
 
 FULL_COVARIANCE_BYTES = 64e6
 FEATURES = {"resnet32": 64, "resnet10": 512, "resnet18": 512, "resnet34": 512}
+
+
+# Epochs of a last layer on a ready backbone. Plain: those of classifier-balancing on ImageNet-LT.
+PLAIN_HEAD_EPOCHS = 10
+HEAD_STEPS = 3_000
+
+
+def on_backbone(recipe: Recipe, data: LongTailed) -> tuple[Recipe, list[str]]:
+    """The recipe as its ready backbone asks for it, and a line for each choice; flags that were given stand.
+
+    Raises TrainingError or another ZooError where there is no such backbone, or it does not say what it is.
+    """
+    from training.start_weights import find_backbone
+
+    assert recipe.backbone is not None
+    backbone, usual, reasons = find_backbone(recipe.backbone), type(recipe)(), []
+
+    def take(flag: str, value: Any, reason: str) -> None:
+        nonlocal recipe
+        if getattr(recipe, flag) == getattr(usual, flag) and value is not None:
+            recipe = dataclasses.replace(recipe, **{flag: value})
+            reasons.append(f"--{flag.replace('_', '-')} {_words(value)}: {reason}")
+
+    take("architecture", backbone.architecture, f"{recipe.backbone} is that network")
+    if recipe.architecture == "auto":
+        raise TrainingError(f"--backbone {recipe.backbone}: the file does not say which network it holds: "
+                            "--architecture NAME.")
+    shown, why = backbone.cfg, "the backbone was trained so"
+    if shown:
+        take("input_size", shown["input_size"][1], why)
+        for flag in ("mean", "std"):
+            take(flag, tuple(shown[flag]), why)
+        for flag in ("interpolation", "crop_pct", "crop_mode"):
+            take(flag, shown.get(flag), why)
+    ready = backbone.has_last_layer_for(data.label_names, recipe.cosine_scale)
+    if recipe.last_layer == "ready" and not ready:
+        raise TrainingError(f"--last-layer ready: {recipe.backbone} has no last layer for these "
+                            f"{len(data.label_names)} classes. --last-layer fresh trains one.")
+    if recipe.last_layer == "auto":
+        recipe = dataclasses.replace(recipe, last_layer="ready" if ready else "fresh")
+        reasons.append(f"--last-layer {recipe.last_layer}: " + (
+            "the backbone's own is for these classes, so that every epoch is of stage 2" if ready else
+            f"the backbone's own is for {backbone.num_classes or 'no'} classes" if backbone.label_names is None else
+            "the backbone's own is for other classes"))
+    if recipe.stage2_trains == "network":
+        recipe = dataclasses.replace(recipe, stage2_trains="classifier")
+        reasons.append("--stage2-trains classifier: a --backbone is not trained; to train on from it: --pretrained")
+    if recipe.epochs == usual.epochs and recipe.epochs:
+        second = recipe.epochs - recipe.stage2_epoch
+        epochs = second if recipe.last_layer == "ready" else second + PLAIN_HEAD_EPOCHS
+        recipe = dataclasses.replace(recipe, epochs=epochs, stage2_epochs=second)
+        reasons.append(f"--epochs {epochs}: the {second} of stage 2"
+                       + (f", and {PLAIN_HEAD_EPOCHS} before it for a last layer alone" if epochs > second else ""))
+    if not recipe.cache_features:
+        reasons.append("With --cache-features 4 the pictures pass the backbone 4 times in all, instead of every epoch.")
+    return recipe, reasons
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def choose(recipe: OwnPictures, data: LongTailed, device: str, cores: int) -> tuple[OwnPictures, list[str]]:
@@ -40,8 +101,10 @@ def choose(recipe: OwnPictures, data: LongTailed, device: str, cores: int) -> tu
         batch = min(100, max(16, count // 10))
         take("batch_size", batch, f"{math.ceil(count / batch):,} steps an epoch for {count:,} training pictures")
     if not recipe.epochs:
-        steps = STEPS if device == "cpu" else STEPS_ON_GPU
-        epochs = min(200, max(30, math.ceil(steps * recipe.batch_size / count)))
+        steps, least = (STEPS if device == "cpu" else STEPS_ON_GPU), 30
+        if recipe.backbone is not None:
+            steps, least = HEAD_STEPS, 20
+        epochs = min(200, max(least, math.ceil(steps * recipe.batch_size / count)))
         take("epochs", epochs, f"about {epochs * count // recipe.batch_size:,} steps in all, stage 2 being the last "
                                "fifth")
     if recipe.input_size is None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,7 @@ from training.recipes import (
     OwnPictures,
     Recipe,
     Table,
+    without_place,
 )
 from training.report import report_of_run
 
@@ -53,6 +54,9 @@ class RunOptions:
 
     stage1: Path | None = None
     """Run folder (or checkpoint file) whose stage 1 is to be used; its recipe must agree up to there."""
+
+    features: Path | None = None
+    """Folder of the features that --cache-features keeps, which several runs may share; without it RUN/features."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: cuda where there is one, else cpu."""
@@ -230,7 +234,7 @@ def train(job: AnyJob) -> Path | None:
         workers = (os.cpu_count() or 1) if options.workers is None else options.workers
         state, results = loop.run(recipe, data, folder, device, options.resume, options.stage1,
                                   options.evaluate_every, options.save_every, options.save_minutes, workers,
-                                  options.tensorboard, options.deterministic)
+                                  options.tensorboard, options.deterministic, options.features)
         model = folder / "model"
         write_model(model, options.name or run_name(job.recipe), recipe, loop.data_of_stage(recipe, data, 2), state,
                     results)
@@ -241,17 +245,23 @@ def train(job: AnyJob) -> Path | None:
 
 def settle(recipe: Recipe, data: LongTailed, device, resumed: Path | None) -> tuple[Recipe, list[str]]:
     """The recipe with every choice made, and why; a resumed run keeps what it chose at its start."""
+    from training.choices import choose, on_backbone
+
     reasons: list[str] = []
+    if recipe.backbone is not None:
+        recipe, reasons = on_backbone(recipe, data)
     if isinstance(recipe, OwnPictures):
         from training.checkpoints import load_newest
-        from training.choices import choose
 
         newest = load_newest(resumed / "checkpoints") if resumed is not None else None
         if newest is not None:
             recipe = recipe.with_choices(newest[1]["recipe"])
             reasons = [f"{resumed} goes on with what was chosen at its start."]
         else:
-            recipe, reasons = choose(recipe, data, device.type, os.cpu_count() or 1)
+            recipe, chosen = choose(recipe, data, device.type, os.cpu_count() or 1)
+            reasons += chosen
+    if recipe.last_layer == "ready":
+        recipe = replace(recipe, stage2_epochs=recipe.epochs)
     from zoo.architectures import ARCHITECTURES
 
     small = f"{recipe.architecture}-small"
@@ -346,7 +356,8 @@ def write_model(model: Path, name: str, recipe: Recipe, data, state, results: di
 
 # Flags that say where things are on this machine, and what others read in their place; None: nothing.
 PLACES = {"--data": "DIR", "--test": "DIR", "--meta": "DIR", "--lists": "DIR", "--table": "FILE",
-          "--pretrained": "FILE", "--out": None, "--stage1": None, "--name": None, "--workers": None}
+          "--pretrained": "FILE", "--features": None, "--out": None, "--stage1": None, "--name": None,
+          "--workers": None}
 
 
 def command_in_words() -> str:
@@ -357,6 +368,8 @@ def command_in_words() -> str:
         if flag in PLACES:
             value or next(words, None)
             kept += [flag, place] if (place := PLACES[flag]) else []
+        elif flag == "--backbone":
+            kept += [flag, without_place(value or next(words, ""))]
         elif flag != "--resume":
             kept.append(word)
     return " ".join(["metasaug", *(kept if kept[:1] == ["train"] else ["train", *kept])])

@@ -4,6 +4,7 @@ Nothing random lives outside (seed, epoch, step): order, crops and meta batches 
 that was stopped anywhere goes on to the same bits.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -21,16 +22,17 @@ from torch import nn
 from tqdm import tqdm
 
 from training import checkpoints
-from training.batches import Batches, View, fits_in_memory, hold, in_order
+from training.batches import Batches, View, at_once, fits_in_memory, hold, in_order
 from training.covariance import LearnedCovariance, RunningCovariance
 from training.datasets import LongTailed, PictureFiles, Split, listed
 from training.errors import DivergenceError, Interrupted, TrainingError
+from training.features import CachedBatches, FeatureCache, Head
 from training.frozen_head import SUPPORTED_LOSSES, frozen_head_step
 from training.losses import HeadLoss, class_balanced_weights
 from training.meta import StepResult, check_finite, features_of, isda_step, metasaug_step, plain_step
 from training.metrics import DETAILS, Tally
 from training.recipes import Loss, Recipe
-from training.start_weights import load_pretrained
+from training.start_weights import find_backbone, load_backbone, load_pretrained
 from training.tensorboard_log import TensorBoardLog
 from zoo.architectures import create
 from zoo.labels import assign_groups
@@ -91,6 +93,8 @@ def start(recipe: Recipe, num_classes: int, device: torch.device) -> State:
     module = create(recipe.architecture, num_classes, recipe.cosine_scale).to(device)
     if recipe.pretrained is not None:
         load_pretrained(module, recipe.pretrained)
+    if recipe.backbone is not None:
+        load_backbone(module, find_backbone(recipe.backbone), recipe.last_layer == "ready")
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     module.train()
     optimizer = torch.optim.SGD(module.parameters(), recipe.lr, recipe.momentum, nesterov=recipe.momentum > 0,
@@ -112,6 +116,7 @@ class Stage:
     meta: Batches
     loss: HeadLoss
     weights: torch.Tensor | None
+    head: Head | None = None  # what is trained where the batches are of features
 
 
 def data_of_stage(recipe: Recipe, data: LongTailed, stage: Literal[1, 2]) -> LongTailed:
@@ -127,15 +132,16 @@ def view_of(recipe: Recipe, data: LongTailed) -> View:
         size = data.train.pictures.shape[1:3]
     else:
         raise TrainingError("--input-size is needed: these pictures are of many sizes.")
-    return View(size, data.mean, data.std, recipe.crop_mode, recipe.crop_pct, recipe.crops, recipe.flips,
-                recipe.color_jitter)
+    return View(size, recipe.mean or data.mean, recipe.std or data.std, recipe.crop_mode, recipe.crop_pct,
+                recipe.crops, recipe.flips, recipe.color_jitter, recipe.interpolation)
 
 
 def _stages(
     recipe: Recipe, data: LongTailed, view: View, device: torch.device, workers: int
 ) -> tuple[Stage, Stage]:
     """What both stages train on; pictures that fit are read into memory, once."""
-    in_memory = fits_in_memory(view, len(data.train) + len(data.meta))
+    cached = recipe.cache_features and recipe.stands_still(in_stage2=False)
+    in_memory = not cached and fits_in_memory(view, len(data.train) + len(data.meta))
     first, second = (data_of_stage(recipe, data, number) for number in (1, 2))
     train, meta, second_train = first.train, data.meta, second.train
     if in_memory:
@@ -158,6 +164,23 @@ def _stages(
 def _placed(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """On the device, where MPS has no float64."""
     return (values.float() if device.type == "mps" else values).to(device)
+
+
+def _on_features(
+    stage: Stage, cache: FeatureCache, data: LongTailed, module: nn.Module, before_each: Callable[[], None]
+) -> Stage:
+    """The same stage on cached features, which are computed first where they are not there yet.
+
+    data   of the stage: its pictures as they lie on the disk, which are not held in memory for it
+    """
+    last: nn.Linear = module.get_classifier()  # type: ignore[operator, assignment]
+
+    def cached(kind: Literal["train", "meta"], pictures: Split | PictureFiles, batches: Batches) -> Batches:
+        return CachedBatches(pictures, cache.of(kind, pictures, module, before_each), batches.view, batches.seed,
+                             batches.batch_size, batches.device, last.weight.dtype)
+
+    return dataclasses.replace(stage, batches=cached("train", data.train, stage.batches),
+                               meta=cached("meta", data.meta, stage.meta), head=Head(last))
 
 
 def check(recipe: Recipe, data: LongTailed) -> None:
@@ -191,6 +214,7 @@ def run(
     workers: int = 0,
     tensorboard: bool = False,
     deterministic: bool = True,
+    features: Path | None = None,
     on_progress: Callable[[State], None] | None = None,
 ) -> tuple[State, dict]:
     """Train from the newest checkpoint in `folder` (resume), from a shared stage 1, or from nothing.
@@ -202,6 +226,7 @@ def run(
     workers         processes that decode pictures; their number changes no bit of the result
     tensorboard     keep the log in `folder`/tensorboard as well
     deterministic   on CUDA: only kernels that give the same bits each time, else a resumed run differs in the last ones
+    features        folder of cached features (--cache-features), which several runs may share; `folder`/features
     Returns the state after the last epoch and its test results. Raises TrainingError, DivergenceError before an
     update that would spread NaN, Interrupted once the state is saved.
     """
@@ -215,6 +240,11 @@ def run(
     _try(state.module, recipe, view, device)
     stages = _stages(recipe, data, view, device, workers)
     steps = [stages[epoch >= recipe.stage2_epoch].batches.steps for epoch in range(recipe.epochs)]
+    cache = None
+    if recipe.cache_features:
+        cache = FeatureCache(features or folder / "features", recipe.cache_features, view, recipe.seed, device, workers)
+        _check_disk(recipe, data, cache, state)
+    on_features: dict[bool, Stage] = {}
     results: dict = {}
 
     saved_at = time.monotonic()
@@ -231,8 +261,20 @@ def run(
             raise Interrupted(f"stopped in epoch {state.epoch + 1}, after step {state.step}; nothing is lost: the same "
                               "command with --resume goes on.", 128 + stopped[0])
 
+    def stage_of_epoch(in_stage2: bool) -> Stage:
+        if cache is None or not recipe.stands_still(in_stage2):
+            return stages[in_stage2]
+        if in_stage2 not in on_features:
+            of_stage = data_of_stage(recipe, data, 2 if in_stage2 else 1)
+            on_features[in_stage2] = _on_features(stages[in_stage2], cache, of_stage, state.module, leave_if_stopped)
+        return on_features[in_stage2]
+
     def test() -> dict:
-        return evaluate(state.module, final, view, groups, device, workers, recipe.implicit_prior, leave_if_stopped)
+        cached = None
+        if cache is not None and recipe.stands_still(state.epoch >= recipe.stage2_epoch):
+            cached = cache.of("test", final.test, state.module, leave_if_stopped)
+        return evaluate(state.module, final, view, groups, device, workers, recipe.implicit_prior, leave_if_stopped,
+                        cached)
 
     with (
         _stop_signals() as stopped,
@@ -243,8 +285,8 @@ def run(
         while state.epoch < recipe.epochs:
             leave_if_stopped()
             in_stage2 = state.epoch >= recipe.stage2_epoch
-            stage, last = stages[in_stage2], steps[state.epoch]
             _set_trained(state.module, recipe, in_stage2)
+            stage, last = stage_of_epoch(in_stage2), steps[state.epoch]
             for group in state.optimizer.param_groups:
                 group["lr"] = recipe.lr_at(state.epoch)
             with_meta = in_stage2 and recipe.augment == "metasaug"
@@ -301,6 +343,16 @@ def _same_bits_each_time() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def _check_disk(recipe: Recipe, data: LongTailed, cache: FeatureCache, state: State) -> None:
+    """TrainingError, before anything is trained, where the features will not fit onto the disk."""
+    from_start = recipe.stands_still(in_stage2=False)
+    trained_on = [data_of_stage(recipe, data, 2).train]
+    if from_start and recipe.stage2_epoch and recipe.meta_in_training == "stage2":
+        trained_on.append(data.train)
+    cache.check_disk([*(("train", one) for one in trained_on), ("meta", data.meta), ("test", data.test)],
+                     state.module, recipe.stands_still(state.epoch >= recipe.stage2_epoch))
+
+
 def _meta_batches(recipe: Recipe, stage: Stage, state: State, last: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """A meta batch for each step of the epoch; the authors' code for large sets takes the same one every time."""
     if recipe.fidelity == "reference" and recipe.stage2_trains == "classifier":
@@ -318,31 +370,32 @@ def _step(
     meta_batch: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> StepResult:
     """One step but for the optimizer's: its gradients are left in `.grad`."""
+    module = stage.head or state.module
     in_stage2, strength = state.epoch >= recipe.stage2_epoch, recipe.strength_at(state.epoch)
     if in_stage2 and recipe.augment == "isda":
-        return isda_step(state.module, pictures, labels, state.covariance, stage.loss, strength, stage.weights)
+        return isda_step(module, pictures, labels, state.covariance, stage.loss, strength, stage.weights)
     if meta_batch is None:
-        return plain_step(state.module, pictures, labels, stage.loss, stage.weights)
+        return plain_step(module, pictures, labels, stage.loss, stage.weights)
     how: dict[str, Any] = {"strength": strength, "inner_rate": _inner_rate(recipe, state.epoch),
                            "meta_rate": recipe.meta_rate, "fidelity": recipe.fidelity, "class_weights": stage.weights}
     if _in_closed_form(recipe):
         with torch.no_grad():
-            features, meta_features = (features_of(state.module, x) for x in (pictures, meta_batch[0]))
-        return frozen_head_step(state.module.get_classifier(), features, labels,  # type: ignore[operator]
+            features, meta_features = (features_of(module, x) for x in (pictures, meta_batch[0]))
+        return frozen_head_step(module.get_classifier(), features, labels,  # type: ignore[operator]
                                 meta_features, meta_batch[1], state.learned, stage.loss, **how)
-    return metasaug_step(state.module, pictures, labels, *meta_batch, state.learned, stage.loss,
+    return metasaug_step(module, pictures, labels, *meta_batch, state.learned, stage.loss,
                          lookahead=recipe.lookahead, **how)
 
 
 def _in_closed_form(recipe: Recipe) -> bool:
-    return (recipe.stage2_trains == "classifier" and recipe.covariance == "diagonal"
+    return (recipe.stands_still(in_stage2=True) and recipe.covariance == "diagonal"
             and recipe.loss in SUPPORTED_LOSSES)
 
 
 def _set_trained(module: nn.Module, recipe: Recipe, in_stage2: bool) -> None:
     """Train mode; where only the last layer trains, the rest stands still in eval mode."""
     module.train()
-    if in_stage2 and recipe.stage2_trains == "classifier":
+    if recipe.stands_still(in_stage2):
         module.eval().requires_grad_(False)
         module.get_classifier().requires_grad_()  # type: ignore[operator, union-attr]
         module.zero_grad()  # the optimizer passes over what has no gradient
@@ -350,16 +403,24 @@ def _set_trained(module: nn.Module, recipe: Recipe, in_stage2: bool) -> None:
 
 def evaluate(
     module: nn.Module, data: LongTailed, view: View, groups: tuple[str, ...], device: torch.device, workers: int = 0,
-    prior: str | None = None, before_each: Callable[[], None] = lambda: None,
+    prior: str | None = None, before_each: Callable[[], None] = lambda: None, features_KNA: np.ndarray | None = None,
 ) -> dict:
-    """Test results of the module as it stands; see training.metrics.Tally. `before_each` batch may end it."""
+    """Test results of the module as it stands; see training.metrics.Tally. `before_each` batch may end it.
+
+    features_KNA   of the test pictures, where they are cached: the same results without looking at pictures
+    """
     was_training = module.training
     module.eval()
     tally, seen = Tally(data.label_names, data.class_counts, groups, prior), 0
     with torch.no_grad():
-        for pictures in in_order(data.test, view, device, workers):
+        looks = in_order(data.test, view, device, workers)
+        if features_KNA is not None:
+            size, all_NA = at_once(view), features_KNA[0]
+            looks = (torch.from_numpy(all_NA[i : i + size].copy()).to(device) for i in range(0, len(all_NA), size))
+        net = module if features_KNA is None else Head(module.get_classifier())  # type: ignore[operator]
+        for pictures in looks:
             before_each()
-            tally.add(module(pictures).float().cpu().numpy(), data.test.labels[seen : seen + len(pictures)])
+            tally.add(net(pictures).float().cpu().numpy(), data.test.labels[seen : seen + len(pictures)])
             seen += len(pictures)
     module.train(was_training)
     return tally.results()

@@ -26,6 +26,11 @@ RANGES = {"beta": (0, 1 - 1e-9), "strength": (0, 1e6), "meta_rate": (0, 1e6), "l
           "scale": (1e-6, 1e6)}
 
 
+def without_place(source: str) -> str:
+    """Of a path its last name, which says nothing of whose folder it lay in; a name of a library or the Hub whole."""
+    return source if source.startswith(("torchvision:", "timm:", "hf:")) else PurePath(source).name
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What decides the weights that come out, and nothing else: same recipe, same seed, same data, same weights."""
@@ -41,6 +46,19 @@ class Recipe:
     pretrained: str | None = None
     """Start weights: a model of the zoo, a model folder, a .safetensors or .pth file. What has another shape, as the
     last layer of other classes, starts fresh."""
+
+    backbone: str | None = None
+    """A ready network of which only the last layer is trained: torchvision:NAME and timm:NAME with their own weights, a
+    model of the zoo, a model folder, or a file (torchvision's, timm's, a stage 1 of classifier-balancing). It brings
+    --architecture and how pictures are shown, and a last layer where its classes are these."""
+
+    last_layer: Literal["auto", "fresh", "ready"] = "auto"
+    """With --backbone. ready: go on with its own last layer, in stage 2 alone; fresh: stage 1 trains a new one; auto:
+    ready where its classes are these."""
+
+    cache_features: int = 0
+    """Compute the features of so many views of each picture once, where only the last layer is trained: every epoch is
+    then matrix products. 0: off, a new view an epoch. Disk: views x pictures x features x 2 bytes."""
 
     loss: Loss = "ce"
     """Loss; ldam: margins only, as the authors use it; ldam-published: the LDAM paper's own."""
@@ -131,6 +149,15 @@ class Recipe:
     input_size: int | None = None
     """Height and width of the network's input; without it the pictures' own (CIFAR)."""
 
+    mean: tuple[float, float, float] | None = None
+    """Of each channel, in [0, 1], taken off the pictures; without it the --backbone's, or else the data's."""
+
+    std: tuple[float, float, float] | None = None
+    """Of each channel, which the pictures are divided by; without it the --backbone's, or else the data's."""
+
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How pictures are resized."""
+
     crop_mode: CropMode = "center"
     """How a picture comes to that size. center: shorter side resized, centre crop; squash: both sides resized,
     whatever the shape; border: the longer side resized, the rest filled. The model folder keeps it."""
@@ -172,8 +199,27 @@ class Recipe:
         if self.stage2_epochs is not None and self.epochs and self.stage2_epochs > self.epochs:
             raise TrainingError(f"--stage2-epochs {self.stage2_epochs}: they are among the {self.epochs} of --epochs, "
                                 "so at most as many.")
+        if self.backbone is not None and self.pretrained is not None:
+            raise TrainingError("--backbone is a ready network that is not trained, --pretrained one to train on: name "
+                                "one of them.")
+        if self.last_layer == "ready" and self.backbone is None:
+            raise TrainingError("--last-layer ready goes with --backbone.")
+        if self.cache_features < 0:
+            raise TrainingError(f"--cache-features {self.cache_features}: a number of views, or 0 for none.")
+        if self.cache_features and not self.stands_still(in_stage2=True):
+            raise TrainingError("--cache-features: features are computed once where the backbone stands still, which "
+                                "it does with --stage2-trains classifier or with a ready --backbone.")
+        for flag in ("mean", "std"):
+            if (values := getattr(self, flag)) is not None and not all(0 <= value <= 1 for value in values):
+                raise TrainingError(f"--{flag} {' '.join(map(str, values))}: of pictures in [0, 1]: each from 0 to 1.")
+        if self.std is not None and min(self.std) < 1e-3:
+            raise TrainingError("--std: each at least 0.001.")
         if self.color_jitter and self.crops == "shift":
             raise TrainingError("--color-jitter goes with --crops resized.")
+
+    def stands_still(self, in_stage2: bool) -> bool:
+        """Whether only the last layer is trained: all else is in eval mode, and its features may be cached."""
+        return self.backbone is not None or (in_stage2 and self.stage2_trains == "classifier")
 
     @property
     def stage2_epoch(self) -> int:
@@ -235,7 +281,8 @@ class Recipe:
         if self.first_loss == "ldam-published":
             unused -= {"max_margin", "scale"}
         shared = {k: v for k, v in self.to_dict().items() if k not in only_stage2 | unused}
-        shared |= {"stage1_loss": self.first_loss, "meta_in_training": self.meta_in_training == "always"}
+        shared |= {"stage1_loss": self.first_loss, "meta_in_training": self.meta_in_training == "always",
+                   "cache_features": self.cache_features if self.stands_still(in_stage2=False) else 0}
         return json.dumps(shared, sort_keys=True)
 
     @classmethod
@@ -249,10 +296,11 @@ class Recipe:
         return json.loads(cls().stage1_key()) | json.loads(saved)
 
     def to_dict(self) -> dict:
-        """Everything, where start weights come from by its last name only: nobody's folders go into a model folder."""
+        """Everything, where weights come from by its last name only: nobody's folders go into a model folder."""
         flags = dataclasses.asdict(self)
-        if self.pretrained is not None:
-            flags["pretrained"] = PurePath(self.pretrained).name
+        for flag in ("pretrained", "backbone"):
+            if flags[flag] is not None:
+                flags[flag] = without_place(flags[flag])
         return {"dataset": self.dataset, **flags}
 
 

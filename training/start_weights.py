@@ -1,13 +1,28 @@
-"""Weights to start from: a model of the zoo, a model folder, or a file of tensors."""
+"""Weights to start from, and ready backbones: a model of the zoo or of a library, a model folder, a file of tensors."""
 
+import argparse
+import importlib
 import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from training.errors import TrainingError
+from zoo.architectures import ARCHITECTURES, TorchvisionNetwork, classifier_name
 from zoo.loading import open_folder
+
+# Plain values that checkpoints carry beside their tensors; nothing that could do anything.
+PLAIN: list[Any] = [argparse.Namespace, np.dtype, np.ndarray, *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU"}]
+PLAIN += [(getattr(importlib.import_module("numpy._core.multiarray"), name), f"numpy.{core}.multiarray.{name}")
+          for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
+
+# What the last layer of a file may be called, beside the name it has in the network itself.
+_LAST_LAYERS = ("fc", "linear", "classifier", "head", "classifier.fc", "fc.fc", "head.fc")
 
 
 def load_pretrained(module: nn.Module, source: str) -> list[str]:
@@ -16,7 +31,8 @@ def load_pretrained(module: nn.Module, source: str) -> list[str]:
     source   a name of the zoo, a model folder, a .safetensors file, or a torch file, opened with weights_only=True
     Raises TrainingError where nothing fits, or only little: less than half of the network's numbers.
     """
-    weights = _read(source)
+    path = Path(source)
+    weights = _read_file(path, "--pretrained") if path.is_file() else _folder_weights(source)
     own = module.state_dict()
     fitting = {name: weights[name].to(own[name]) for name in own
                if name in weights and weights[name].shape == own[name].shape}
@@ -28,23 +44,224 @@ def load_pretrained(module: nn.Module, source: str) -> list[str]:
     return sorted(own.keys() - fitting.keys())
 
 
-def _read(source: str) -> dict[str, Tensor]:
-    path = Path(source)
-    if not path.is_file():
-        return {name: torch.from_numpy(array.copy()) for name, array in open_folder(source).weights().items()}
+def _folder_weights(source: str) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array.copy()) for name, array in open_folder(source).weights().items()}
+
+
+def _read_file(path: Path, flag: str) -> dict[str, Tensor]:
+    """Tensors by name, those of a last layer that has a part of its own as "classifier.…"; nothing in it can run."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(PLAIN):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
-        raise TrainingError(f"--pretrained {source} cannot be read as tensors: {str(error).splitlines()[0]}") from error
+        raise TrainingError(f"{flag} {path} cannot be read as tensors: {str(error).splitlines()[0]}") from error
     except Exception as error:  # safetensors has an exception of its own
-        raise TrainingError(f"--pretrained {source} is no file of weights: {error}") from error
-    for key in ("state_dict", "state_dict_best", "model"):
+        raise TrainingError(f"{flag} {path} is no file of weights: {error}") from error
+    for key in ("state_dict_best", "state_dict", "model"):
         if isinstance(saved, dict) and isinstance(saved.get(key), dict):
             saved = saved[key]
     if not isinstance(saved, dict):
-        raise TrainingError(f"--pretrained {source} holds no weights by name.")
-    return {name.removeprefix("module."): tensor for name, tensor in saved.items() if isinstance(tensor, Tensor)}
+        raise TrainingError(f"{flag} {path} holds no weights by name.")
+    # classifier-balancing (Kang et al. 2020) and MetaSAug's large sets keep backbone and classifier apart.
+    body = next((saved[key] for key in ("feat_model", "feature") if isinstance(saved.get(key), dict)), None)
+    if body is not None:
+        last = saved.get("classifier")
+        saved = {**body, **{f"classifier.{_bare(key)}": value for key, value in
+                            (last if isinstance(last, dict) else {}).items()}}
+    return {_bare(name): tensor for name, tensor in saved.items() if isinstance(tensor, Tensor)}
+
+
+def _bare(name: Any) -> str:
+    return str(name).removeprefix("module.")
+
+
+# ---- ready backbones ----
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A ready network, known before its weights are fetched.
+
+    source         as --backbone names it
+    weights        called with the network to fill: its tensors, by that network's own names
+    architecture   for zoo.architectures; None: a file that does not say
+    num_classes    of its last layer; None: it has none
+    label_names    of them; None where they are not known
+    cfg            how it was shown pictures, as a model folder's pretrained_cfg; empty where that is not known
+    cosine_scale   of a last layer that is a cosine classifier
+    """
+
+    source: str
+    weights: Callable[[nn.Module], Mapping[str, Tensor]]
+    architecture: str | None = None
+    num_classes: int | None = None
+    label_names: tuple[str, ...] | None = None
+    cfg: Mapping[str, Any] = field(default_factory=dict)
+    cosine_scale: float | None = None
+
+    def has_last_layer_for(self, label_names: Sequence[str], cosine_scale: float | None) -> bool:
+        """Whether its last layer tells these very classes apart: as many and, where names are known, the same ones."""
+        names = tuple(label_names)
+        return (self.num_classes == len(names) and self.label_names in (None, names)
+                and self.cosine_scale == cosine_scale)
+
+
+def find_backbone(source: str) -> Backbone:
+    """torchvision:NAME, timm:NAME, a model of the zoo, a model folder, or a file. Nothing is fetched of libraries yet.
+
+    Raises TrainingError or another ZooError for a name that is none of these.
+    """
+    if source.startswith("torchvision:"):
+        return _torchvision(source, source.removeprefix("torchvision:"))
+    if source.startswith("timm:"):
+        return _timm(source, source.removeprefix("timm:"))
+    path = Path(source)
+    if path.is_file():
+        return _torchvision_file(path) or _file(path)
+    if path.suffix in (".pth", ".pt", ".tar", ".safetensors") and not path.exists():
+        raise TrainingError(f"--backbone {source}: there is no such file.")
+    config = open_folder(source).config
+    cfg = {key: config["pretrained_cfg"].get(key) for key in
+           ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    return Backbone(source, lambda _: _folder_weights(source), config["architecture"], config["num_classes"],
+                    tuple(config["label_names"]), cfg, config["metasaug"].get("cosine_scale"))
+
+
+def load_backbone(module: nn.Module, backbone: Backbone, last_layer: bool) -> None:
+    """Fill the network; its last layer too, or leave that as it is.
+
+    Raises TrainingError where a tensor of the backbone is missing, left over or of another shape: its features would
+    not be those that it was trained for.
+    """
+    weights = dict(backbone.weights(module))
+    own, last = module.state_dict(), classifier_name(module)
+    is_last = {name for name in own if name.startswith(f"{last}.")}
+    if last + ".weight" not in weights:
+        # Renamed where it has another name, and only where that is not one of the backbone's.
+        other = next((name for name in _LAST_LAYERS
+                      if f"{name}.weight" in weights and f"{name}.weight" not in own), None)
+        if other is not None:
+            weights = {name.replace(f"{other}.", f"{last}.", 1) if name.startswith(f"{other}.") else name: tensor
+                       for name, tensor in weights.items()}
+    wanted = own.keys() if last_layer else own.keys() - is_last
+    # Batch norm's counter changes no feature, and older files lack it.
+    counters = {name for name in own if name.endswith("num_batches_tracked")}
+    missing = sorted(wanted - weights.keys() - counters)
+    left_over = sorted(name for name in weights.keys() - own.keys() if not name.startswith(f"{last}."))
+    shapes = [f"{name} {tuple(weights[name].shape)}, not {tuple(own[name].shape)}" for name in sorted(wanted)
+              if name in weights and weights[name].shape != own[name].shape]
+    if missing or left_over or shapes:
+        what = [f"{len(names)} {kind} ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})" for names, kind in
+                ((missing, "missing"), (left_over, "left over"), (shapes, "of another shape")) if names]
+        raise TrainingError(f"--backbone {backbone.source} does not fit the network by its tensors: {'; '.join(what)}. "
+                            "Is it another --architecture's, or has it layers that this one has not?")
+    module.load_state_dict({name: weights[name].to(own[name]) for name in wanted if name in weights}, strict=False)
+
+
+def _file(path: Path) -> Backbone:
+    weights = _read_file(path, "--backbone")
+    last = [weights[f"{name}.weight"] for name in _LAST_LAYERS if f"{name}.weight" in weights]
+    classes = len(last[0]) if last and last[0].dim() == 2 else None
+    # A last layer with more than weight and bias (LWS's scales) is not the plain one that training goes on with.
+    plain = all(name.rpartition(".")[2] in ("weight", "bias") for name in weights
+                if name.rpartition(".")[0] in _LAST_LAYERS)
+
+    def named(module: nn.Module) -> Mapping[str, Tensor]:
+        ours = any(name.startswith("body.") for name in weights)  # as `metasaug train` writes them
+        return weights if ours else _torchvision_names(module, weights)
+
+    return Backbone(str(path), named, num_classes=classes if plain else None)
+
+
+# ---- the libraries' own weights ----
+
+
+def _torchvision(source: str, name: str) -> Backbone:
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        from zoo.architectures import create
+
+        create(source, 2)  # which says what there is instead
+    weights = models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+
+    def fetch(module: nn.Module) -> dict[str, Tensor]:
+        try:
+            return _torchvision_names(module, weights.get_state_dict(progress=True, check_hash=True))
+        except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; RuntimeError: the hash
+            file = weights.url.rpartition("/")[2]
+            raise TrainingError(
+                f"--backbone {source}: its weights could not be fetched ({_first_line(error)}). On a machine with a "
+                f"network get {weights.url}, and name the file here: --backbone PATH/{file} (or put it into "
+                f"{Path(torch.hub.get_dir()) / 'checkpoints'}).") from error
+
+    return _of_torchvision(source, name, weights, fetch)
+
+
+def _torchvision_file(path: Path) -> Backbone | None:
+    """A file of torchvision's, known by its name."""
+    from torchvision import models
+
+    for name in models.list_models(module=models):
+        for weights in models.get_model_weights(name):
+            if weights.url.rpartition("/")[2] == path.name:
+                return _of_torchvision(str(path), name, weights, lambda module: _torchvision_names(
+                    module, _read_file(path, "--backbone")))
+    return None
+
+
+def _of_torchvision(source: str, name: str, weights: Any, fetch: Callable) -> Backbone:
+    if name in ("googlenet", "inception_v3"):
+        raise TrainingError(f"--backbone {source}: torchvision's weights of it want their pictures in another form "
+                            "than any other. Take another network.")
+    shown = weights.transforms()
+    size = shown.crop_size[0]
+    cfg = {"input_size": [3, size, size], "mean": list(shown.mean), "std": list(shown.std),
+           "interpolation": shown.interpolation.value, "crop_pct": round(size / shown.resize_size[0], 4)}
+    # As a network of this zoo where it is one: timm opens that too, and its feature maps are shown.
+    architecture = name if name in ARCHITECTURES else f"torchvision:{name}"
+    names = tuple(weights.meta["categories"])
+    distinct = names if len(set(names)) == len(names) else None
+    return Backbone(source, fetch, architecture, len(names), distinct, cfg)
+
+
+def _torchvision_names(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not isinstance(module, TorchvisionNetwork):
+        return dict(weights)
+    last = f"{module.last_place}."
+    return {f"fc.{name.removeprefix(last)}" if name.startswith(last) else f"body.{name}": tensor
+            for name, tensor in weights.items()}
+
+
+def _timm(source: str, name: str) -> Backbone:
+    from zoo.architectures import create
+
+    create(source, 2)  # says what is missing: timm, this name in it, or one linear last layer
+    import timm
+
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.has_weights:
+        raise TrainingError(f"--backbone {source}: timm has no weights of it. timm.list_models(pretrained=True) lists "
+                            "those that it has.")
+
+    def fetch(module: nn.Module) -> Mapping[str, Tensor]:
+        try:
+            return timm.create_model(name, pretrained=True, num_classes=module.num_classes).state_dict()
+        except Exception as error:  # of huggingface_hub, its network library, urllib or timm
+            where = f"{cfg.hf_hub_id} on the Hugging Face Hub" if cfg.hf_hub_id else cfg.url
+            raise TrainingError(
+                f"--backbone {source}: its weights could not be fetched ({_first_line(error)}). On a machine with a "
+                f"network get the .safetensors or .bin file of {where}, and name it here: --backbone FILE "
+                f"--architecture {source}.") from error
+
+    shown = {"input_size": list(cfg.input_size), "mean": list(cfg.mean), "std": list(cfg.std),
+             "interpolation": cfg.interpolation or "bilinear", "crop_pct": cfg.crop_pct}
+    return Backbone(source, fetch, source, cfg.num_classes or None, None, shown)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200].rstrip(".")

@@ -123,11 +123,14 @@ def classifier_name(module: Any) -> str:
 
 
 class TorchvisionNetwork(nn.Module):
-    """A classifier of torchvision cut before its last layer. Its parameters are `body.` and theirs, and `fc.`."""
+    """A classifier of torchvision cut before its last layer. Its parameters are `body.` and theirs, and `fc.`.
 
-    def __init__(self, body: nn.Module, last: nn.Linear):
+    last_place   the name that torchvision has for the last layer
+    """
+
+    def __init__(self, body: nn.Module, last: nn.Linear, last_place: str):
         super().__init__()
-        self.body, self.fc = body, last
+        self.body, self.fc, self.last_place = body, last, last_place
         self.num_classes, self.num_features = last.out_features, last.in_features
         self.default_cfg = {"input_size": (3, 224, 224)}
 
@@ -165,7 +168,7 @@ def _torchvision(name: str, num_classes: int) -> Any:
     parent, _, child = where.rpartition(".")
     setattr(body.get_submodule(parent), child, nn.Identity())
     try:
-        return _checked(TorchvisionNetwork(body, last))
+        return _checked(TorchvisionNetwork(body, last, where))
     except (RuntimeError, ValueError) as error:
         raise ZooError(f"torchvision's {name} cannot be used here: {error}.") from error
 

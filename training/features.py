@@ -1,0 +1,359 @@
+"""Features of a backbone that stands still: computed once, kept on disk, and read where training reads pictures.
+
+A set of pictures is one pair of files in the cache's folder, named by a hash of all that its features depend on:
+pictures, backbone, view, seed and number of views.
+
+    train-KEY.float16    features (views, pictures, A), row after row, mapped into memory
+    train-KEY.done       a byte for each part of it: 1 once the part is on the disk
+    train-KEY.json       what KEY is the hash of, for people
+
+Whoever builds claims a block of parts by a lock on its bytes, so that any number of processes and runs share the work;
+a lock goes with its process, and a part without its byte is made again. K views are drawn once for every picture; an
+epoch then draws which of them it sees.
+
+Shape suffixes: K views, N pictures, A features.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import mmap
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.batches import Batches, View, at_once, normalised, read
+from training.datasets import PictureFiles, Split
+from training.errors import DataError, TrainingError
+from training.meta import features_of
+from zoo.architectures import classifier_name
+from zoo.files import write_atomically
+
+Kind = Literal["train", "meta", "test"]
+VIEWS = 3  # a stream of randomness, beside those of training.batches
+
+PART = 256  # pictures, about: what a kill loses
+PARTS_A_BLOCK = 16  # claimed at once: worker processes start anew for each
+LARGEST_FLOAT16 = 65504.0
+
+
+class Head(nn.Module):
+    """A last layer as a whole network, whose pictures are features: what the steps of training.meta take."""
+
+    def __init__(self, last: nn.Linear):
+        super().__init__()
+        self.last = last
+
+    def forward_features(self, features_NA: Tensor) -> Tensor:
+        return features_NA
+
+    def forward_head(self, features_NA: Tensor, pre_logits: bool = False) -> Tensor:
+        return features_NA if pre_logits else self.last(features_NA)
+
+    def get_classifier(self) -> nn.Linear:
+        return self.last
+
+    def forward(self, features_NA: Tensor) -> Tensor:
+        return self.last(features_NA)
+
+
+class CachedBatches(Batches):
+    """training.batches.Batches whose pictures are features (N, A): the same order, a view of each for a new crop.
+
+    pictures, features_KNA   as `FeatureCache.of` took and gives them; dtype: that of the last layer
+    """
+
+    def __init__(self, pictures: Split | PictureFiles, features_KNA: np.ndarray, view: View, seed: int,
+                 batch_size: int, device: torch.device, dtype: torch.dtype = torch.float32):
+        super().__init__(pictures, view, seed, batch_size, device)
+        self.features_KNA, self.dtype = features_KNA, dtype
+
+    def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        return rng.integers(0, len(self.features_KNA), n)
+
+    def _batches(self, batches: list[np.ndarray], drawn: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        for at, views in zip(batches, drawn, strict=True):
+            rows_NA = torch.from_numpy(self.features_KNA[views, at]).to(self.device)
+            yield rows_NA.to(self.dtype), torch.from_numpy(self.labels[at]).to(self.device)
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """Where features are kept, and how pictures become them.
+
+    folder        of the cache; several runs may name the same one
+    views, seed   K of each training and meta picture, and what they are drawn by
+    dtype         float16 of training and meta features; the test set's are float32, so that its results are exactly
+                  those of its pictures
+    """
+
+    folder: Path
+    views: int
+    view: View
+    seed: int
+    device: torch.device
+    workers: int = 0
+    dtype: type = np.float16
+    say: Callable[[str], object] = tqdm.write
+    _keys: dict[int, tuple[Any, str]] = field(default_factory=dict)
+
+    def check_disk(self, sets: Sequence[tuple[Kind, Split | PictureFiles]], module: nn.Module, trained: bool) -> None:
+        """Says what the features of these sets will take; TrainingError where the disk has not so much left.
+
+        trained   the module's backbone is as it will be: what is there already counts
+        """
+        sizes = [self._bytes(kind, pictures, module) for kind, pictures in sets]
+        there = sum(_bytes_at(self._file(kind, pictures, module)[0]) for kind, pictures in sets) if trained else 0
+        if there < sum(sizes):
+            self.say(f"--cache-features {self.views}: {_size(sum(sizes))} of features in {self.folder}"
+                     + (f", of which {_size(there)} are there" if there else ""))
+            self._check_free(sum(sizes) - there, sum(sizes))
+
+    def _shape(self, kind: Kind, pictures: Split | PictureFiles, module: nn.Module) -> tuple[int, int, int]:
+        width: int = module.get_classifier().in_features  # type: ignore[operator, union-attr, assignment]
+        return 1 if kind == "test" else self.views, len(pictures), width
+
+    def _dtype(self, kind: Kind) -> np.dtype:
+        return np.dtype(np.float32 if kind == "test" else self.dtype)
+
+    def _bytes(self, kind: Kind, pictures: Split | PictureFiles, module: nn.Module) -> int:
+        return math.prod(self._shape(kind, pictures, module)) * self._dtype(kind).itemsize
+
+    def _file(self, kind: Kind, pictures: Split | PictureFiles, module: nn.Module) -> tuple[Path, str]:
+        """Where the features of a set lie, and all that they depend on."""
+        view = self.view.pretrained_cfg if kind == "test" else {
+            **dataclasses.asdict(self.view), "views": self.views, "seed": self.seed}
+        identity = json.dumps({
+            "features": self._shape(kind, pictures, module), "dtype": self._dtype(kind).name,
+            "pictures": self._key_of(pictures), "backbone": _backbone_key(module), "view": view}, indent=1)
+        name = f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.{self._dtype(kind).name}"
+        return self.folder / name, identity
+
+    def _key_of(self, pictures: Split | PictureFiles) -> str:
+        if id(pictures) not in self._keys:
+            self._keys[id(pictures)] = pictures, _pictures_key(pictures)
+        return self._keys[id(pictures)][1]
+
+    def _check_free(self, lacking: int, needed: int) -> None:
+        above = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(above).free
+        if lacking > free:
+            raise TrainingError(f"--cache-features {self.views}: the features take {_size(needed)} in {self.folder}, "
+                                f"where {_size(free)} are free. Make room, take fewer views, or name a folder on "
+                                "another disk by --features.")
+
+    def of(self, kind: Kind, pictures: Split | PictureFiles, module: nn.Module,
+           before_each: Callable[[], None] = lambda: None) -> np.ndarray:
+        """The features of these pictures, (K, N, A), mapped from the disk; what is not there yet is computed.
+
+        kind          train and meta: K views as in training; test: one, as predicting shows it
+        before_each   part: may end it; what was computed stays
+        Raises TrainingError: no room, a folder that cannot be written, features that float16 does not hold.
+        """
+        file, identity = self._file(kind, pictures, module)
+        with _told(self.folder):
+            if not file.exists():
+                write_atomically(file.with_suffix(".json"), identity.encode())
+            with _Store(file, self._shape(kind, pictures, module), at_once(self.view)) as store:
+                if not store.whole():
+                    self._build(store, kind, pictures, module, before_each)
+            return store.mapped()
+
+    def _build(self, store: "_Store", kind: Kind, pictures: Split | PictureFiles, module: nn.Module,
+               before_each: Callable[[], None]) -> None:
+        size = self._bytes(kind, pictures, module)
+        self._check_free(size - _bytes_at(store.data), size)
+        drawn = None
+        if kind != "test":
+            drawn = [self.view.draw(np.random.default_rng([self.seed, k, VIEWS, kind == "meta"]), len(pictures))
+                     for k in range(self.views)]
+        was_training = module.training
+        module.eval()
+        try:
+            with tqdm(total=store.parts, initial=int(store.done().sum()), unit="part", desc=f"{kind} features",
+                      dynamic_ncols=True) as bar:
+                while not store.whole():
+                    before_each()
+                    with store.claim() as parts:
+                        if not parts:  # others have what is left
+                            time.sleep(0.2)
+                        for part, rows_NA in zip(parts, self._compute(store, parts, pictures, drawn, module),
+                                                 strict=True):
+                            store.write(part, _fitting(rows_NA, store.dtype, pictures, kind))
+                            before_each()
+                    bar.n = int(store.done().sum())
+                    bar.refresh()
+        finally:
+            module.train(was_training)
+
+    @torch.no_grad()
+    def _compute(self, store: "_Store", parts: Sequence[int], pictures: Split | PictureFiles,
+                 drawn: list[np.ndarray] | None, module: nn.Module) -> Iterator[np.ndarray]:
+        """The rows of each part; batches are those in which `loop.evaluate` looks at pictures."""
+        of_part = [store.batches(part) for part in parts]
+        at = [indices for _, batches in of_part for indices in batches]
+        rows = None if drawn is None else [drawn[k][indices] for k, batches in of_part for indices in batches]
+        arrays = read(pictures, self.view, at, rows, self.workers)
+        dtype = next(module.parameters()).dtype
+        for _, batches in of_part:
+            features = [features_of(module, normalised(next(arrays), self.view, self.device).to(dtype))
+                        for _ in batches]
+            yield torch.cat(features).cpu().numpy()
+
+
+def _fitting(rows_NA: np.ndarray, dtype: np.dtype, pictures: Split | PictureFiles, kind: str) -> np.ndarray:
+    largest = np.abs(rows_NA).max(initial=0)
+    if not np.isfinite(largest):
+        raise TrainingError(f"--cache-features: the backbone gives NaN or infinite features of {kind} pictures. "
+                            "Are its weights whole, and --mean and --std those that it was trained with?")
+    if dtype == np.float16 and largest > LARGEST_FLOAT16:
+        raise TrainingError(f"--cache-features: features of up to {largest:.3g} do not fit into float16, whose largest "
+                            f"number is {LARGEST_FLOAT16:.0f}. Train this backbone without --cache-features.")
+    return rows_NA.astype(dtype)
+
+
+class _Store:
+    """The files of one set of features; see the top of this file.
+
+    batch   pictures that the network sees at once; a part is some batches of one view
+    """
+
+    def __init__(self, data: Path, shape: tuple[int, int, int], batch: int):
+        self.data, self.shape, self.batch = data, shape, batch
+        self.dtype = np.dtype(data.suffix.removeprefix("."))
+        self.part = max(1, round(PART / batch)) * batch
+        self.parts_a_view = -(-shape[1] // self.part)
+        self.parts = shape[0] * self.parts_a_view
+
+    def __enter__(self) -> "_Store":
+        # One descriptor of each: closing any other one of the same file would give up this process's locks.
+        self.progress = os.open(self.data.with_suffix(".done"), os.O_RDWR | os.O_CREAT, 0o666)
+        self.file = os.open(self.data, os.O_RDWR | os.O_CREAT, 0o666)
+        size, whole = os.fstat(self.file).st_size, math.prod(self.shape) * self.dtype.itemsize
+        if size == 0 and not self.done().any():
+            os.ftruncate(self.file, whole)
+        elif size != whole:
+            self.__exit__()
+            raise TrainingError(f"{self.data} has {size:,} bytes, not {whole:,}: it was cut off or changed. Remove it "
+                                f"and {self.data.with_suffix('.done').name}; it is then computed again.")
+        return self
+
+    def __exit__(self, *_) -> None:
+        os.close(self.progress)
+        os.close(self.file)
+
+    def done(self) -> np.ndarray:
+        """bool (parts,)."""
+        read = os.pread(self.progress, self.parts, 0)
+        return np.frombuffer(read.ljust(self.parts, b"\0"), np.uint8) == 1
+
+    def whole(self) -> bool:
+        return bool(self.done().all())
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[list[int]]:
+        """Parts that are this process's until the end of the block; none where others hold all that are missing."""
+        for first in range(0, self.parts, PARTS_A_BLOCK):
+            length = min(PARTS_A_BLOCK, self.parts - first)
+            if self.done()[first : first + length].all() or not self._lock(first, length):
+                continue
+            try:
+                missing = np.flatnonzero(~self.done()[first : first + length])  # another may just have finished it
+                if len(missing):
+                    yield [first + int(i) for i in missing]
+                    return
+            finally:
+                fcntl.lockf(self.progress, fcntl.LOCK_UN, length, first)
+        yield []
+
+    def _lock(self, first: int, length: int) -> bool:
+        try:
+            fcntl.lockf(self.progress, fcntl.LOCK_EX | fcntl.LOCK_NB, length, first)
+            return True
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise
+
+    def batches(self, part: int) -> tuple[int, list[np.ndarray]]:
+        """The view, and the indices of the pictures, batch by batch."""
+        k, place = divmod(part, self.parts_a_view)
+        last = min((place + 1) * self.part, self.shape[1])
+        return k, [np.arange(i, min(i + self.batch, last)) for i in range(place * self.part, last, self.batch)]
+
+    def write(self, part: int, rows_NA: np.ndarray) -> None:
+        """The rows, on the disk before the byte that says so."""
+        k, batches = self.batches(part)
+        place = (k * self.shape[1] + int(batches[0][0])) * self.shape[2] * self.dtype.itemsize
+        left = memoryview(rows_NA.tobytes())
+        while left:
+            written = os.pwrite(self.file, left, place)
+            left, place = left[written:], place + written
+        os.fsync(self.file)
+        os.pwrite(self.progress, b"\1", part)
+        os.fsync(self.progress)
+
+    def mapped(self) -> np.ndarray:
+        with open(self.data, "rb") as file:
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), self.dtype).reshape(self.shape)
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"The features could not be kept in {folder}: {error.strerror or error}. What was computed "
+                            "stays; make room or name another folder by --features, then go on with --resume."
+                            ) from error
+
+
+def _bytes_at(path: Path) -> int:
+    """That the disk holds of a file, which begins as one great hole."""
+    return min(path.stat().st_blocks * 512, path.stat().st_size) if path.exists() else 0
+
+
+def _pictures_key(pictures: Split | PictureFiles) -> str:
+    """Of labels and, for files, their names and sizes; of pictures in memory, the pixels."""
+    digest = hashlib.sha256(pictures.labels.astype("<i8").tobytes())
+    if isinstance(pictures, Split):
+        digest.update(str(pictures.pictures.shape).encode())
+        digest.update(memoryview(np.ascontiguousarray(pictures.pictures)))  # type: ignore[arg-type]
+        return digest.hexdigest()
+    for name, path in zip(pictures.names, pictures.paths, strict=True):
+        try:
+            digest.update(f"{path.stat().st_size}\0{name}\0".encode(errors="surrogateescape"))
+        except OSError as error:
+            raise DataError(f"{name} could be read at the start and cannot be now: {error.strerror or error}."
+                            ) from error
+    return digest.hexdigest()
+
+
+def _backbone_key(module: nn.Module) -> str:
+    """Of every tensor but the last layer's."""
+    digest, last = hashlib.sha256(), f"{classifier_name(module)}."
+    for name, tensor in module.state_dict().items():
+        if not name.startswith(last):
+            digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _size(count: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.0f} kB"
