@@ -19,7 +19,7 @@ from training import features, loop  # noqa: E402
 from training.batches import Batches  # noqa: E402
 from training.covariance import LearnedCovariance, RunningCovariance  # noqa: E402
 from training.datasets import Split  # noqa: E402
-from training.errors import TrainingError  # noqa: E402
+from training.errors import Interrupted, TrainingError  # noqa: E402
 from training.features import VIEWS, CachedBatches, FeatureCache, Head  # noqa: E402
 from training.frozen_head import frozen_head_step  # noqa: E402
 from training.losses import HeadLoss, class_balanced_weights  # noqa: E402
@@ -180,6 +180,23 @@ def test_the_cache_waits_for_stage_2_and_a_killed_run_goes_on_to_the_same_bits(t
     assert again == results
     assert log_without_times(tmp_path / "killed") == log_without_times(tmp_path / "whole")
     assert bytes_in(tmp_path / "killed" / "features") == bytes_in(tmp_path / "whole" / "features")
+
+
+def test_a_stop_signal_while_features_are_computed_leaves_at_the_next_part(tmp_path, monkeypatch):
+    # Given a run that receives SIGTERM while its first features are computed,
+    def stop(net, x):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return features_of(net, x)
+
+    monkeypatch.setattr(features, "features_of", stop)
+    # when it stops, then with 143 after that part, and the run goes on from there.
+    with pytest.raises(Interrupted) as caught:
+        loop.run(frozen(), DATA, tmp_path, CPU)
+    assert caught.value.exit_code == 143
+    (done,) = (tmp_path / "features").glob("*.done")
+    assert done.read_bytes() == b"\1"
+    monkeypatch.setattr(features, "features_of", features_of)
+    loop.run(frozen(), DATA, tmp_path, CPU, resume=True)
 
 
 def test_where_the_backbone_moves_nothing_is_cached():

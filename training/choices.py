@@ -41,7 +41,7 @@ def on_backbone(recipe: Recipe, data: LongTailed) -> tuple[Recipe, list[str]]:
 
     def take(flag: str, value: Any, reason: str) -> None:
         nonlocal recipe
-        if getattr(recipe, flag) == getattr(usual, flag) and value is not None:
+        if getattr(recipe, flag) == getattr(usual, flag) and value not in (None, getattr(usual, flag)):
             recipe = dataclasses.replace(recipe, **{flag: value})
             reasons.append(f"--{flag.replace('_', '-')} {_words(value)}: {reason}")
 
@@ -81,7 +81,7 @@ def on_backbone(recipe: Recipe, data: LongTailed) -> tuple[Recipe, list[str]]:
 
 
 def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return " ".join(f"{number:.4g}" for number in value) if isinstance(value, tuple) else str(value)
 
 
 def choose(recipe: OwnPictures, data: LongTailed, device: str, cores: int) -> tuple[OwnPictures, list[str]]:

@@ -34,7 +34,7 @@ from training.metrics import DETAILS, Tally
 from training.recipes import Loss, Recipe
 from training.start_weights import find_backbone, load_backbone, load_pretrained
 from training.tensorboard_log import TensorBoardLog
-from zoo.architectures import create
+from zoo.architectures import classifier_name, create
 from zoo.labels import assign_groups
 
 # ---- state ----
@@ -501,11 +501,20 @@ def _find_start(
                                 + (", ".join(f"{k} {theirs.get(k)}, not {ours[k]}" for k in differing)
                                    or f"saved at epoch {saved['epoch']}") + ").")
         _check_data(data, saved, f"--stage1 {path} does not serve")
+        _check_backbone(recipe, state.module, saved["module"], path)
         # Only what stage 1 made is taken over; estimates of stage 2 and the log start empty.
         with _fitting(path, recipe):
             state.module.load_state_dict(saved["module"])
             state.optimizer.load_state_dict(saved["optimizer"])
         state.epoch, state.seconds = saved["epoch"], saved["seconds"]
+
+
+def _check_backbone(recipe: Recipe, module: nn.Module, saved: dict[str, torch.Tensor], path: Path) -> None:
+    """TrainingError where a stage 1 was trained on another backbone that goes by the same name."""
+    last = f"{classifier_name(module)}."
+    if recipe.backbone is not None and not all(name.startswith(last) or torch.equal(tensor, saved.get(name, tensor[:0]))
+                                               for name, tensor in module.state_dict().items()):
+        raise TrainingError(f"--stage1 {path}: trained on another --backbone of this name.")
 
 
 @contextmanager
