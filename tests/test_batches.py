@@ -47,7 +47,7 @@ def test_the_network_is_tested_on_what_predicting_shows_it(files, crop_mode):
     expected = np.stack([preprocess(decode(path), how.pretrained_cfg) for path in files.paths])
     # then each is to the bit what zoo makes of it for anyone who predicts with the model folder.
     for pictures in (files, hold(files, how)):
-        shown = torch.cat(list(in_order(pictures, how, CPU)))
+        shown = torch.cat([batch for batch, _ in in_order(pictures, how, CPU)])
         np.testing.assert_allclose(shown.numpy(), expected, atol=1e-6)
 
 

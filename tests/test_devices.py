@@ -23,12 +23,13 @@ from tests.test_training import (  # noqa: E402
     small_data,
 )
 from training import checkpoints, loop  # noqa: E402
+from training.backbone import features_of  # noqa: E402
 from training.batches import Batches, View, in_order  # noqa: E402
 from training.covariance import LearnedCovariance, RunningCovariance  # noqa: E402
 from training.errors import TrainingError  # noqa: E402
 from training.frozen_head import frozen_head_step  # noqa: E402
 from training.losses import HeadLoss  # noqa: E402
-from training.meta import TrainBatch, features_of, isda_step, metasaug_step, plain_step  # noqa: E402
+from training.meta import TrainBatch, isda_step, metasaug_step, plain_step  # noqa: E402
 
 GPUS = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
 ON_GPUS = [pytest.param(name, marks=pytest.mark.gpu) for name in GPUS]
@@ -159,7 +160,7 @@ def test_dropout_draws_the_same_in_the_tangent_on_the_device(device):
     drawn = []
     net.body.register_forward_hook(lambda _, __, out: drawn.append(torch.autograd.forward_ad.unpack_dual(out).primal))
     following = copy.deepcopy(loop.torch.get_rng_state())
-    tangent = batch.tangent({n: torch.zeros_like(p) for n, p in batch.body.items()})
+    tangent = batch.features.tangent({n: torch.zeros_like(p) for n, p in batch.body.items()})
     assert (tangent == 0).all()
     torch.testing.assert_close(drawn[0].mean(1), batch.features_NA)
     assert torch.equal(following, torch.get_rng_state())
@@ -178,8 +179,8 @@ def test_batches_arrive_whole(device):
         assert pictures.device.type == device.type and pictures.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(pictures.cpu(), expected, rtol=1e-6, atol=1e-6)
         assert torch.equal(labels.cpu(), classes)
-    torch.testing.assert_close(torch.cat(list(in_order(data.test, view, device))).cpu(),
-                               torch.cat(list(in_order(data.test, view, CPU))), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.cat([shown for shown, _ in in_order(data.test, view, device)]).cpu(),
+                               torch.cat([shown for shown, _ in in_order(data.test, view, CPU)]), rtol=1e-6, atol=1e-6)
 
 
 # ---- whole runs ----

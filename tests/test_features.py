@@ -16,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from training import features, loop  # noqa: E402
+from training.backbone import features_of  # noqa: E402
 from training.batches import Batches  # noqa: E402
 from training.covariance import LearnedCovariance, RunningCovariance  # noqa: E402
 from training.datasets import Split  # noqa: E402
@@ -23,7 +24,7 @@ from training.errors import Interrupted, TrainingError  # noqa: E402
 from training.features import VIEWS, CachedBatches, FeatureCache, Head  # noqa: E402
 from training.frozen_head import frozen_head_step  # noqa: E402
 from training.losses import HeadLoss, class_balanced_weights  # noqa: E402
-from training.meta import features_of, isda_step, metasaug_step, plain_step  # noqa: E402
+from training.meta import isda_step, metasaug_step, plain_step  # noqa: E402
 from training.recipes import Cifar10LT, INat18  # noqa: E402
 from zoo.architectures import create  # noqa: E402
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from training.datasets import PictureFiles, Split
 from training.errors import DataError
+from training.processes import ALONE, Processes
 from training.recipes import CropMode, Crops, Flips
 from zoo.errors import PictureError
 from zoo.images import decode, fitted
@@ -215,16 +216,20 @@ class Batches:
     """Augmented, normalised batches of a training or meta set: float32 (N, 3, H, W) and int64 (N,), on the device.
 
     pictures   in memory and of the view's size (`hold`), or on disk          workers   processes that decode
+    processes  those that train together: each gets its part of the pictures, and the labels of all
     """
 
     def __init__(self, pictures: Split | PictureFiles, view: View, seed: int, batch_size: int, device: torch.device,
-                 workers: int = 0):
+                 workers: int = 0, processes: Processes = ALONE):
         self.pictures, self.view, self.workers = pictures, view, workers
         self.labels = pictures.labels
-        self.seed, self.device = seed, device
+        self.seed, self.device, self.processes = seed, device, processes
         self.batch_size = min(batch_size, len(pictures))
-        # A last batch of one picture has no batch statistics: it is left out.
-        self.steps = len(pictures) // self.batch_size + (len(pictures) % self.batch_size > 1)
+        if self.batch_size < 2 * processes.count:
+            raise DataError(f"{self.batch_size} pictures a step are too few for {processes.count} processes: batch "
+                            "norm needs 2 in each.")
+        # A last batch of one picture (a process) has no batch statistics: it is left out.
+        self.steps = len(pictures) // self.batch_size + (len(pictures) % self.batch_size >= 2 * processes.count)
 
     @cached_property
     def padded(self) -> np.ndarray | None:
@@ -256,7 +261,8 @@ class Batches:
         yield from self._batches(batches, drawn)
 
     def _batches(self, batches: list[np.ndarray], drawn: list[np.ndarray]):
-        for at, pictures in zip(batches, self._augmented(batches, drawn), strict=True):
+        own, own_drawn = ([rows[self.processes.part(len(rows))] for rows in each] for each in (batches, drawn))
+        for at, pictures in zip(batches, self._augmented(own, own_drawn), strict=True):
             yield normalised(pictures, self.view, self.device), _moved(self.labels[at], self.device)
 
     def _augmented(self, batches: list[np.ndarray], drawn: list[np.ndarray]) -> Iterator[np.ndarray]:
@@ -269,13 +275,16 @@ class Batches:
 
 
 def in_order(
-    pictures: Split | PictureFiles, view: View, device: torch.device, workers: int = 0
-) -> Iterator[torch.Tensor]:
-    """The pictures in their order, as predicting sees them."""
+    pictures: Split | PictureFiles, view: View, device: torch.device, workers: int = 0, processes: Processes = ALONE
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """The pictures in their order, as predicting sees them: this process's part of each batch, and the batch's size."""
     size = at_once(view)
-    at = [np.arange(i, min(i + size, len(pictures))) for i in range(0, len(pictures), size)]
-    for array in read(pictures, view, at, None, workers):
-        yield normalised(array, view, device)
+    batches = [np.arange(i, min(i + size, len(pictures))) for i in range(0, len(pictures), size)]
+    own = [at[processes.part(len(at))] for at in batches]
+    arrays = read(pictures, view, [at for at in own if len(at)], None, workers)
+    for at, whole in zip(own, batches, strict=True):
+        array = next(arrays) if len(at) else np.empty((0, *view.size, 3), np.uint8)
+        yield normalised(array, view, device), len(whole)
 
 
 def at_once(view: View) -> int:

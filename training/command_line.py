@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -213,11 +213,20 @@ def train(job: AnyJob) -> Path | None:
 
     The result is that of the last epoch, overall, per group and per class, on the test set.
     """
+    from training.processes import joined
+
+    with joined(choose_device(job.options.device).type) as processes:
+        if not processes.first:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- one speaks
+        return _train(job, processes)
+
+
+def _train(job: Job, processes) -> Path | None:
     options = job.options
     folder = options.out or Path("runs") / run_name(job.recipe)
     data = job.load()
-    device = choose_device(options.device)
-    recipe, reasons = settle(job.recipe, data, device, folder if options.resume else None)
+    recipe, reasons = processes.from_first(
+        settle(job.recipe, data, processes.device, folder if options.resume else None) if processes.first else None)
     counts = data.class_counts
     print("\n".join([*data.notes, *reasons,
                      f"{data.source}: {sum(counts):,} training pictures in {len(counts)} classes ({max(counts):,} to "
@@ -229,15 +238,18 @@ def train(job: AnyJob) -> Path | None:
     from training import loop
 
     loop.check(recipe, data)
-    print(f"{run_name(job.recipe)} on {device}, into {folder}")
-    with alone_in(folder):
+    print(f"{run_name(job.recipe)} on {processes.device}"
+          + (f" and {processes.count - 1} more" if processes.count > 1 else "") + f", into {folder}")
+    with alone_in(folder) if processes.first else nullcontext():
         workers = (os.cpu_count() or 1) if options.workers is None else options.workers
-        state, results = loop.run(recipe, data, folder, device, options.resume, options.stage1,
+        state, results = loop.run(recipe, data, folder, processes.device, options.resume, options.stage1,
                                   options.evaluate_every, options.save_every, options.save_minutes, workers,
-                                  options.tensorboard, options.deterministic, options.features)
+                                  options.tensorboard, options.deterministic, options.features, processes=processes)
+        if not processes.first:
+            return None
         model = folder / "model"
         write_model(model, options.name or run_name(job.recipe), recipe, loop.data_of_stage(recipe, data, 2), state,
-                    results)
+                    results, processes.count)
     print(results_table(results))
     print(report_of_run(folder, results))
     return model
@@ -296,7 +308,7 @@ def choose_device(asked: str):
     return torch.device(asked)
 
 
-def write_model(model: Path, name: str, recipe: Recipe, data, state, results: dict) -> None:
+def write_model(model: Path, name: str, recipe: Recipe, data, state, results: dict, processes: int = 1) -> None:
     """The finished model folder, without ONNX: `metasaug train` adds that next, `metasaug export` at any time."""
     import torch
 
@@ -340,7 +352,7 @@ def write_model(model: Path, name: str, recipe: Recipe, data, state, results: di
             "code_version": code_version(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__.split("+")[0],
                          "numpy": version("numpy")},
-            "hardware": hardware(next(state.module.parameters()).device),
+            "hardware": hardware(next(state.module.parameters()).device, processes),
             "seconds": round(state.seconds),
             "published_error": entry.published_error if entry else None,
             "results": results,
@@ -406,12 +418,13 @@ def code_version() -> str:
     return f"{version('metasaug')} ({commit})"
 
 
-def hardware(device) -> str:
+def hardware(device, processes: int = 1) -> str:
     import torch
 
+    times = f"{processes} x " if processes > 1 else ""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+        return times + torch.cuda.get_device_name(device)
+    return times + f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
 
 
 @contextmanager

@@ -35,10 +35,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from training.backbone import features_of
 from training.batches import Batches, View, at_once, normalised, read
 from training.datasets import PictureFiles, Split
 from training.errors import DataError, TrainingError
-from training.meta import features_of
+from training.processes import ALONE, Processes
 from zoo.architectures import classifier_name
 from zoo.files import write_atomically
 
@@ -77,8 +78,9 @@ class CachedBatches(Batches):
     """
 
     def __init__(self, pictures: Split | PictureFiles, features_KNA: np.ndarray, view: View, seed: int,
-                 batch_size: int, device: torch.device, dtype: torch.dtype = torch.float32):
-        super().__init__(pictures, view, seed, batch_size, device)
+                 batch_size: int, device: torch.device, dtype: torch.dtype = torch.float32,
+                 processes: Processes = ALONE):
+        super().__init__(pictures, view, seed, batch_size, device, processes=processes)
         self.features_KNA, self.dtype = features_KNA, dtype
 
     def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
@@ -86,7 +88,8 @@ class CachedBatches(Batches):
 
     def _batches(self, batches: list[np.ndarray], drawn: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
         for at, views in zip(batches, drawn, strict=True):
-            rows_NA = torch.from_numpy(self.features_KNA[views, at]).to(self.device)
+            own = self.processes.part(len(at))
+            rows_NA = torch.from_numpy(self.features_KNA[views[own], at[own]]).to(self.device)
             yield rows_NA.to(self.dtype), torch.from_numpy(self.labels[at]).to(self.device)
 
 

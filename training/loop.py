@@ -22,6 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from training import checkpoints
+from training.backbone import BatchFeatures, Compute
 from training.batches import Batches, View, at_once, fits_in_memory, hold, in_order
 from training.covariance import LearnedCovariance, RunningCovariance
 from training.datasets import LongTailed, PictureFiles, Split, listed
@@ -29,8 +30,9 @@ from training.errors import DivergenceError, Interrupted, TrainingError
 from training.features import CachedBatches, FeatureCache, Head
 from training.frozen_head import SUPPORTED_LOSSES, frozen_head_step
 from training.losses import HeadLoss, class_balanced_weights
-from training.meta import StepResult, check_finite, features_of, isda_step, metasaug_step, plain_step
+from training.meta import StepResult, check_finite, isda_step, metasaug_step, plain_step
 from training.metrics import DETAILS, Tally
+from training.processes import ALONE, Processes
 from training.recipes import Loss, Recipe
 from training.start_weights import find_backbone, load_backbone, load_pretrained
 from training.tensorboard_log import TensorBoardLog
@@ -65,6 +67,12 @@ class State:
         except DivergenceError as error:
             raise DivergenceError(f"epoch {self.epoch + 1}, step {self.step}: {error} Not saved; the last checkpoint "
                                   "is good. Try a smaller --lr or --strength.") from error
+
+    def level(self, processes: Processes) -> None:
+        """The same bits in every process; on GPUs, what each computed alike may differ in the last ones."""
+        momenta = _floats(one.get("momentum_buffer") for one in self.optimizer.state.values())
+        processes.level([*self.module.state_dict().values(), *momenta, *self.covariance.state_dict().values(),
+                         *self.learned.state_dict().values()])
 
     def to_dict(self, recipe: Recipe, data: LongTailed) -> dict:
         return {
@@ -137,7 +145,7 @@ def view_of(recipe: Recipe, data: LongTailed) -> View:
 
 
 def _stages(
-    recipe: Recipe, data: LongTailed, view: View, device: torch.device, workers: int
+    recipe: Recipe, data: LongTailed, view: View, device: torch.device, workers: int, processes: Processes
 ) -> tuple[Stage, Stage]:
     """What both stages train on; pictures that fit are read into memory, once."""
     cached = recipe.cache_features and recipe.stands_still(in_stage2=False)
@@ -150,8 +158,8 @@ def _stages(
 
     def stage(pictures: Split | PictureFiles, counts: tuple[int, ...], loss: Loss, size: int, weighted: bool) -> Stage:
         return Stage(
-            Batches(pictures, view, recipe.seed, size, device, workers),
-            Batches(meta, view, recipe.seed, size, device, workers),
+            Batches(pictures, view, recipe.seed, size, device, workers, processes),
+            Batches(meta, view, recipe.seed, size, device, workers, processes),
             HeadLoss(loss, counts, gamma=recipe.gamma, max_margin=recipe.max_margin, scale=recipe.scale,
                      tau=recipe.tau),
             _placed(class_balanced_weights(counts, recipe.beta), device) if weighted else None)
@@ -177,7 +185,7 @@ def _on_features(
 
     def cached(kind: Literal["train", "meta"], pictures: Split | PictureFiles, batches: Batches) -> Batches:
         return CachedBatches(pictures, cache.of(kind, pictures, module, before_each), batches.view, batches.seed,
-                             batches.batch_size, batches.device, last.weight.dtype)
+                             batches.batch_size, batches.device, last.weight.dtype, batches.processes)
 
     return dataclasses.replace(stage, batches=cached("train", data.train, stage.batches),
                                meta=cached("meta", data.meta, stage.meta), head=Head(last))
@@ -216,6 +224,7 @@ def run(
     deterministic: bool = True,
     features: Path | None = None,
     on_progress: Callable[[State], None] | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[State, dict]:
     """Train from the newest checkpoint in `folder` (resume), from a shared stage 1, or from nothing.
 
@@ -227,6 +236,7 @@ def run(
     tensorboard     keep the log in `folder`/tensorboard as well
     deterministic   on CUDA: only kernels that give the same bits each time, else a resumed run differs in the last ones
     features        folder of cached features (--cache-features), which several runs may share; `folder`/features
+    processes       those that train together: rank 0 writes, all return the same
     Returns the state after the last epoch and its test results. Raises TrainingError, DivergenceError before an
     update that would spread NaN, Interrupted once the state is saved.
     """
@@ -234,11 +244,13 @@ def run(
         _same_bits_each_time()
     final = data_of_stage(recipe, data, 2)
     groups, _ = assign_groups(final.class_counts)
+    compute = Compute(processes, recipe.precision, recipe.accumulate, recipe.compile)
     state = start(recipe, len(data.label_names), device)
-    _find_start(recipe, data, state, folder, device, resume, stage1)
+    _find_start(recipe, data, state, folder, device, resume, stage1, processes)
     view = view_of(recipe, data)
     _try(state.module, recipe, view, device)
-    stages = _stages(recipe, data, view, device, workers)
+    stages = _stages(recipe, data, view, device, workers, processes)
+    processes.wait()
     steps = [stages[epoch >= recipe.stage2_epoch].batches.steps for epoch in range(recipe.epochs)]
     cache = None
     if recipe.cache_features:
@@ -249,38 +261,50 @@ def run(
 
     saved_at = time.monotonic()
 
-    def save_state() -> None:
+    def save_state(in_step: bool = True) -> None:
         nonlocal saved_at
+        if in_step:
+            state.level(processes)
         state.check()
-        checkpoints.save(folder / "checkpoints", state.to_dict(recipe, data), state.epoch, state.step)
+        if processes.first:
+            checkpoints.save(folder / "checkpoints", state.to_dict(recipe, data), state.epoch, state.step)
         saved_at = time.monotonic()
 
-    def leave_if_stopped() -> None:
-        if stopped:
-            save_state()
+    def leave_if_stopped(in_step: bool = True) -> None:
+        """in_step: all processes are here; else each decides for itself, between epochs, where all have the same."""
+        number = stopped[0] if stopped else 0
+        if in_step:
+            number = processes.any(number)
+        if number:
+            save_state(in_step)
             raise Interrupted(f"stopped in epoch {state.epoch + 1}, after step {state.step}; nothing is lost: the same "
-                              "command with --resume goes on.", 128 + stopped[0])
+                              "command with --resume goes on.", 128 + number)
 
     def stage_of_epoch(in_stage2: bool) -> Stage:
         if cache is None or not recipe.stands_still(in_stage2):
             return stages[in_stage2]
         if in_stage2 not in on_features:
             of_stage = data_of_stage(recipe, data, 2 if in_stage2 else 1)
-            on_features[in_stage2] = _on_features(stages[in_stage2], cache, of_stage, state.module, leave_if_stopped)
+            on_features[in_stage2] = _on_features(stages[in_stage2], cache, of_stage, state.module,
+                                                  lambda: leave_if_stopped(False))
+            processes.wait()
         return on_features[in_stage2]
 
     def test() -> dict:
         cached = None
         if cache is not None and recipe.stands_still(state.epoch >= recipe.stage2_epoch):
-            cached = cache.of("test", final.test, state.module, leave_if_stopped)
+            cached = cache.of("test", final.test, state.module, lambda: leave_if_stopped(False))
+            processes.wait()
         return evaluate(state.module, final, view, groups, device, workers, recipe.implicit_prior, leave_if_stopped,
-                        cached)
+                        cached, processes)
 
     with (
         _stop_signals() as stopped,
         _death_of_a_worker_told(),
-        Log(folder / "log.jsonl", state.log_bytes, folder / "tensorboard" if tensorboard else None) as log,
-        tqdm(total=sum(steps), initial=sum(steps[: state.epoch]) + state.step, unit="step", dynamic_ncols=True) as bar,
+        Log(folder / "log.jsonl" if processes.first else None, state.log_bytes,
+            folder / "tensorboard" if tensorboard else None) as log,
+        tqdm(total=sum(steps), initial=sum(steps[: state.epoch]) + state.step, unit="step", dynamic_ncols=True,
+             disable=not processes.first) as bar,
     ):
         while state.epoch < recipe.epochs:
             leave_if_stopped()
@@ -293,9 +317,9 @@ def run(
             meta = _meta_batches(recipe, stage, state, last) if with_meta else itertools.repeat(None)
             began = time.monotonic()
             for (pictures, labels), meta_batch in zip(stage.batches.epoch(state.epoch, state.step), meta, strict=False):
-                torch.manual_seed(_seed_of_step(recipe, state))
+                torch.manual_seed(_seed_of_step(recipe, state, processes.rank))
                 try:
-                    result = _step(recipe, state, stage, pictures, labels, meta_batch)
+                    result = _step(recipe, state, stage, pictures, labels, meta_batch, compute)
                 except (torch.OutOfMemoryError, RuntimeError) as error:
                     if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                         raise
@@ -308,6 +332,7 @@ def run(
                                           "Try a smaller --lr or --strength.") from error
                 figures = _figures(result, labels)  # before the optimizer's step, which a GPU then takes meanwhile
                 state.optimizer.step()
+                processes.level(state.module.buffers())
                 state.step += 1
                 _add(state.sums, figures, len(labels))
                 state.seconds, began = state.seconds + time.monotonic() - began, time.monotonic()
@@ -318,7 +343,8 @@ def run(
                 if on_progress is not None:
                     on_progress(state)
                 leave_if_stopped()
-                if 0 < save_minutes * 60 <= time.monotonic() - saved_at and state.step < last:
+                due = 0 < save_minutes * 60 <= time.monotonic() - saved_at
+                if processes.any(due) and state.step < last:
                     save_state()
             line = _log_line(recipe, state)
             if (state.epoch + 1) % evaluate_every == 0 or state.epoch + 1 == recipe.epochs:
@@ -326,7 +352,7 @@ def run(
                 line["test"] = {k: v for k, v in results.items() if k not in DETAILS}
             state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
             state.log_bytes = log.write(line)
-            if state.epoch == recipe.stage2_epoch:
+            if state.epoch == recipe.stage2_epoch and processes.first:
                 checkpoints.save(folder / "stage1", state.to_dict(recipe, data), state.epoch, 0, keep=1)
             if state.epoch % save_every == 0 or state.epoch == recipe.epochs:
                 save_state()
@@ -360,31 +386,33 @@ def _meta_batches(recipe: Recipe, stage: Stage, state: State, last: int) -> Iter
     return stage.meta.meta(state.epoch, state.step, last)
 
 
-def _seed_of_step(recipe: Recipe, state: State) -> int:
+def _seed_of_step(recipe: Recipe, state: State, rank: int) -> int:
     """For what torch itself draws in a step (dropout, stochastic depth)."""
-    return int(np.random.SeedSequence([recipe.seed, state.epoch, state.step]).generate_state(1, np.uint64)[0])
+    of_rank = [rank] if rank else []
+    sequence = np.random.SeedSequence([recipe.seed, state.epoch, state.step, *of_rank])
+    return int(sequence.generate_state(1, np.uint64)[0])
 
 
 def _step(
     recipe: Recipe, state: State, stage: Stage, pictures: torch.Tensor, labels: torch.Tensor,
-    meta_batch: tuple[torch.Tensor, torch.Tensor] | None,
+    meta_batch: tuple[torch.Tensor, torch.Tensor] | None, compute: Compute,
 ) -> StepResult:
     """One step but for the optimizer's: its gradients are left in `.grad`."""
     module = stage.head or state.module
     in_stage2, strength = state.epoch >= recipe.stage2_epoch, recipe.strength_at(state.epoch)
     if in_stage2 and recipe.augment == "isda":
-        return isda_step(module, pictures, labels, state.covariance, stage.loss, strength, stage.weights)
+        return isda_step(module, pictures, labels, state.covariance, stage.loss, strength, stage.weights, compute)
     if meta_batch is None:
-        return plain_step(module, pictures, labels, stage.loss, stage.weights)
+        return plain_step(module, pictures, labels, stage.loss, stage.weights, compute)
     how: dict[str, Any] = {"strength": strength, "inner_rate": _inner_rate(recipe, state.epoch),
                            "meta_rate": recipe.meta_rate, "fidelity": recipe.fidelity, "class_weights": stage.weights}
     if _in_closed_form(recipe):
-        with torch.no_grad():
-            features, meta_features = (features_of(module, x) for x in (pictures, meta_batch[0]))
+        features, meta_features = (BatchFeatures(module, x, len(y), compute, graph=False).whole_NA
+                                   for x, y in ((pictures, labels), meta_batch))
         return frozen_head_step(module.get_classifier(), features, labels,  # type: ignore[operator]
                                 meta_features, meta_batch[1], state.learned, stage.loss, **how)
     return metasaug_step(module, pictures, labels, *meta_batch, state.learned, stage.loss,
-                         lookahead=recipe.lookahead, **how)
+                         lookahead=recipe.lookahead, compute=compute, **how)
 
 
 def _in_closed_form(recipe: Recipe) -> bool:
@@ -404,24 +432,29 @@ def _set_trained(module: nn.Module, recipe: Recipe, in_stage2: bool) -> None:
 def evaluate(
     module: nn.Module, data: LongTailed, view: View, groups: tuple[str, ...], device: torch.device, workers: int = 0,
     prior: str | None = None, before_each: Callable[[], None] = lambda: None, features_KNA: np.ndarray | None = None,
+    processes: Processes = ALONE,
 ) -> dict:
     """Test results of the module as it stands; see training.metrics.Tally. `before_each` batch may end it.
 
     features_KNA   of the test pictures, where they are cached: the same results without looking at pictures
+    processes      each sees its part of every batch, and all return the same results
     """
     was_training = module.training
     module.eval()
     tally, seen = Tally(data.label_names, data.class_counts, groups, prior), 0
     with torch.no_grad():
-        looks = in_order(data.test, view, device, workers)
+        net, looks = module, in_order(data.test, view, device, workers, processes)
         if features_KNA is not None:
-            size, all_NA = at_once(view), features_KNA[0]
-            looks = (torch.from_numpy(all_NA[i : i + size].copy()).to(device) for i in range(0, len(all_NA), size))
-        net = module if features_KNA is None else Head(module.get_classifier())  # type: ignore[operator]
-        for pictures in looks:
+            net, size = Head(module.get_classifier()), at_once(view)  # type: ignore[operator]
+            batches = (features_KNA[0, i : i + size] for i in range(0, len(features_KNA[0]), size))
+            looks = ((torch.from_numpy(rows[processes.part(len(rows))].copy()).to(device), len(rows))
+                     for rows in batches)
+        for pictures, total in looks:
             before_each()
-            tally.add(net(pictures).float().cpu().numpy(), data.test.labels[seen : seen + len(pictures)])
-            seen += len(pictures)
+            logits = net(pictures) if len(pictures) else torch.empty(0, len(data.label_names), device=device)
+            logits = processes.gather(logits.float(), total)
+            tally.add(logits.cpu().numpy(), data.test.labels[seen : seen + total])
+            seen += total
     module.train(was_training)
     return tally.results()
 
@@ -470,9 +503,9 @@ def _try(module: nn.Module, recipe: Recipe, view: View, device: torch.device) ->
 
 def _find_start(
     recipe: Recipe, data: LongTailed, state: State, folder: Path, device: torch.device, resume: bool,
-    stage1: Path | None,
+    stage1: Path | None, processes: Processes,
 ) -> None:
-    found = checkpoints.load_newest(folder / "checkpoints", device)
+    found = processes.from_first(checkpoints.load_newest(folder / "checkpoints", device) if processes.first else None)
     if found is not None:
         path, saved = found
         if not resume:
@@ -488,8 +521,7 @@ def _find_start(
         with _fitting(path, recipe):
             state.load_dict(saved)
     elif stage1 is not None:
-        newest = (stage1, checkpoints.load(stage1, device)) if stage1.is_file() else checkpoints.load_newest(
-            stage1 / "stage1" if (stage1 / "stage1").is_dir() else stage1, device)
+        newest = processes.from_first(_load_stage1(stage1, device) if processes.first else None)
         if newest is None:
             raise TrainingError(f"--stage1 {stage1}: no stage-1 checkpoint there. Name a run folder whose stage 1 "
                                 "has ended.")
@@ -515,6 +547,12 @@ def _check_backbone(recipe: Recipe, module: nn.Module, saved: dict[str, torch.Te
     if recipe.backbone is not None and not all(name.startswith(last) or torch.equal(tensor, saved.get(name, tensor[:0]))
                                                for name, tensor in module.state_dict().items()):
         raise TrainingError(f"--stage1 {path}: trained on another --backbone of this name.")
+
+
+def _load_stage1(stage1: Path, device: torch.device) -> tuple[Path, dict] | None:
+    if stage1.is_file():
+        return stage1, checkpoints.load(stage1, device)
+    return checkpoints.load_newest(stage1 / "stage1" if (stage1 / "stage1").is_dir() else stage1, device)
 
 
 @contextmanager
@@ -544,14 +582,17 @@ def _check_data(data: LongTailed, saved: dict, what: str) -> None:
 class Log:
     """JSON lines; on resume the lines that the checkpoint does not know are cut off, so none is there twice.
 
+    path          None: of a process that does not write
     tensorboard   a folder where TensorBoard finds the same numbers, or None
     """
 
-    def __init__(self, path: Path, length: int, tensorboard: Path | None = None):
+    def __init__(self, path: Path | None, length: int, tensorboard: Path | None = None):
         self.path, self.length, self.tensorboard = path, length, tensorboard
         self.board: TensorBoardLog | None = None
 
     def __enter__(self) -> "Log":
+        if self.path is None:
+            return self
         with self._writing():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
@@ -567,6 +608,8 @@ class Log:
 
     def write(self, line: dict) -> int:
         """Append a line; returns the length of the log with it."""
+        if self.path is None:
+            return self.length
         with self._writing(), open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
         if self.board is not None:

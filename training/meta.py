@@ -19,21 +19,16 @@ pass. What remains is a second derivative of the last layer alone. Exact, not an
 get_classifier() -> nn.Linear. Shape suffixes: N samples, C classes, A features, U the distinct classes of the batch.
 """
 
-import contextlib
 import dataclasses
-import functools
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from training.backbone import BatchFeatures, Compute
 from training.covariance import LearnedCovariance, RunningCovariance, nearest_semidefinite
 from training.errors import DivergenceError
 from training.losses import HeadLoss
@@ -60,10 +55,10 @@ def plain_step(
     labels_N: Tensor,
     head_loss: HeadLoss,
     class_weights: Tensor | None = None,
+    compute: Compute | None = None,
 ) -> StepResult:
     """The loss without augmentation: its gradient is left in `.grad`. DivergenceError before that."""
-    batch = TrainBatch(module, pictures, labels_N, head_loss, 0.0, class_weights)
-    return batch.leave_gradient(None)
+    return TrainBatch(module, pictures, labels_N, head_loss, 0.0, class_weights, compute).leave_gradient(None)
 
 
 def isda_step(
@@ -74,9 +69,10 @@ def isda_step(
     head_loss: HeadLoss,
     strength: float,
     class_weights: Tensor | None = None,
+    compute: Compute | None = None,
 ) -> StepResult:
     """The loss augmented by the running covariances as they stand; they then take in the batch, as MetaSAug's do."""
-    batch = TrainBatch(module, pictures, labels_N, head_loss, strength, class_weights)
+    batch = TrainBatch(module, pictures, labels_N, head_loss, strength, class_weights, compute)
     result = batch.leave_gradient(running.covariance[batch.classes_U])
     running.update(head_loss.augmentable_features(result.features_NA), labels_N)
     return result
@@ -97,11 +93,12 @@ def metasaug_step(
     lookahead: Lookahead = "classifier",
     fidelity: Fidelity = "fixed",
     class_weights: Tensor | None = None,
+    compute: Compute | None = None,
 ) -> StepResult:
     """One MetaSAug step but for the optimizer's; formulas at the top of this file.
 
     module         in train mode; batch norm's running statistics see the training batch once, the meta batch never
-    meta_pictures  a class-balanced batch
+    meta_pictures  a class-balanced batch; like pictures, this process's part of it
     learned        S = running estimate + delta. Both are updated here, last; the running estimate with the features
                    of this batch only after their use, as in the authors' code
     strength       lambda_t of this epoch
@@ -111,7 +108,7 @@ def metasaug_step(
                    authors' code S' = running - eta grad_S serves this step only, and nothing is projected
     raises         DivergenceError before anything is updated (batch norm's statistics aside)
     """
-    batch = TrainBatch(module, pictures, labels_N, head_loss, strength, class_weights)
+    batch = TrainBatch(module, pictures, labels_N, head_loss, strength, class_weights, compute)
     fixed = fidelity == "fixed"
     S_U = learned.rows(batch.classes_U) if fixed else learned.running.covariance[batch.classes_U]
     grad_U, loss_before, meta_loss = meta_gradient(batch, S_U, meta_pictures, meta_labels, inner_rate, lookahead)
@@ -131,7 +128,10 @@ def metasaug_step(
 
 
 class TrainBatch:
-    """The one forward pass of a step: its graph serves the inner gradient and, once S' is known, the real one."""
+    """The one forward pass of a step: its graph serves the inner gradient and, once S' is known, the real one.
+
+    pictures   this process's part of the batch, all of it where there is one process; labels_N   of the whole batch
+    """
 
     def __init__(
         self,
@@ -141,17 +141,19 @@ class TrainBatch:
         head_loss: HeadLoss,
         strength: float = 0.0,
         class_weights: Tensor | None = None,
+        compute: Compute | None = None,
     ):
-        self.module, self.pictures, self.labels_N = module, pictures, labels_N
+        self.module, self.labels_N = module, labels_N
         self.head_loss, self.strength, self.class_weights = head_loss, strength, class_weights
+        self.compute = compute or Compute()
         self.classes_U, self.index_N = labels_N.unique(return_inverse=True)
         fc: nn.Linear = module.get_classifier()  # type: ignore[operator]
         self.head = [p for p in (fc.weight, fc.bias) if p is not None]
         self.body = {
             n: p for n, p in module.named_parameters() if p.requires_grad and all(p is not q for q in self.head)
         }
-        self.random_state = _random_state(pictures.device)
-        self.features_NA = features_of(module, pictures)
+        self.features = BatchFeatures(module, pictures, len(labels_N), self.compute, graph=bool(self.body))
+        self.features_NA = self.features.whole_NA
 
     def loss(self, features_NA: Tensor, head: Sequence[Tensor], S_U: Tensor | None) -> Tensor:
         """L as a function of the features, [W, b] and the covariances of `classes_U`, None for no augmentation."""
@@ -162,39 +164,25 @@ class TrainBatch:
         return self.head_loss.of_logits(logits_NC, self.labels_N, self.class_weights)
 
     def leave_gradient(self, S_U: Tensor | None) -> StepResult:
-        """Leaves the gradient of L(Theta, S) in `.grad`, in place of what was there; frees the graph."""
-        trained = [p for p in self.module.parameters() if p.requires_grad]
-        loss = self.loss(self.features_NA, self.head, S_U)
-        grads = torch.autograd.grad(loss, trained, materialize_grads=True)
-        check_finite(loss=[loss.detach()], gradient=grads)
-        for p, g in zip(trained, grads, strict=True):
+        """Leaves the gradient of L(Theta, S) in `.grad`, in place of what was there."""
+        f_NA = self.features_NA.detach().requires_grad_(bool(self.body))
+        head = [p for p in self.head if p.requires_grad]
+        loss = self.loss(f_NA, self.head, S_U)
+        grads = torch.autograd.grad(loss, [*head, *([f_NA] if self.body else [])], materialize_grads=True)
+        head_grads = [g.contiguous() for g in grads[: len(head)]]
+        self.compute.processes.level(head_grads)
+        body_grads = self.body_gradient(grads[-1]) if self.body else {}
+        check_finite(loss=[loss.detach()], gradient=[*head_grads, *body_grads.values()])
+        for p, g in zip([*head, *self.body.values()], [*head_grads, *body_grads.values()], strict=True):
             p.grad = g
-        features_NA = self.features_NA.detach()
         with torch.no_grad():
-            logits_NC = self.head_loss.logits(features_NA, *self.head)
-        return StepResult(loss.detach(), features_NA, logits_NC)
+            logits_NC = self.head_loss.logits(self.features_NA, *self.head)
+        return StepResult(loss.detach(), self.features_NA, logits_NC)
 
     def body_gradient(self, features_grad_NA: Tensor) -> dict[str, Tensor]:
         """The backward pass from the features on; keeps the graph."""
-        grads = torch.autograd.grad(
-            self.features_NA, list(self.body.values()), features_grad_NA, retain_graph=True, materialize_grads=True
-        )
+        grads = self.features.backward(features_grad_NA, list(self.body.values()))
         return dict(zip(self.body, grads, strict=True))
-
-    def tangent(self, directions: dict[str, Tensor]) -> Tensor:
-        """f_dot (N, A): the derivative of the features as the body's parameters move along `directions`."""
-        with (
-            torch.no_grad(),
-            batch_norm_without_memory(self.module, tangents=True),
-            _replayed(self.random_state, self.pictures.device),
-            warnings.catch_warnings(action="ignore", category=FutureWarning),  # of torch about its own forward rules
-            sdpa_kernel(SDPBackend.MATH),  # fused attention has no forward-mode rule
-            forward_ad.dual_level(),
-        ):
-            moving = {n: forward_ad.make_dual(self.body[n].detach(), d) for n, d in directions.items()}
-            features = features_of(self.module, self.pictures, moving)
-            tangent_NA = forward_ad.unpack_dual(features).tangent
-            return torch.zeros_like(features) if tangent_NA is None else tangent_NA
 
 
 def meta_gradient(
@@ -214,23 +202,24 @@ def meta_gradient(
     loss = batch.loss(f_NA, head, S_U)
     inputs = [*head, f_NA] if network else head
     grads = torch.autograd.grad(loss, inputs, create_graph=True, materialize_grads=True)
-    body_steps = batch.body_gradient(grads[-1].detach().to(batch.features_NA.dtype)) if network else {}
+    body_steps = batch.body_gradient(grads[-1].detach()) if network else {}
 
     # 2. One plain SGD step, and the gradient of the meta loss there.
     ahead = [_stepped(p, g, inner_rate) for p, g in zip(batch.head, grads, strict=False)]
     ahead_body = {n: _stepped(batch.body[n], g, inner_rate) for n, g in body_steps.items()}
-    with batch_norm_without_memory(batch.module), torch.set_grad_enabled(network):
-        meta_features = features_of(batch.module, meta_pictures, ahead_body)
-    meta_loss = F.cross_entropy(batch.head_loss.logits(meta_features, *ahead), meta_labels)
-    v = torch.autograd.grad(meta_loss, [*ahead, *ahead_body.values()], materialize_grads=True)
+    meta = BatchFeatures(batch.module, meta_pictures, len(meta_labels), batch.compute, ahead_body, graph=network)
+    f_meta_NA = meta.whole_NA.requires_grad_(network)
+    meta_loss = F.cross_entropy(batch.head_loss.logits(f_meta_NA, *ahead), meta_labels)
+    v = list(torch.autograd.grad(meta_loss, [*ahead, *([f_meta_NA] if network else [])], materialize_grads=True))
 
     # 3. <grad_Theta L, v>: all of it that depends on S is in the last layer.
-    directions = list(v[: len(head)])
     if network:
-        directions.append(batch.tangent(dict(zip(ahead_body, v[len(head) :], strict=True))))
-    along_v = torch.stack([(g * d).sum() for g, d in zip(grads, directions, strict=True)]).sum()
+        v_body = meta.backward(v.pop(), list(ahead_body.values()))
+        v.append(batch.features.tangent(dict(zip(ahead_body, v_body, strict=True))))
+    along_v = torch.stack([(g * d).sum() for g, d in zip(grads, v, strict=True)]).sum()
     (grad_U,) = torch.autograd.grad(along_v, S_U, materialize_grads=True)
     dtype = covariance_U.dtype
+    batch.compute.processes.level([grad_U])
     return (-inner_rate * grad_U).to(dtype), loss.detach().to(dtype), meta_loss.detach()
 
 
@@ -246,94 +235,3 @@ def check_finite(**tensors: Sequence[Tensor]) -> None:
             raise DivergenceError(f"The {name.replace('_', ' ')} is not finite ({norm}).")
 
 
-def features_of(module: nn.Module, pictures: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
-    """What enters the last layer, (N, A); with some of the parameters (by name) in other values."""
-    body = _Body(module)
-    if not parameters:
-        return body(pictures)
-    return functional_call(body, {f"module.{n}": p for n, p in parameters.items()}, (pictures,))
-
-
-class _Body(nn.Module):
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        features = self.module.forward_features(pictures)  # type: ignore[operator]
-        return self.module.forward_head(features, pre_logits=True)  # type: ignore[operator]
-
-
-@contextlib.contextmanager
-def batch_norm_without_memory(module: nn.Module, tangents: bool = False) -> Iterator[None]:
-    """Batch norm in train mode goes on using the batch's statistics, but leaves its running ones alone.
-
-    tangents  the pass is forward-mode: use `_BatchNormWithTangent`, about twice as fast as torch's own rule
-    """
-    norms = [
-        m
-        for m in module.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.track_running_stats
-    ]
-    for m in norms:
-        m.track_running_stats = False
-        if tangents and m.weight is not None and not isinstance(m, nn.SyncBatchNorm):
-            m.forward = functools.partial(_normalised_with_tangent, m)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for m in norms:
-            m.track_running_stats = True
-            m.__dict__.pop("forward", None)
-
-
-def _normalised_with_tangent(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
-    return _BatchNormWithTangent.apply(x, norm.weight, norm.bias, norm.eps)[0]
-
-
-class _BatchNormWithTangent(torch.autograd.Function):
-    """y = gamma x_hat + beta, and its tangent out of two fused kernels.
-
-    The Jacobian of y in x is symmetric, so that the kernel of the backward pass also pushes tangents forward:
-
-        y_dot = backward_kernel(x_dot) + (gamma_dot x_hat + beta_dot)
-    """
-
-    @staticmethod
-    def forward(x, gamma, beta, eps):
-        return torch.native_batch_norm(x, gamma, beta, None, None, True, 0.0, eps)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, gamma, _, ctx.eps = inputs
-        _, mean, inverse_std = output
-        ctx.mark_non_differentiable(mean, inverse_std)
-        ctx.save_for_forward(x, gamma, mean, inverse_std)
-
-    @staticmethod
-    def jvp(ctx, x_dot, gamma_dot, beta_dot, _):
-        x, gamma, mean, inverse_std = ctx.saved_tensors
-        variance = inverse_std**-2 - ctx.eps
-        y_dot = F.batch_norm(x, mean, variance, gamma_dot, beta_dot, False, 0.0, ctx.eps)
-        y_dot += torch.ops.aten.native_batch_norm_backward(
-            x_dot, x, gamma, None, None, mean, inverse_std, True, ctx.eps, [True, False, False]
-        )[0]
-        return y_dot, None, None
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-@contextlib.contextmanager
-def _replayed(states: list[Tensor], device: torch.device) -> Iterator[None]:
-    """Dropout draws again what it drew when `states` were taken."""
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(cuda):
-        torch.set_rng_state(states[0])
-        if cuda:
-            torch.cuda.set_rng_state(states[1], device)
-        yield

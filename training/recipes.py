@@ -176,6 +176,16 @@ class Recipe:
     color_jitter: float = 0.0
     """Training pictures' brightness, contrast and saturation times 1 plus or minus this (--crops resized)."""
 
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the backbone in training, by torch's autocast; the last layer, and all of it in tests, in float32."""
+
+    accumulate: int = 1
+    """Parts in which a step's pictures follow each other where they do not fit into memory at once: a forward pass
+    more, and batch norm sees a part."""
+
+    compile: bool = False
+    """torch.compile the backbone: minutes at the start, faster steps on a GPU."""
+
     seed: int = 0
     """Start weights, order and augmentation."""
 
@@ -183,8 +193,8 @@ class Recipe:
     """Which pictures make the long tail and the meta set."""
 
     def __post_init__(self):
-        for flag in ("epochs", "batch_size", "lr", "meta_per_class", "input_size", "stage2_epochs", "stage2_lr",
-                     "stage2_batch_size"):
+        for flag in ("epochs", "batch_size", "lr", "meta_per_class", "input_size", "accumulate", "stage2_epochs",
+                     "stage2_lr", "stage2_batch_size"):
             value = getattr(self, flag)
             if value is not None and not value > 0 and not (value == 0 and flag in self.CHOSEN):
                 raise TrainingError(f"--{flag.replace('_', '-')} {value}: must be greater than 0.")

@@ -1,0 +1,258 @@
+"""The backbone's part of a step: features of a batch, and their derivatives both ways.
+
+A batch may be spread over processes and, in each, over parts that follow each other (`--accumulate`); the backbone may
+run in a lower precision than the last layer. `BatchFeatures` hides all of it: features come whole, and gradients and
+tangents are taken of the whole batch. Without such things it is one forward pass and its graph.
+
+Shape suffixes: N samples of the whole batch, A features.
+"""
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from training.processes import ALONE, Processes
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+class GradientScale:
+    """Of gradients in float16, which go under below 6e-8: a power of two, halved until none overflows.
+
+    Like torch.amp.GradScaler's, but a pass that overflowed is done again and no step is skipped.
+    """
+
+    START, GROW_AFTER = 2.0**16, 2000
+
+    def __init__(self) -> None:
+        self.scale, self.good = self.START, 0
+
+    def __call__(self, backward: Callable[[float], list[Tensor]]) -> list[Tensor]:
+        """backward   gives the gradients times its argument"""
+        while True:
+            grads = backward(self.scale)
+            norms = torch.stack(torch._foreach_norm(grads))
+            if bool(norms.isfinite().all()) or self.scale <= 1:
+                break
+            self.scale, self.good = self.scale / 2, 0
+        grads = [g / self.scale for g in grads]
+        self.good += 1
+        if self.good >= self.GROW_AFTER:
+            self.scale, self.good = min(self.scale * 2, 2.0**24), 0
+        return grads
+
+
+@dataclass
+class Compute:
+    """How the backbone is run.
+
+    processes    those that share each batch
+    precision    bfloat16, float16: torch's autocast; float32: in the parameters' own type
+    accumulate   parts of a batch that follow each other; batch norm has the statistics of a part
+    compiled     the training pass by torch.compile (look-ahead passes stay as they are)
+    """
+
+    processes: Processes = ALONE
+    precision: Precision = "float32"
+    accumulate: int = 1
+    compiled: bool = False
+    scale: GradientScale = field(default_factory=GradientScale)
+    _bodies: dict[int, Callable] = field(default_factory=dict)
+
+    def autocast(self, device: torch.device, cache: bool = True) -> contextlib.AbstractContextManager:
+        if self.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, getattr(torch, self.precision), cache_enabled=cache)
+
+    def body(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        if not self.compiled:
+            return _Body(module)
+        if id(module) not in self._bodies:
+            self._bodies[id(module)] = torch.compile(_Body(module), dynamic=False)
+        return self._bodies[id(module)]
+
+
+class BatchFeatures:
+    """What enters the last layer for a batch, whole_NA, and how it depends on the backbone's parameters.
+
+    pictures     this process's part of the batch
+    total        N, pictures in the whole batch
+    parameters   of the backbone in other values, by name; batch norm's running statistics are then left alone
+    graph        keep what `backward` needs; without it only tangents can be taken
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        pictures: Tensor,
+        total: int,
+        compute: Compute,
+        parameters: dict[str, Tensor] | None = None,
+        graph: bool = True,
+    ):
+        self.module, self.total, self.compute, self.parameters = module, total, compute, parameters
+        self.device, self.dtype = pictures.device, module.get_classifier().weight.dtype  # type: ignore[operator, union-attr]
+        self.parts = pictures.tensor_split(min(compute.accumulate, max(1, len(pictures) // 2)))
+        self.random_states, own = [], []
+        with torch.set_grad_enabled(graph and len(self.parts) == 1):
+            for part in self.parts:
+                self.random_states.append(_random_state(self.device))
+                own.append(self._forward(part, first=True))
+        self.own_NA = torch.cat(own) if len(own) > 1 else own[0]
+        self.whole_NA = compute.processes.gather(self.own_NA, total)
+
+    def _forward(self, pictures: Tensor, first: bool = False) -> Tensor:
+        remembering = first and self.parameters is None
+        with (
+            contextlib.nullcontext() if remembering else batch_norm_without_memory(self.module),
+            self.compute.autocast(self.device),
+        ):
+            if remembering:
+                return self.compute.body(self.module)(pictures).to(self.dtype)
+            return features_of(self.module, pictures, self.parameters).to(self.dtype)
+
+    def backward(self, features_grad_NA: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients of `inputs`, which the features were computed from, of the whole batch; keeps the graph."""
+        if not inputs:
+            return []
+        own_NA = features_grad_NA[self.compute.processes.part(self.total)].to(self.dtype)
+
+        def scaled(scale: float) -> list[Tensor]:
+            return self.compute.processes.sum(self._backward(own_NA * scale, inputs))
+
+        return self.compute.scale(scaled) if self.compute.precision == "float16" else scaled(1.0)
+
+    def _backward(self, own_NA: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+        if len(self.parts) == 1:
+            return list(torch.autograd.grad(self.own_NA, inputs, own_NA, retain_graph=True, materialize_grads=True))
+        sums: list[Tensor] = []
+        grads_of_parts = own_NA.split([len(part) for part in self.parts])
+        for part, state, grad_NA in zip(self.parts, self.random_states, grads_of_parts, strict=True):
+            with torch.enable_grad(), _replayed(state, self.device):
+                features_NA = self._forward(part)
+            grads = torch.autograd.grad(features_NA, inputs, grad_NA, materialize_grads=True)
+            sums = [a + b for a, b in zip(sums, grads, strict=True)] if sums else list(grads)
+        return sums
+
+    def tangent(self, directions: dict[str, Tensor]) -> Tensor:
+        """f_dot (N, A): the derivative of the features as parameters (by name) move along `directions`."""
+        named = dict(self.module.named_parameters())
+        own = []
+        for part, state in zip(self.parts, self.random_states, strict=True):
+            with (
+                torch.no_grad(),
+                batch_norm_without_memory(self.module, tangents=True),
+                _replayed(state, self.device),
+                warnings.catch_warnings(action="ignore", category=FutureWarning),  # torch's, about its own rules
+                sdpa_kernel(SDPBackend.MATH),  # fused attention has no forward-mode rule
+                self.compute.autocast(self.device, cache=False),
+                forward_ad.dual_level(),
+            ):
+                moving = {n: forward_ad.make_dual(named[n].detach(), d) for n, d in directions.items()}
+                features = features_of(self.module, part, moving)
+                tangent_NA = forward_ad.unpack_dual(features).tangent
+                own.append(torch.zeros_like(features) if tangent_NA is None else tangent_NA)
+        return self.compute.processes.gather(torch.cat(own).to(self.dtype), self.total)
+
+
+def features_of(module: nn.Module, pictures: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
+    """What enters the last layer, (N, A); with some of the parameters (by name) in other values."""
+    body = _Body(module)
+    if not parameters:
+        return body(pictures)
+    return functional_call(body, {f"module.{n}": p for n, p in parameters.items()}, (pictures,))
+
+
+class _Body(nn.Module):
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        features = self.module.forward_features(pictures)  # type: ignore[operator]
+        return self.module.forward_head(features, pre_logits=True)  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def batch_norm_without_memory(module: nn.Module, tangents: bool = False) -> Iterator[None]:
+    """Batch norm in train mode goes on using the batch's statistics, but leaves its running ones alone.
+
+    tangents  the pass is forward-mode: use `_BatchNormWithTangent`, about twice as fast as torch's own rule
+    """
+    norms = [
+        m
+        for m in module.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.track_running_stats
+    ]
+    for m in norms:
+        m.track_running_stats = False
+        if tangents and m.weight is not None and not isinstance(m, nn.SyncBatchNorm):
+            m.forward = functools.partial(_normalised_with_tangent, m)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for m in norms:
+            m.track_running_stats = True
+            m.__dict__.pop("forward", None)
+
+
+def _normalised_with_tangent(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
+    return _BatchNormWithTangent.apply(x, norm.weight, norm.bias, norm.eps)[0]
+
+
+class _BatchNormWithTangent(torch.autograd.Function):
+    """y = gamma x_hat + beta, and its tangent out of two fused kernels.
+
+    The Jacobian of y in x is symmetric, so that the kernel of the backward pass also pushes tangents forward:
+
+        y_dot = backward_kernel(x_dot) + (gamma_dot x_hat + beta_dot)
+    """
+
+    @staticmethod
+    def forward(x, gamma, beta, eps):
+        return torch.native_batch_norm(x, gamma, beta, None, None, True, 0.0, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, gamma, _, ctx.eps = inputs
+        _, mean, inverse_std = output
+        ctx.mark_non_differentiable(mean, inverse_std)
+        ctx.save_for_forward(x, gamma, mean, inverse_std)
+
+    @staticmethod
+    def jvp(ctx, x_dot, gamma_dot, beta_dot, _):
+        x, gamma, mean, inverse_std = ctx.saved_tensors
+        variance = inverse_std**-2 - ctx.eps
+        y_dot = F.batch_norm(x, mean, variance, gamma_dot, beta_dot, False, 0.0, ctx.eps)
+        y_dot += torch.ops.aten.native_batch_norm_backward(
+            x_dot, x, gamma, None, None, mean, inverse_std, True, ctx.eps, [True, False, False]
+        )[0]
+        return y_dot, None, None
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+@contextlib.contextmanager
+def _replayed(states: list[Tensor], device: torch.device) -> Iterator[None]:
+    """Dropout draws again what it drew when `states` were taken."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        torch.set_rng_state(states[0])
+        if cuda:
+            torch.cuda.set_rng_state(states[1], device)
+        yield
