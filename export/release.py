@@ -13,7 +13,7 @@ import math
 import shlex
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,11 @@ from export.release_plan import (
     work_of,
 )
 from export.release_runs import Children, Gauge, Line, launched
-from training.command_line import alone_in, choose_device
+from training.command_line import alone_in, choose_device, settle
 from training.data_check import duration_in_words, size_in_words
 from training.datasets import LongTailed
 from training.errors import Interrupted, TrainingError
-from training.recipes import OwnPictures, Recipe
+from training.recipes import Recipe
 from zoo.errors import HubError, ModelFolderError, ZooError
 from zoo.hub import PREFIX, HubFolder, own_copies
 from zoo.model_folder import CARD, CONFIG, FIGURE, MANIFEST, ONNX, ModelFolder
@@ -185,10 +185,10 @@ class Order:
             work = work_of(recipe, pictures, rate and rate[0] * (1 if rate[1] == AS_GIVEN else self.processes))
             taken = next((run.name for run, saved in ready if fits(recipe, saved)), begun.get(recipe.stage1_key()))
             begun.setdefault(recipe.stage1_key(), cell.name)
-            taken = None if taken == cell.name else taken
+            taken = taken if work.first and taken != cell.name else None
             share = 1.0 if standing == "trained" else max(share_done(cell, work), work.first if taken else 0.0)
             rows.append(Planned(cell, standing, work, taken, work.steps and round(work.steps * (1 - share)),
-                                work.total - work.done(share), disk_of(recipe, classes)))
+                                work.total - work.done(share), disk_of(recipe, pictures, classes)))
         return rows
 
     def plan_in_words(self) -> str:
@@ -240,9 +240,19 @@ class Order:
             print(f"{name}: {len(loaded.train):,} training pictures in {len(loaded.label_names):,} classes, in {place}"
                   + "".join(f"\n  {note}" for note in loaded.notes), flush=True)
             missing += self._nameless(name, loaded)
-            if not isinstance(cell.recipe, OwnPictures) and not hasattr(cell.recipe, "imbalance"):
+            if not hasattr(cell.recipe, "imbalance"):  # of which there are as many sizes
                 self.pictures[name] = len(loaded.train), len(loaded.label_names)
+            try:
+                self.cells = [self._settled(cell, loaded) if cell.entry.dataset == name else cell
+                              for cell in self.cells]
+            except ZooError as error:
+                missing.append(str(error))
         return missing
+
+    def _settled(self, cell: Cell, loaded: LongTailed) -> Cell:
+        """The cell with what its recipe leaves open chosen, as its training will."""
+        device = choose_device(cell.job.options.device)
+        return cell.with_recipe(settle(cell.recipe, loaded, device, cell.run)[0])
 
     def _nameless(self, name: str, loaded: LongTailed) -> list[str]:
         if self.publish and all(label == str(c) for c, label in enumerate(loaded.label_names)):
@@ -314,7 +324,7 @@ class Order:
                 except (ZooError, OSError) as error:
                     failed[cell.name] = str(error)
                     line.say(f"failed: {str(error).splitlines()[0]}")
-                    if finished(cell) is None and stage1_for(cell, self.out) is None:
+                    if row.work.first and finished(cell) is None and stage1_for(cell, self.out) is None:
                         stuck.setdefault(key, cell.name)
         print(self.results())
         for name, reason in failed.items():
@@ -386,12 +396,24 @@ def finished(cell: Cell) -> ModelFolder | None:
 
 
 def other_recipe(recipe: Recipe, folder: ModelFolder) -> str | None:
-    """In what the model was trained otherwise than by this recipe; what a recipe leaves open is as it was chosen."""
+    """In what the model was trained otherwise than by this recipe."""
     saved = recipe.completed(folder.config["metasaug"].get("recipe") or {})
-    settled = recipe.with_choices(saved) if isinstance(recipe, OwnPictures) else recipe
-    differing = [f"{flag} {saved[flag]}, not {value}" for flag, value in settled.to_dict().items()
-                 if saved[flag] != value]
+    ours, theirs = (json.loads(json.dumps(one)) for one in (as_chosen(recipe, saved).to_dict(), saved))
+    differing = [f"{flag} {theirs[flag]}, not {value}" for flag, value in ours.items() if theirs[flag] != value]
     return ", ".join(differing[:5]) or None
+
+
+def as_chosen(recipe: Recipe, saved: Mapping[str, Any]) -> Recipe:
+    """The recipe, what it leaves to be chosen from the pictures or its backbone being as it was for a saved one."""
+    usual = type(recipe)()
+
+    def left_open(flag: str) -> bool:
+        value = getattr(recipe, flag)
+        return (flag in recipe.CHOSEN and value in ("auto", 0, None)) or (
+            recipe.backbone is not None and value == getattr(usual, flag))
+
+    return replace(recipe, **{each.name: saved[each.name] for each in fields(recipe)
+                              if left_open(each.name) and each.name in saved})
 
 
 def same(local: ModelFolder, remote: ModelFolder) -> bool:
@@ -446,7 +468,7 @@ def _stage1_in(folder: Path, _names: tuple[str, ...]) -> dict[str, Any] | None:
 
 def fits(recipe: Recipe, saved: Mapping[str, Any]) -> bool:
     """Whether a finished first stage is this recipe's."""
-    settled = recipe.with_choices(saved["recipe"]) if isinstance(recipe, OwnPictures) else recipe
+    settled = as_chosen(recipe, saved["recipe"])
     theirs = settled.completed_key(saved["stage1_key"])
     agree = all(theirs.get(flag) == value for flag, value in json.loads(settled.stage1_key()).items())
     return agree and saved["epoch"] == settled.stage2_epoch

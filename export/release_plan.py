@@ -55,6 +55,9 @@ class Cell:
     def recipe(self) -> Recipe:
         return self.job.recipe
 
+    def with_recipe(self, recipe: Recipe) -> "Cell":
+        return dataclasses.replace(self, job=dataclasses.replace(self.job, recipe=recipe))
+
     @property
     def run(self) -> Path:
         assert self.job.options.out is not None
@@ -108,6 +111,8 @@ def cell_of(entry: Entry, data: Path, out: Path, flags: Sequence[str]) -> Cell:
                           "itself (--root, --data and --out before the --).")
     out = out / entry.name
     job = dataclasses.replace(job, options=dataclasses.replace(ours, out=out, name=entry.name, resume=True))
+    if job.recipe.cache_features and ours.features is None:  # those of one backbone are of use to all its cells
+        words += ["--features", str(out.parent / "features")]
     return Cell(entry, job, ("train", *words, "--out", str(out), "--name", entry.name, "--resume"))
 
 
@@ -144,8 +149,8 @@ def rates_from(words: Sequence[str]) -> dict[str, tuple[float, str]]:
 
 @dataclass(frozen=True)
 class Work:
-    """A run's two stages. steps: of both, None where the recipe is chosen from the pictures; first: share of the
-    steps that is stage 1; seconds: of each stage, reckoned."""
+    """A run's two stages. steps: of both, None where the recipe is chosen from pictures that are not there; first:
+    share of the steps that is stage 1; seconds: of each stage, reckoned."""
 
     steps: int | None
     first: float
@@ -167,27 +172,32 @@ def work_of(recipe: Recipe, pictures: int | None, rate: float | None) -> Work:
 
     pictures   for training; None: as published      rate   pictures a second of plain training; None: `choices`' limit
     """
-    second = second_step(recipe)
-    if isinstance(recipe, OwnPictures):
-        first = 0.8 if recipe.stage2_epochs is None else 0.0
-        return Work(None, first, (CPU_SECONDS * first, CPU_SECONDS * (1 - first) * second))
-    assert rate is not None
     count = pictures or published_pictures(recipe)
     epochs = recipe.stage2_epoch, recipe.epochs - recipe.stage2_epoch
+    if not count or not recipe.epochs:
+        return Work(None, 0.8, (CPU_SECONDS * 0.8, CPU_SECONDS * 0.2 * second_step(recipe)))
     steps = [n * math.ceil(count / size) for n, size in
              zip(epochs, (recipe.batch_size, recipe.stage2_batch_size or recipe.batch_size), strict=True)]
-    return Work(sum(steps), steps[0] / sum(steps), (epochs[0] * count / rate, epochs[1] * count * second / rate))
+    still = recipe.stands_still(in_stage2=False)
+    plain = epochs[0] * (FORWARD if still else 1), epochs[1] * second_step(recipe)  # passes over the pictures
+    if recipe.cache_features:
+        views = recipe.cache_features * FORWARD
+        plain = (views, 0.0) if still and epochs[0] else (plain[0], views)
+    a_pass = count / rate if rate else CPU_SECONDS / recipe.epochs
+    return Work(sum(steps), steps[0] / sum(steps), (plain[0] * a_pass, plain[1] * a_pass))
 
 
 def second_step(recipe: Recipe) -> float:
     """What a picture costs in the second stage, by a plain step's."""
-    if recipe.stage2_trains == "classifier":
+    if recipe.stands_still(in_stage2=True):
         return FORWARD * (2 if recipe.augment == "metasaug" else 1)  # the meta batch is as large
     return STAGE2_STEP[recipe.lookahead if recipe.augment == "metasaug" else recipe.augment]
 
 
-def published_pictures(recipe: Recipe) -> int:
-    """Training pictures of the benchmark as it is published."""
+def published_pictures(recipe: Recipe) -> int | None:
+    """Training pictures of the benchmark as it is published; None of pictures that have no number of their own."""
+    if isinstance(recipe, OwnPictures):
+        return None
     if isinstance(recipe, Cifar10LT):
         about = CIFAR[recipe.dataset]
         largest = max(about.class_size - recipe.meta_per_class, 1)
@@ -203,13 +213,14 @@ def classes_of(recipe: Recipe) -> int | None:
     return (IMAGENET_LT if recipe.dataset == "imagenet-lt" else INAT[recipe.dataset]).classes
 
 
-def disk_of(recipe: Recipe, classes: int | None) -> int | None:
+def disk_of(recipe: Recipe, pictures: int | None, classes: int | None) -> int | None:
     """Bytes of a run folder; None where the network is chosen from the pictures."""
     if classes is None or recipe.architecture == "auto" or recipe.covariance not in ("full", "diagonal"):
         return None
     weights, width = _size_of(recipe.architecture, classes, recipe.cosine_scale)
     covariances = classes * (width**2 if recipe.covariance == "full" else width) * 4 if recipe.augment != "none" else 0
-    return run_bytes(weights, covariances)
+    features = recipe.cache_features * (pictures or published_pictures(recipe) or 0) * width * 2
+    return run_bytes(weights, covariances) + features
 
 
 @functools.cache
@@ -248,8 +259,9 @@ def plan_table(plan: Sequence[Planned], price: float | None, processes: int,
     """The cells that are to do, a line each, their sum, and where the hours are from."""
     names = ["cell", "epochs", "steps", "stage 1", "state", "hours", "cost", "disk"]
     rows = [[row.cell.name, _epochs(row.cell.recipe), "chosen" if row.steps is None else f"{row.steps:,}",
-             row.stage1_from or "its own", row.standing if row.standing != "new" else "", _hours(row.seconds),
-             _money(row.seconds, price), "?" if row.disk is None else size_in_words(row.disk)] for row in plan]
+             row.stage1_from or ("its own" if row.work.first else "none"),
+             row.standing if row.standing != "new" else "", _hours(row.seconds), _money(row.seconds, price),
+             "?" if row.disk is None else size_in_words(row.disk)] for row in plan]
     seconds = sum(row.seconds for row in plan)
     rows.append([in_cells(len(plan)), "", "", "", "", _hours(seconds), _money(seconds, price),
                  size_in_words(sum(row.disk or 0 for row in plan)) if any(row.disk for row in plan) else "?"])
@@ -280,6 +292,9 @@ def _sources(plan: Sequence[Planned], price: float | None, processes: int,
                         "pictures, for at most about an hour on a CPU", []).append(name)
     lines += [f"- {', '.join(names)}: {figure}" for figure, names in said.items()]
     counted = dict.fromkeys(filter(None, (_second_stage(row.cell.recipe) for row in plan)))
+    if any(row.cell.recipe.cache_features for row in plan):
+        lines.append("Where features are cached, that is all that is counted: the views of each picture, once, each a "
+                     "third of a plain one.")
     if counted:
         lines.append("A picture in the second stage is counted as " + ", ".join(counted) + " (docs/method.md).")
     if processes > 1:
@@ -291,9 +306,9 @@ def _sources(plan: Sequence[Planned], price: float | None, processes: int,
 
 def _second_stage(recipe: Recipe) -> str | None:
     cost = second_step(recipe)
-    where = ("only the last layer trained" if recipe.stage2_trains == "classifier" else
+    where = ("only the last layer trained" if recipe.stands_still(in_stage2=True) else
              f"look-ahead through the {recipe.lookahead}")
-    return None if cost == 1 else f"{cost:.2g} plain ones ({recipe.method}, {where})"
+    return None if cost == 1 or recipe.cache_features else f"{cost:.2g} plain ones ({recipe.method}, {where})"
 
 
 def _hours(seconds: float) -> str:

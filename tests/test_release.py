@@ -1,6 +1,7 @@
 """`metasaug release`: from nothing to the Hub by one command, whatever happens on the way."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +19,12 @@ pytest.importorskip("torch")
 import zoo
 from export import release as releasing
 from export import release_runs
-from export.release_plan import Work, entries_named
+from export.release_plan import Work, disk_of, entries_named, work_of
 from tests.hub_server import READER, WRITER, wait_until
 from tests.test_command_line import run
 from tests.test_hub import environment, renamed
 from tests.test_list_files import make_imagenet_lt, make_inat
-from training.recipes import ImageNetLT
+from training.recipes import Folder, ImageNetLT
 from zoo.model_folder import CONFIG, MANIFEST, ModelFolder, manifest_of
 from zoo.registry import ENTRIES, find
 
@@ -235,6 +237,37 @@ def test_hours_are_pictures_over_speed(capsys):
         "90", "+", "20", f"{90 * 227 + 20 * 453:,}", "its", "own", f"{plain + second * 2 / 3:.1f}"]
     assert rows["ce-imagenet-lt"][4:8] == [f"{20 * 453:,}", "metasaug-imagenet-lt", f"{second / 3:.1f}",
                                            f"{second / 3 * 3:,.2f}"]
+
+
+def test_a_backbone_that_stands_still_costs_forward_passes_and_cached_features_one_for_each_view():
+    frozen, count = {"backbone": "timm:resnet50.a1_in1k", "epochs": 30, "stage2_epochs": 20}, 115_846
+    for recipe, stages in [
+            (ImageNetLT(), (90, 20 * 2 / 3)), (ImageNetLT(augment="none"), (90, 20 / 3)),
+            (ImageNetLT(cache_features=4), (90, 4 / 3)), (ImageNetLT(**frozen), (10 / 3, 20 * 2 / 3)),
+            (ImageNetLT(**frozen, cache_features=4), (4 / 3, 0)),
+            (ImageNetLT(backbone="m", epochs=20, cache_features=2), (0, 2 / 3))]:
+        assert work_of(recipe, None, 100).seconds == pytest.approx([n * count / 100 for n in stages])
+    features = 4 * count * 2048 * 2
+    with_them, without = (disk_of(ImageNetLT(cache_features=k), None, 1000) for k in (4, 0))
+    assert with_them - without == features
+
+
+def test_what_was_left_open_is_no_other_recipe():
+    # Given models as their runs left them, of what the pictures or a ready backbone decided,
+    chosen = dataclasses.replace(Folder(), architecture="resnet18", epochs=40, batch_size=64, input_size=96,
+                                 crop_mode="squash", crops="shift", covariance="full")
+    on_backbone = ImageNetLT(backbone="some/folder/model", architecture="resnet18", epochs=20, stage2_epochs=20,
+                             last_layer="ready", input_size=64, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
+
+    def model(recipe):
+        return SimpleNamespace(config=json.loads(json.dumps({"metasaug": {"recipe": recipe.to_dict()}})))
+
+    # then the recipes that left it open are the same, and those that say otherwise are not.
+    for open_one, settled in [(Folder(), chosen), (ImageNetLT(backbone="other/model"), on_backbone)]:
+        assert releasing.other_recipe(open_one, model(settled)) is None
+        assert releasing.other_recipe(settled, model(settled)) is None
+        told = releasing.other_recipe(dataclasses.replace(open_one, seed=1, input_size=32), model(settled))
+        assert told == f"input_size {settled.input_size}, not 32, seed 0, not 1"
 
 
 def test_names_data_sets_and_all_are_cells():
