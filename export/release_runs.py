@@ -108,23 +108,30 @@ def _end_of(log: Path, start: int, most: int = 4000) -> str:
         return file.read().decode(errors="replace")
 
 
-# What torchrun writes after the message of a process that failed, and the last line of a traceback.
+# What torchrun writes after the message of a process that failed and where it names the first; the end of a traceback;
+# what a process says that only lost another.
 TORCHRUNS = re.compile(r"[IWEF]\d{4} \d\d:|Traceback |={9}|\[rank\d")
+ROOT_CAUSE = re.compile(r"Root Cause.*?exitcode +: (-\d+) ", re.DOTALL)
 ERROR = re.compile(r"(\[rank\d+\]: )?(?!torch\.distributed\.elastic)[\w.]+(Error|Exception)\b")
+LOST = "Another process of this training"
 
 
 def reason(output: str, code: int, says: str) -> str:
-    """Why a command failed, in its own words."""
+    """Why a command failed, in its own words; of many processes the first to fail."""
+    if cause := ROOT_CAUSE.search(output):
+        code = int(cause[1])
     if code < 0:
         name = signal.Signals(-code).name
         return f"ended by {name}" + (", as the system does where memory runs out" if name == "SIGKILL" else "")
     lines = output.replace("\r", "\n").splitlines()
+    told = []
     for number, line in enumerate(lines):
-        if line.startswith(f"{says}: "):  # of many processes the first to fail
+        if line.startswith(f"{says}: "):
             rest = itertools.takewhile(lambda line: not TORCHRUNS.match(line), lines[number + 1 : number + 12])
-            return "\n".join([line.removeprefix(f"{says}: "), *rest]).strip()
-    errors = [line for line in lines if ERROR.match(line)] or [line for line in lines if line.strip()]
-    return errors[-1].strip() if errors else f"exit code {code}"
+            told.append("\n".join([line.removeprefix(f"{says}: "), *rest]).strip())
+    own = [message for message in told if not message.startswith(LOST)]
+    errors = [line for line in lines if ERROR.match(line)] or told or [line for line in lines if line.strip()]
+    return own[0] if own else errors[-1].strip() if errors else f"exit code {code}"
 
 
 # ---- progress ----

@@ -160,6 +160,40 @@ def test_a_release_killed_at_random_publishes_every_cell_once(hub, tmp_path):
         assert releases.epochs_logged(name) == ([1, 2, 3, 4] if name.startswith("metasaug") else [3, 4])
 
 
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_two_processes_a_training_are_stopped_killed_and_go_on_as_one(hub, tmp_path):
+    # Given a release whose trainings are two processes each,
+    make_imagenet_lt(tmp_path / "data" / "imagenet-lt", counts=(48, 24, 12), test=4)
+    releases = Releases(hub, tmp_path, "--cells", "imagenet-lt", "--processes", 2)
+    one, two = "metasaug-imagenet-lt", "ce-imagenet-lt"
+    epochs = releases.command.index("--epochs") + 1
+    releases.command[epochs] = "30"
+    # when it is told to stop, when one of the two is killed, and when it is killed itself,
+    for number, code in [(signal.SIGTERM, 143), (None, 1), (signal.SIGKILL, -9)]:
+        before = set((releases.out / one / "checkpoints").glob("*.pt"))
+        process = releases.start()
+        assert wait_until(lambda: set((releases.out / one / "checkpoints").glob("*.pt")) - before, 120)  # noqa: B023
+        if number is None:
+            os.kill(releases.still_running()[0], signal.SIGKILL)
+        else:
+            process.send_signal(number)
+        out, _ = process.communicate()
+        # then all of it ends, nothing is published, and what was learned is kept,
+        assert process.returncode == code and "Traceback" not in out, out
+        assert wait_until(lambda: not releases.still_running(), 60), "what it had started outlived it"
+        assert not hub.repos.get("me/" + one)
+        assert number is not None or (f"Failed: {one}: ended by SIGKILL" in out
+                                      and f"not begun, as its first stage is that of {one}" in out)
+    # and in the end both cells are out, each epoch done once.
+    code, out = releases.to_the_end()
+    assert code == 0, out
+    assert releases.epochs_logged(one) == list(range(1, 31)) and releases.epochs_logged(two) == [29, 30]
+    for name in (one, two):
+        assert len(hub.repos["me/" + name].messages) == 2
+        assert ModelFolder(releases.out / name / "model").config["metasaug"]["hardware"].startswith("2 x ")
+
+
 @pytest.mark.parametrize(("number", "code"), [
     (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGKILL, -9)])
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
@@ -446,6 +480,9 @@ def test_the_time_left_is_corrected_by_what_was_measured(monkeypatch):
     ("[rank1]: Traceback (most recent call last):\n[rank1]: torch.OutOfMemoryError: no memory\nTraceback\n"
      "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n=====\nFailures:\n", 1,
      "[rank1]: torch.OutOfMemoryError: no memory"),
+    ("metasaug train: Another process of this training is gone\n=====\nRoot Cause (first observed failure):\n[0]:\n"
+     "  exitcode  : -9 (pid: 1526)  (SIGKILL)\n", 1, "ended by SIGKILL, as the system does where memory runs out"),
+    ("metasaug train: Another process of this training is gone\n[rank1]: KeyError: 'x'\n", 1, "[rank1]: KeyError: 'x'"),
     ("50%|## |\r60%|## |", -9, "ended by SIGKILL, as the system does where memory runs out"),
     ("", 3, "exit code 3")])
 def test_a_failure_is_told_in_the_trainings_own_words(output, code, told):
