@@ -296,7 +296,8 @@ def _sources(plan: Sequence[Planned], price: float | None, processes: int,
         lines.append("Where features are cached, that is all that is counted: the views of each picture, once, each a "
                      "third of a plain one.")
     if counted:
-        lines.append("A picture in the second stage is counted as " + ", ".join(counted) + " (docs/method.md).")
+        lines.append("A picture in the second stage is counted as " + ", ".join(counted) + ": measured "
+                     "(docs/method.md), but for the last layer alone, where forward passes are counted.")
     if processes > 1:
         lines.append(f"{processes} processes are taken to be {processes} times as fast, which was not measured.")
     if price is not None:
@@ -306,9 +307,9 @@ def _sources(plan: Sequence[Planned], price: float | None, processes: int,
 
 def _second_stage(recipe: Recipe) -> str | None:
     cost = second_step(recipe)
-    where = ("only the last layer trained" if recipe.stands_still(in_stage2=True) else
-             f"look-ahead through the {recipe.lookahead}")
-    return None if cost == 1 or recipe.cache_features else f"{cost:.2g} plain ones ({recipe.method}, {where})"
+    where = (", only the last layer trained" if recipe.stands_still(in_stage2=True) else
+             f", look-ahead through the {recipe.lookahead}" if recipe.augment == "metasaug" else "")
+    return None if cost == 1 or recipe.cache_features else f"{cost:.2g} plain ones ({recipe.method}{where})"
 
 
 def _hours(seconds: float) -> str:
