@@ -217,6 +217,35 @@ def test_a_run_killed_on_the_gpu_resumes_to_the_same_bits(tmp_path, device, meth
     assert again == results
 
 
+# Flags, and how the loss of the first epoch may differ from float32's.
+WAYS = {
+    "bfloat16": ({"precision": "bfloat16"}, 0.1), "float16": ({"precision": "float16"}, 0.05),
+    "in parts": ({"accumulate": 2}, 0.5),  # batch norm sees halves
+    "compiled": ({"compile": True}, 0.05), "compiled, bfloat16": ({"compile": True, "precision": "bfloat16"}, 0.1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.long), *ON_GPUS], indirect=True)
+def test_other_ways_to_compute_train_too_and_resume_to_the_same_bits(tmp_path, device, way):
+    # Given a run in float32, and one in a lower precision, in parts or compiled, that is killed in stage 2,
+    flags, tolerance = WAYS[way]
+    recipe = dataclasses.replace(SMALL, lr=0.01, lookahead="network")
+    loop.run(dataclasses.replace(recipe, epochs=2), small_data(), tmp_path / "float32", CPU)
+    other = dataclasses.replace(recipe, **flags)
+    whole, _ = loop.run(other, small_data(), tmp_path / "whole", device)
+    with pytest.raises(Killed):
+        loop.run(other, small_data(), tmp_path / "killed", device, on_progress=kill_after(12))
+    # when it goes on, then it ends with the same bits; weights stay float32, and the first loss is about the same.
+    resumed, _ = loop.run(other, small_data(), tmp_path / "killed", device, resume=True)
+    if device.type != "mps":
+        assert_same_bits(whole, resumed)
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in resumed.module.parameters())
+    here, truth = (log_without_times(tmp_path / name)[0]["loss"] for name in ("whole", "float32"))
+    assert here == pytest.approx(truth, rel=tolerance)
+    assert here != truth
+
+
 def test_the_test_set_gives_the_same_result_on_the_device(tmp_path, device, exact):
     # Given a trained network, when the device and the CPU look at the test set, then at most a tie falls otherwise.
     recipe = dataclasses.replace(SMALL, augment="none")

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ from tests.test_training import (  # noqa: E402
 from training import checkpoints, loop  # noqa: E402
 from training.datasets import LongTailed, PictureFiles, Split  # noqa: E402
 from training.errors import DivergenceError, Interrupted, TrainingError  # noqa: E402
+from training.processes import joined  # noqa: E402
 from zoo.model_folder import ModelFolder  # noqa: E402
 
 SAVED_ALWAYS = 1e-9  # minutes
@@ -353,6 +355,40 @@ def test_dropout_is_drawn_again_as_it_was(tmp_path, monkeypatch):
         loop.run(recipe, small_data(), tmp_path / "killed", CPU, save_minutes=SAVED_ALWAYS, on_progress=kill_after(7))
     resumed, _ = loop.run(recipe, small_data(), tmp_path / "killed", CPU, resume=True)
     assert_same_bits(whole, resumed)
+
+
+# ---- many processes ----
+
+
+def train_among(rank: int, port: int, recipe, folder: Path, save_minutes: float, kill_after_steps: int = 0) -> None:
+    """One of three processes that train together."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    taken = itertools.count(1)
+    with joined("cpu") as processes:
+        loop.run(recipe, small_data(), folder, CPU, resume=True, save_minutes=save_minutes, processes=processes,
+                 on_progress=lambda _: die() if next(taken) == kill_after_steps else None)
+
+
+@pytest.mark.long
+def test_three_processes_killed_go_on_to_the_same_bits(tmp_path):
+    """The mean of three equal numbers is not always that number: each checkpoint once moved the weights a little."""
+    # Given three processes that train undisturbed, when others save always and are killed and go on,
+    recipe = dataclasses.replace(SMALL, epochs=2, stage2_epochs=1, lookahead="network")
+
+    def run(*how) -> list[int]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        three = [started(train_among, rank, port, recipe, *how) for rank in range(3)]
+        return [ended(process) for process in three]
+
+    assert run(tmp_path / "whole", 0) == [0, 0, 0]
+    assert run(tmp_path / "killed", SAVED_ALWAYS, 7) == [-signal.SIGKILL] * 3
+    assert run(tmp_path / "killed", SAVED_ALWAYS) == [0, 0, 0]
+    # then the bits are the same.
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert_nothing_left_over(tmp_path / "killed")
 
 
 # ---- damage, full disks ----

@@ -12,7 +12,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -36,6 +36,12 @@ class GradientScale:
 
     def __init__(self) -> None:
         self.scale, self.good = self.START, 0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"scale": self.scale, "good": self.good}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.scale, self.good = saved["scale"], saved["good"]
 
     def __call__(self, backward: Callable[[float], list[Tensor]]) -> list[Tensor]:
         """backward   gives the gradients times its argument"""

@@ -48,8 +48,8 @@ def save(folder: Path, state: dict, epoch: int, step: int, keep: int = 2) -> Pat
     return path
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> dict:
-    """The state in one file; TrainingError where its bytes are not those that were written."""
+def load(path: Path) -> dict:
+    """The state in one file, on the CPU; TrainingError where its bytes are not those that were written."""
     match = NAME.fullmatch(path.name)
     try:
         content = path.read_bytes()
@@ -58,18 +58,18 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
     if match is None or hashlib.sha256(content).hexdigest()[:16] != match[3]:
         raise TrainingError(f"checkpoint {path} is damaged: its bytes do not match the digest in its name.")
     try:
-        return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise TrainingError(f"checkpoint {path} is refused: it holds more than tensors and numbers.") from error
 
 
-def load_newest(folder: Path, device: torch.device | str = "cpu") -> tuple[Path, dict] | None:
+def load_newest(folder: Path) -> tuple[Path, dict] | None:
     """The newest whole checkpoint, or None where there never was one; a damaged one is named in a warning and passed
     over. TrainingError where all are damaged: to start again is for a person to decide."""
     found = _newest_first(folder)
     for _, _, path in found:
         try:
-            return path, load(path, device)
+            return path, load(path)
         except TrainingError as error:
             warnings.warn(f"{error} Falling back to the one before.", stacklevel=2)
     if found:

@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from training import checkpoints
-from training.backbone import BatchFeatures, Compute
+from training.backbone import BatchFeatures, Compute, GradientScale
 from training.batches import Batches, View, at_once, fits_in_memory, hold, in_order
 from training.covariance import LearnedCovariance, RunningCovariance
 from training.datasets import LongTailed, PictureFiles, Split, listed
@@ -50,6 +50,7 @@ class State:
     optimizer: torch.optim.Optimizer
     covariance: RunningCovariance
     learned: LearnedCovariance
+    scale: GradientScale = field(default_factory=GradientScale)  # of float16's gradients
     epoch: int = 0  # the epoch that is running, from 0
     step: int = 0  # the next step in it
     seconds: float = 0.0
@@ -71,15 +72,16 @@ class State:
     def level(self, processes: Processes) -> None:
         """The same bits in every process; on GPUs, what each computed alike may differ in the last ones."""
         momenta = _floats(one.get("momentum_buffer") for one in self.optimizer.state.values())
-        processes.level([*self.module.state_dict().values(), *momenta, *self.covariance.state_dict().values(),
-                         *self.learned.state_dict().values()])
+        processes.follow([*self.module.state_dict().values(), *momenta, *self.covariance.state_dict().values(),
+                          *self.learned.state_dict().values()])
 
     def to_dict(self, recipe: Recipe, data: LongTailed) -> dict:
         return {
             "format": 1, "recipe": recipe.to_dict(), "stage1_key": recipe.stage1_key(), "data": data.identity(),
             "module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(),
             "covariance": self.covariance.state_dict(), "learned": self.learned.state_dict(),
-            "epoch": self.epoch, "step": self.step, "seconds": self.seconds, "log_bytes": self.log_bytes,
+            "scale": self.scale.state_dict(), "epoch": self.epoch, "step": self.step, "seconds": self.seconds,
+            "log_bytes": self.log_bytes,
             "sums": dict(self.sums),
         }
 
@@ -88,6 +90,7 @@ class State:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.covariance.load_state_dict(saved["covariance"])
         self.learned.load_state_dict(saved["learned"])
+        self.scale.load_state_dict(saved.get("scale", self.scale.state_dict()))  # of before there was one
         for name in ("epoch", "step", "seconds", "log_bytes", "sums"):
             setattr(self, name, saved[name])
 
@@ -244,9 +247,9 @@ def run(
         _same_bits_each_time()
     final = data_of_stage(recipe, data, 2)
     groups, _ = assign_groups(final.class_counts)
-    compute = Compute(processes, recipe.precision, recipe.accumulate, recipe.compile)
     state = start(recipe, len(data.label_names), device)
-    _find_start(recipe, data, state, folder, device, resume, stage1, processes)
+    compute = Compute(processes, recipe.precision, recipe.accumulate, recipe.compile, state.scale)
+    _find_start(recipe, data, state, folder, resume, stage1, processes)
     view = view_of(recipe, data)
     _try(state.module, recipe, view, device)
     stages = _stages(recipe, data, view, device, workers, processes)
@@ -268,6 +271,8 @@ def run(
         state.check()
         if processes.first:
             checkpoints.save(folder / "checkpoints", state.to_dict(recipe, data), state.epoch, state.step)
+        if in_step:
+            processes.wait()  # a large state may take longer than a process may hang
         saved_at = time.monotonic()
 
     def leave_if_stopped(in_step: bool = True) -> None:
@@ -502,10 +507,10 @@ def _try(module: nn.Module, recipe: Recipe, view: View, device: torch.device) ->
 
 
 def _find_start(
-    recipe: Recipe, data: LongTailed, state: State, folder: Path, device: torch.device, resume: bool,
-    stage1: Path | None, processes: Processes,
+    recipe: Recipe, data: LongTailed, state: State, folder: Path, resume: bool, stage1: Path | None,
+    processes: Processes,
 ) -> None:
-    found = processes.from_first(checkpoints.load_newest(folder / "checkpoints", device) if processes.first else None)
+    found = processes.from_first(checkpoints.load_newest(folder / "checkpoints") if processes.first else None)
     if found is not None:
         path, saved = found
         if not resume:
@@ -521,7 +526,7 @@ def _find_start(
         with _fitting(path, recipe):
             state.load_dict(saved)
     elif stage1 is not None:
-        newest = processes.from_first(_load_stage1(stage1, device) if processes.first else None)
+        newest = processes.from_first(_load_stage1(stage1) if processes.first else None)
         if newest is None:
             raise TrainingError(f"--stage1 {stage1}: no stage-1 checkpoint there. Name a run folder whose stage 1 "
                                 "has ended.")
@@ -538,6 +543,7 @@ def _find_start(
         with _fitting(path, recipe):
             state.module.load_state_dict(saved["module"])
             state.optimizer.load_state_dict(saved["optimizer"])
+            state.scale.load_state_dict(saved.get("scale", state.scale.state_dict()))
         state.epoch, state.seconds = saved["epoch"], saved["seconds"]
 
 
@@ -549,10 +555,10 @@ def _check_backbone(recipe: Recipe, module: nn.Module, saved: dict[str, torch.Te
         raise TrainingError(f"--stage1 {path}: trained on another --backbone of this name.")
 
 
-def _load_stage1(stage1: Path, device: torch.device) -> tuple[Path, dict] | None:
+def _load_stage1(stage1: Path) -> tuple[Path, dict] | None:
     if stage1.is_file():
-        return stage1, checkpoints.load(stage1, device)
-    return checkpoints.load_newest(stage1 / "stage1" if (stage1 / "stage1").is_dir() else stage1, device)
+        return stage1, checkpoints.load(stage1)
+    return checkpoints.load_newest(stage1 / "stage1" if (stage1 / "stage1").is_dir() else stage1)
 
 
 @contextmanager

@@ -76,6 +76,14 @@ class Processes:
             for mine, summed in zip(floats, self.sum(floats), strict=True):
                 mine.copy_(summed / self.count)
 
+    def follow(self, tensors: Iterable[Tensor]) -> None:
+        """In place, what rank 0 has: where all computed alike, nothing changes, whenever it is called."""
+        for tensor in tensors if self.count > 1 else ():
+            sent = tensor.contiguous()
+            with _told():
+                dist.broadcast(sent, 0)
+            tensor.copy_(sent)
+
     def any(self, mine: int) -> int:
         """The largest of all processes' numbers: whether one of them was told to stop, and by which signal."""
         if self.count == 1:
