@@ -68,14 +68,17 @@ def figure_row(name: str, figure: float, unit: str, target: float | None = None,
                None if target is None else figure <= target, unit, note, machine())
 
 
-def added_memory(prepare: Callable[..., Callable[[], object]], *arguments) -> float:
-    """MB by which two steps raise the peak of a process of their own above what its data take.
+def added_memory(prepare: Callable[..., Callable[[], object]], *arguments, what: str = "added") -> float:
+    """MB of two steps in a process of their own.
+
+    what   added: by which they raise its peak above what its data take; peak: VmHWM, mapped files among it; own:
+           without mapped files, which the system takes back when it needs the memory (Linux only)
 
     prepare(*arguments) makes the data and returns the step; a function of a module, so that the process finds it
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_watched, args=(sender, prepare, arguments, torch.get_num_threads()))
+    process = context.Process(target=_watched, args=(sender, prepare, arguments, torch.get_num_threads(), what))
     process.start()
     sender.close()
     try:
@@ -84,19 +87,19 @@ def added_memory(prepare: Callable[..., Callable[[], object]], *arguments) -> fl
         process.join()
 
 
-def _watched(sender, prepare, arguments, threads: int) -> None:
+def _watched(sender, prepare, arguments, threads: int, what: str) -> None:
     torch.set_num_threads(threads)
     step = prepare(*arguments)
-    before = _peak_mb()
+    before = _peak_mb() if what == "added" else 0.0
     step()
     step()
-    sender.send(_peak_mb() - before)
+    sender.send(_peak_mb("RssAnon" if what == "own" else "VmHWM") - before)
 
 
-def _peak_mb() -> float:
+def _peak_mb(field: str = "VmHWM") -> float:
     status = Path("/proc/self/status")
     if status.exists():  # Linux hands the parent's ru_maxrss on to the child
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        line = next(line for line in status.read_text().splitlines() if line.startswith(field))
         return int(line.split()[1]) * 1024 / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6  # bytes on macOS

@@ -17,7 +17,7 @@ from export.errors import ExportError
 from training.choices import CPU_SECONDS
 from training.cifar import CIFAR, long_tail_counts
 from training.command_line import AnyJob, Job
-from training.data_check import STAGE2_STEP, run_bytes, size_in_words
+from training.data_check import passes, run_bytes, second_step, size_in_words
 from training.list_files import IMAGENET_LT, INAT
 from training.recipes import Cifar10LT, OwnPictures, Recipe
 from zoo.errors import UnknownModelError
@@ -33,7 +33,6 @@ AS_GIVEN = "as given"
 # Pictures a second of plain training, and where that figure is from.
 RATES = {"cifar10-lt": (690.0, MEASURED_ON_CPU), "cifar100-lt": (670.0, MEASURED_ON_CPU),
          "imagenet-lt": (800.0, RECKONED), "inat17": (800.0, RECKONED), "inat18": (800.0, RECKONED)}
-FORWARD = 1 / 3  # of a plain step, by counting passes: what a picture costs where only the last layer trains
 
 
 # ---- which cells ----
@@ -178,20 +177,9 @@ def work_of(recipe: Recipe, pictures: int | None, rate: float | None) -> Work:
         return Work(None, 0.8, (CPU_SECONDS * 0.8, CPU_SECONDS * 0.2 * second_step(recipe)))
     steps = [n * math.ceil(count / size) for n, size in
              zip(epochs, (recipe.batch_size, recipe.stage2_batch_size or recipe.batch_size), strict=True)]
-    still = recipe.stands_still(in_stage2=False)
-    plain = epochs[0] * (FORWARD if still else 1), epochs[1] * second_step(recipe)  # passes over the pictures
-    if recipe.cache_features:
-        views = recipe.cache_features * FORWARD
-        plain = (views, 0.0) if still and epochs[0] else (plain[0], views)
     a_pass = count / rate if rate else CPU_SECONDS / recipe.epochs
-    return Work(sum(steps), steps[0] / sum(steps), (plain[0] * a_pass, plain[1] * a_pass))
-
-
-def second_step(recipe: Recipe) -> float:
-    """What a picture costs in the second stage, by a plain step's."""
-    if recipe.stands_still(in_stage2=True):
-        return FORWARD * (2 if recipe.augment == "metasaug" else 1)  # the meta batch is as large
-    return STAGE2_STEP[recipe.lookahead if recipe.augment == "metasaug" else recipe.augment]
+    first, second = passes(recipe)
+    return Work(sum(steps), steps[0] / sum(steps), (first * a_pass, second * a_pass))
 
 
 def published_pictures(recipe: Recipe) -> int | None:

@@ -13,10 +13,10 @@ torch = pytest.importorskip("torch")
 
 import zoo  # noqa: E402
 from training import loop  # noqa: E402
+from training.backbone import features_of  # noqa: E402
 from training.choices import on_backbone  # noqa: E402
 from training.command_line import settle  # noqa: E402
 from training.errors import TrainingError  # noqa: E402
-from training.meta import features_of  # noqa: E402
 from training.recipes import Folder, ImageNetLT, INat18  # noqa: E402
 from training.start_weights import find_backbone, load_backbone  # noqa: E402
 from zoo import label_names  # noqa: E402
@@ -102,11 +102,13 @@ def test_timms_own_weights_give_timms_features(tmp_path, monkeypatch):
         with torch.no_grad():
             expected = theirs.forward_head(theirs.forward_features(A_PICTURE), pre_logits=True)
             torch.testing.assert_close(features_of(ours, A_PICTURE), expected)
-    # and a run shows it pictures as timm does.
-    recipe, _ = on_backbone(INat18(backbone="timm:resnet18"), DATA)
-    shown = loop.view_of(recipe, DATA).pretrained_cfg
-    assert (recipe.architecture, shown["interpolation"], shown["crop_pct"]) == ("timm:resnet18", "bicubic", 0.95)
-    assert shown["mean"] == [0.485, 0.456, 0.406] != list(DATA.mean)
+    # and a run shows it pictures as timm does, of a file as well.
+    file = {"backbone": str(tmp_path / "weights.pth"), "architecture": "timm:resnet18"}
+    for flags in ({"backbone": "timm:resnet18"}, file):
+        recipe, _ = on_backbone(INat18(**flags), DATA)
+        shown = loop.view_of(recipe, DATA).pretrained_cfg
+        assert (recipe.architecture, shown["interpolation"], shown["crop_pct"]) == ("timm:resnet18", "bicubic", 0.95)
+        assert shown["mean"] == [0.485, 0.456, 0.406] != list(DATA.mean)
 
 
 def test_without_a_network_timm_is_told_too(monkeypatch):
@@ -200,6 +202,10 @@ def test_what_flags_say_stands_and_what_they_leave_open_is_the_backbones(tiny_mo
     said = Folder(backbone=source, input_size=48, mean=(0.5,) * 3, epochs=7, last_layer="fresh")
     recipe, _ = settle(said, DATA, CPU, None)
     assert (recipe.input_size, recipe.mean, recipe.epochs) == (48, (0.5,) * 3, 7)
+    # Left to itself, a last layer trains for tens of epochs, on a wide backbone with diagonal covariances.
+    recipe, _ = settle(Folder(backbone="torchvision:resnet50"), DATA, CPU, None)
+    assert (recipe.architecture, recipe.input_size, recipe.epochs, recipe.covariance) == (
+        "resnet50", 224, 50, "diagonal")
     assert ImageNetLT(backbone=source).to_dict()["backbone"] == tiny_model_folder.name
 
 

@@ -256,7 +256,8 @@ class Batches:
         for step in range(first_step, last_step):
             turn, part = divmod(step, turns)
             rng = np.random.default_rng([self.seed, epoch, META, turn])
-            batches.append(rng.permutation(n)[part * self.batch_size : (part + 1) * self.batch_size])
+            # A copy: a view would keep every step's whole permutation.
+            batches.append(rng.permutation(n)[part * self.batch_size : (part + 1) * self.batch_size].copy())
             drawn.append(self.draw(rng, n)[batches[-1]])
         yield from self._batches(batches, drawn)
 

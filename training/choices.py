@@ -27,6 +27,7 @@ FEATURES = {"resnet32": 64, "resnet10": 512, "resnet18": 512, "resnet34": 512}
 # Epochs of a last layer on a ready backbone. Plain: those of classifier-balancing on ImageNet-LT.
 PLAIN_HEAD_EPOCHS = 10
 HEAD_STEPS = 3_000
+SMALL_HEAD = 64  # features, up to which full covariances cost little
 
 
 def on_backbone(recipe: Recipe, data: LongTailed) -> tuple[Recipe, list[str]]:
@@ -50,6 +51,8 @@ def on_backbone(recipe: Recipe, data: LongTailed) -> tuple[Recipe, list[str]]:
         raise TrainingError(f"--backbone {recipe.backbone}: the file does not say which network it holds: "
                             "--architecture NAME.")
     shown, why = backbone.cfg, "the backbone was trained so"
+    if not shown and recipe.architecture.startswith(("timm:", "torchvision:")):  # a file of what the library has
+        shown, why = find_backbone(recipe.architecture).cfg, f"of {recipe.architecture}'s own weights"
     if shown:
         take("input_size", shown["input_size"][1], why)
         for flag in ("mean", "std"):
@@ -101,10 +104,10 @@ def choose(recipe: OwnPictures, data: LongTailed, device: str, cores: int) -> tu
         batch = min(100, max(16, count // 10))
         take("batch_size", batch, f"{math.ceil(count / batch):,} steps an epoch for {count:,} training pictures")
     if not recipe.epochs:
-        steps, least = (STEPS if device == "cpu" else STEPS_ON_GPU), 30
+        steps, least, most = (STEPS if device == "cpu" else STEPS_ON_GPU), 30, 200
         if recipe.backbone is not None:
-            steps, least = HEAD_STEPS, 20
-        epochs = min(200, max(least, math.ceil(steps * recipe.batch_size / count)))
+            steps, least, most = HEAD_STEPS, 20, 50
+        epochs = min(most, max(least, math.ceil(steps * recipe.batch_size / count)))
         take("epochs", epochs, f"about {epochs * count // recipe.batch_size:,} steps in all, stage 2 being the last "
                                "fifth")
     if recipe.input_size is None:
@@ -122,8 +125,11 @@ def choose(recipe: OwnPictures, data: LongTailed, device: str, cores: int) -> tu
     if recipe.covariance == "auto":
         wide = FEATURES.get(recipe.architecture, 2048)
         full = len(data.label_names) * wide**2 * 4
-        take("covariance", "full" if full <= FULL_COVARIANCE_BYTES else "diagonal",
-             f"full ones of {len(data.label_names)} classes and {wide} features take {full / 1e6:,.0f} MB")
+        if recipe.backbone is not None and wide > SMALL_HEAD:
+            take("covariance", "diagonal", f"{wide} features, on which the step of a last layer is a few products then")
+        else:
+            take("covariance", "full" if full <= FULL_COVARIANCE_BYTES else "diagonal",
+                 f"full ones of {len(data.label_names)} classes and {wide} features take {full / 1e6:,.0f} MB")
     return recipe, reasons
 
 

@@ -293,7 +293,8 @@ def run_name(recipe: Recipe) -> str:
              and not (name == "loss" and recipe.augment == "none")]
     if "imbalance" in flags:
         parts.insert(0, f"imbalance-{flags['imbalance']:g}")
-    return "_".join([f"{shown['method']}-{shown['dataset']}", *parts])
+    # Names of libraries and of the Hub have signs that a folder's name has not.
+    return "_".join([f"{shown['method']}-{shown['dataset']}", *parts]).translate(str.maketrans("/:", "--"))
 
 
 def choose_device(asked: str):
@@ -399,6 +400,8 @@ def schedule_in_words(recipe: Recipe) -> str:
     meta = {"never": "", "stage2": ", the meta pictures among those trained on"}
     second = f"{'the same' if first == second else second}{weights}{meta.get(recipe.meta_in_training, '')}"
     epochs = f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''}"
+    if recipe.backbone is not None:
+        epochs += f" of a last layer on {without_place(recipe.backbone)}"
     if second == "the same":
         return f"{epochs} of plain {first}"
     before = f"{recipe.stage2_epoch} of plain {first}, then " if recipe.stage2_epoch else ""

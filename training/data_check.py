@@ -25,6 +25,25 @@ from zoo.labels import GROUPS, HEAD_ABOVE, TAIL_BELOW, assign_groups
 
 # Steps of stage 2 against plain ones (docs/method.md): the look-ahead through the network costs most.
 STAGE2_STEP = {"none": 1.0, "isda": 1.1, "classifier": 1.4, "network": 3.8}
+FORWARD = 1 / 3  # of a plain step, by counting passes: what a picture costs where only the last layer trains
+
+
+def passes(recipe: Recipe) -> tuple[float, float]:
+    """What each stage costs, in plain passes over the training pictures. Steps on cached features count as nothing."""
+    still = recipe.stands_still(in_stage2=False)
+    stages = (recipe.stage2_epoch * (FORWARD if still else 1),
+              (recipe.epochs - recipe.stage2_epoch) * second_step(recipe))
+    if not recipe.cache_features:
+        return stages
+    views = recipe.cache_features * FORWARD
+    return (views, 0.0) if still and recipe.stage2_epoch else (stages[0], views)
+
+
+def second_step(recipe: Recipe) -> float:
+    """What a picture costs in the second stage, by a plain step's."""
+    if recipe.stands_still(in_stage2=True):
+        return FORWARD * (2 if recipe.augment == "metasaug" else 1)  # the meta batch is as large
+    return STAGE2_STEP[recipe.lookahead if recipe.augment == "metasaug" else recipe.augment]
 
 
 @tyro.conf.configure(tyro.conf.CascadeSubcommandArgs)  # flags may stand after the data set's name, as people type
@@ -196,16 +215,14 @@ def measured(recipe: Recipe, data: LongTailed, device) -> dict[str, Any]:
     width: int = module.get_classifier().in_features  # type: ignore[operator, union-attr]
     covariance = len(data.label_names) * (width**2 if recipe.covariance == "full" else width) * 4
     reading = 0.0 if isinstance(data.train, Split) else _seconds_to_read(data.train)
-    kind = recipe.augment if recipe.augment != "metasaug" else recipe.lookahead
-    share2 = 1 - recipe.stage2_epoch / recipe.epochs
-    passes = len(data.train) * recipe.epochs
+    features = (recipe.cache_features * (len(data.train) + len(data.meta)) * 2 + len(data.test) * 4) * width
     return {
         "architecture": recipe.architecture, "input_size": size, "epochs": recipe.epochs, "device": str(device),
-        "seconds": passes * a_picture * (1 - share2 + share2 * STAGE2_STEP[kind]),
+        "seconds": len(data.train) * a_picture * sum(passes(recipe)),
         "seconds_to_read_an_epoch": reading * len(data.train) / (os.cpu_count() or 1),
         "memory": {"network_and_batch": round(3 * weights + batch_bytes), "covariances": 2 * covariance,
                    "pictures_at_input_size": (len(data.train) + len(data.meta) + len(data.test)) * size * size * 3},
-        "disk_of_the_run": run_bytes(weights, covariance),
+        "disk_of_the_run": run_bytes(weights, covariance) + (features if recipe.cache_features else 0),
         "disk_of_the_pictures": None if isinstance(data.train, Split) else _disk(data),
     }
 

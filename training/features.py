@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.backbone import features_of
+from training.backbone import Compute, features_of
 from training.batches import Batches, View, at_once, normalised, read
 from training.datasets import PictureFiles, Split
 from training.errors import DataError, TrainingError
@@ -99,6 +99,7 @@ class FeatureCache:
 
     folder        of the cache; several runs may name the same one
     views, seed   K of each training and meta picture, and what they are drawn by
+    compute       the precision of the backbone, for training and meta features
     dtype         float16 of training and meta features; the test set's are float32, so that its results are exactly
                   those of its pictures
     """
@@ -109,6 +110,7 @@ class FeatureCache:
     seed: int
     device: torch.device
     workers: int = 0
+    compute: Compute = field(default_factory=Compute)
     dtype: type = np.float16
     say: Callable[[str], object] = tqdm.write
     _keys: dict[int, tuple[Any, str]] = field(default_factory=dict)
@@ -141,7 +143,8 @@ class FeatureCache:
             **dataclasses.asdict(self.view), "views": self.views, "seed": self.seed}
         identity = json.dumps({
             "features": self._shape(kind, pictures, module), "dtype": self._dtype(kind).name,
-            "pictures": self._key_of(pictures), "backbone": _backbone_key(module), "view": view}, indent=1)
+            "pictures": self._key_of(pictures), "backbone": _backbone_key(module), "view": view,
+            **({"precision": self.compute.precision} if kind != "test" else {})}, indent=1)
         name = f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.{self._dtype(kind).name}"
         return self.folder / name, identity
 
@@ -212,9 +215,10 @@ class FeatureCache:
         arrays = read(pictures, self.view, at, rows, self.workers)
         dtype = next(module.parameters()).dtype
         for _, batches in of_part:
-            features = [features_of(module, normalised(next(arrays), self.view, self.device).to(dtype))
-                        for _ in batches]
-            yield torch.cat(features).cpu().numpy()
+            with self.compute.autocast(self.device) if drawn is not None else contextlib.nullcontext():
+                features = [features_of(module, normalised(next(arrays), self.view, self.device).to(dtype))
+                            for _ in batches]
+            yield torch.cat(features).to(dtype).cpu().numpy()
 
 
 def _fitting(rows_NA: np.ndarray, dtype: np.dtype, pictures: Split | PictureFiles, kind: str) -> np.ndarray:

@@ -257,7 +257,8 @@ def run(
     steps = [stages[epoch >= recipe.stage2_epoch].batches.steps for epoch in range(recipe.epochs)]
     cache = None
     if recipe.cache_features:
-        cache = FeatureCache(features or folder / "features", recipe.cache_features, view, recipe.seed, device, workers)
+        cache = FeatureCache(features or folder / "features", recipe.cache_features, view, recipe.seed, device, workers,
+                             compute)
         _check_disk(recipe, data, cache, state)
     on_features: dict[bool, Stage] = {}
     results: dict = {}
@@ -289,10 +290,11 @@ def run(
         if cache is None or not recipe.stands_still(in_stage2):
             return stages[in_stage2]
         if in_stage2 not in on_features:
-            of_stage = data_of_stage(recipe, data, 2 if in_stage2 else 1)
+            began, of_stage = time.monotonic(), data_of_stage(recipe, data, 2 if in_stage2 else 1)
             on_features[in_stage2] = _on_features(stages[in_stage2], cache, of_stage, state.module,
                                                   lambda: leave_if_stopped(False))
             processes.wait()
+            state.seconds += time.monotonic() - began
         return on_features[in_stage2]
 
     def test() -> dict:
