@@ -277,7 +277,8 @@ def settle(recipe: Recipe, data: LongTailed, device, resumed: Path | None) -> tu
     from zoo.architectures import ARCHITECTURES
 
     small = f"{recipe.architecture}-small"
-    if recipe.input_size is not None and recipe.input_size <= 64 and small in ARCHITECTURES:
+    may_choose = recipe.backbone is None and small in ARCHITECTURES
+    if may_choose and recipe.input_size is not None and recipe.input_size <= 64:
         reasons.append(f"{recipe.architecture} sees {recipe.input_size} pixels only coarsely; --architecture {small} "
                        "is made for them.")
     return recipe, reasons
