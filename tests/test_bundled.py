@@ -98,4 +98,4 @@ def test_the_pair_shares_everything_but_the_method(dataset):
     for key in ("dataset", "class_counts", "seed", "groups"):
         assert ours[key] == plain[key], key
     differing = {k for k in ours["recipe"] if ours["recipe"][k] != plain["recipe"][k]}
-    assert differing <= {"augment", "lookahead"}
+    assert differing <= {"augment", "class_weights", "lookahead"}

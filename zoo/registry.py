@@ -156,6 +156,8 @@ class Entry:
 BUNDLED = {
     "metasaug-cifar10-lt": "2f72dc8b919393292ce0a24d91e167ad53347b87fb3067852192754b297a6862",
     "ce-cifar10-lt": "d975eeea91e8f729a56d7006e7a80cfe50a8bc9e47a22e4906248174e4a001d6",
+    "metasaug-plankton": "80c4ec2615d4a908fb2cd4c36d58ca390349ad87bc051cdbb414e31cc482d128",
+    "ce-plankton": "49edd6369edda27797c0d9338b8ec70cd7fc4ae606a040bc77cd6b5b9a6d1e7e",
 }
 
 # What `metasaug publish` prints goes here.
@@ -204,8 +206,8 @@ _IN_ORDER = (
     *_large("imagenet-lt", 52.33, f"{AUTHORS} (an older one: 53.33)"),
     *_large("inat17", 36.72, SECOND_HAND, "inat2017", "inaturalist17", "inaturalist2017"),
     *_large("inat18", 30.50, f"{AUTHORS} (cited elsewhere: 31.25)", "inat2018", "inaturalist18", "inaturalist2018"),
-    Entry("metasaug-plankton", "plankton", None, "metasaug", "ce", "metasaug train folder --data pictures/"),
-    Entry("ce-plankton", "plankton", None, "ce", "ce", "metasaug train folder --augment none --data pictures/"),
+    Entry("metasaug-plankton", "plankton", None, "metasaug", "ce", "metasaug train folder --flips all --data pictures/"),
+    Entry("ce-plankton", "plankton", None, "ce", "ce", "metasaug train folder --flips all --augment none --data pictures/"),
 )
 
 # Those that can be used first, bundled before Hub.
