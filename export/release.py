@@ -12,6 +12,7 @@ import json
 import math
 import shlex
 import shutil
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -201,7 +202,9 @@ class Order:
         for cell in self.cells:
             if cell.name not in left:
                 done.setdefault(self._why_done(cell), []).append(cell.name)
-        lines += [f"  {why}: {', '.join(names)}" for why, names in done.items()]
+        for why, names in done.items():
+            lines += textwrap.wrap(f"{why}: {', '.join(names)}", 108, initial_indent="  ", subsequent_indent="    ",
+                                   break_on_hyphens=False)
         return "\n".join(lines + (["", plan_table(plan, self.price, self.processes, self.rates), ""] if plan else []))
 
     def _why_done(self, cell: Cell) -> str:

@@ -351,8 +351,8 @@ def test_all_that_is_missing_is_told_at_once_and_nothing_is_begun(hub, tmp_path,
     monkeypatch.setattr(releasing.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**6}))
     monkeypatch.setattr(releasing.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
     # when a release is asked for, then one error has it all.
-    code, out, err = run(capsys, "release", "--cells", "imagenet-lt,inat18,plankton,ce-cifar10-lt-10", "--root",
-                         tmp_path / "data", "--out", tmp_path / "runs", "--owner", "me")
+    code, out, err = run(capsys, "release", "--cells", "imagenet-lt,inat18,plankton,ce-cifar10-lt-10", "--again",
+                         "--root", tmp_path / "data", "--out", tmp_path / "runs", "--owner", "me")
     assert code == 2 and "imagenet-lt: 17 training pictures in 3 classes" in out
     for told in ("Log in with a token that may write (`hf auth login`, or HF_TOKEN)", "visipedia/inat_comp",
                  "about 120 GB",

@@ -206,8 +206,10 @@ _IN_ORDER = (
     *_large("imagenet-lt", 52.33, f"{AUTHORS} (an older one: 53.33)"),
     *_large("inat17", 36.72, SECOND_HAND, "inat2017", "inaturalist17", "inaturalist2017"),
     *_large("inat18", 30.50, f"{AUTHORS} (cited elsewhere: 31.25)", "inat2018", "inaturalist18", "inaturalist2018"),
-    Entry("metasaug-plankton", "plankton", None, "metasaug", "ce", "metasaug train folder --flips all --data pictures/"),
-    Entry("ce-plankton", "plankton", None, "ce", "ce", "metasaug train folder --flips all --augment none --data pictures/"),
+    Entry("metasaug-plankton", "plankton", None, "metasaug", "ce",
+          "metasaug train folder --flips all --data pictures/"),
+    Entry("ce-plankton", "plankton", None, "ce", "ce",
+          "metasaug train folder --flips all --augment none --data pictures/"),
 )
 
 # Those that can be used first, bundled before Hub.
