@@ -81,7 +81,8 @@ def test_list_shows_every_model_and_where_its_weights_are(capsys):
         assert line.split()[0] == entry.name and entry.weights in line
     for entry in zoo.list_models():
         if entry.weights == "bundled":
-            assert f"{entry.name}: trained on CIFAR-10 (JPEG), 60 epochs" in out
+            ours = zoo.ModelFolder(entry.folder).config["metasaug"]
+            assert f"{entry.name}: trained on {ours['dataset']}, {ours['recipe']['epochs']} epochs" in out
             assert f"{entry.measured_error:.2%}" in out
     assert max(len(line) for line in lines[: 1 + len(zoo.list_models())]) <= 100
 
