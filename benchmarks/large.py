@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import tyro
 from torch import nn
 
-from benchmarks.measuring import Row, added_memory, figure_row, machine, report, side_by_side
+from benchmarks.measuring import Row, added_memory, figure_row, filled, machine, report, side_by_side
 from training.batches import View
 from training.covariance import LearnedCovariance, RunningCovariance
 from training.datasets import PictureFiles
@@ -217,8 +217,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def with_table(text: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}"
+    return filled(text, BEGIN, END, table(rows))
 
 
 def main(json: bool = False, out: Path | None = None, docs: bool = False, rounds: int = 7, threads: int | None = None,

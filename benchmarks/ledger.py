@@ -17,8 +17,8 @@ from typing import Any
 import tyro
 
 from training.command_line import RunOptions, TrainCifar, TrainFolder, alone_in
+from training.data_check import second_step
 from training.datasets import LongTailed
-from training.errors import TrainingError
 from training.recipes import Cifar10LT, Folder, Recipe
 from zoo.files import write_atomically
 from zoo.labels import GROUPS
@@ -173,10 +173,6 @@ def status(results: Path = RESULTS) -> None:
           + ("" if left is None else f"; about {left:.1f} hours left at the speed of the cells done"))
 
 
-# Time of a stage-2 step by the time of a plain one; measured by benchmarks/meta_step.py.
-STEP_COST = {"none": 1.0, "isda": 1.1, "classifier": 1.4, "network": 3.8}
-
-
 def _hours_left(protocol: Protocol, missing: Sequence[Cell], done: Sequence[Mapping[str, Any]]) -> float | None:
     plain = [row["seconds"] / (row["epochs"] * protocol.steps(_cell_of(row))) for row in done if row["method"] == "ce"]
     if not plain:
@@ -184,8 +180,7 @@ def _hours_left(protocol: Protocol, missing: Sequence[Cell], done: Sequence[Mapp
     steps, begun = 0.0, {(row["set"], row["seed"]) for row in done}
     for cell in missing:
         recipe = protocol.recipe(cell)
-        epochs = STEP_COST[recipe.lookahead if recipe.augment == "metasaug" else recipe.augment] * (
-            recipe.epochs - recipe.stage2_epoch)
+        epochs = second_step(recipe) * (recipe.epochs - recipe.stage2_epoch)
         if (cell.set, cell.seed) not in begun:  # the first cell of a set and seed runs their stage 1
             begun.add((cell.set, cell.seed))
             epochs += recipe.stage2_epoch
@@ -255,13 +250,11 @@ def page(results: Path = RESULTS, into: Path = PAGE) -> None:
 
 def with_tables(text: str, cells: Sequence[Mapping[str, Any]]) -> str:
     """The page with its generated parts made anew."""
+    from benchmarks.measuring import filled
+
     for name, content in {"results": tables(cells, Protocol().metric), "shift": shift_table(cells)}.items():
         begin, end = f"<!-- {name}: python -m benchmarks.ledger page -->", f"<!-- end of {name} -->"
-        before, found, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not (found and closed):
-            raise TrainingError(f"the page has no {begin} … {end}")
-        text = f"{before}{begin}\n{content}\n{end}{after}"
+        text = filled(text, begin, end, content)
     return text
 
 

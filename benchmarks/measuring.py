@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import tyro
 
+from training.errors import TrainingError
+
 
 @dataclass(frozen=True)
 class Row:
@@ -139,3 +141,12 @@ def report(rows: list[Row], as_json: bool, out: Path | None) -> None:
         reach = "" if row.target is None else f"  to reach {row.target:g} {row.unit}: {'yes' if row.holds else 'NO'}"
         spread = f"({row.low:.2f} to {row.high:.2f})"
         print(f"{row.name:<{width}}  {row.ratio:8.2f} {row.unit:<2} {spread}{reach}   {row.note}")
+
+
+def filled(page: str, begin: str, end: str, content: str) -> str:
+    """The page with `content` between two markers, whatever stood there; TrainingError where they are not."""
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise TrainingError(f"the page has no {begin} … {end}")
+    return f"{before}{begin}\n{content}\n{end}{after}"

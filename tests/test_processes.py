@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -104,17 +105,18 @@ def dropout_masks(processes: Processes) -> torch.Tensor:
     return processes.gather(nn.functional.dropout(own, 0.5), 4).cpu()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def in_two(request, tmp_path_factory) -> list[dict]:
-    import socket
-
     if request.param == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip(f"NCCL needs a GPU for each of two processes; there are {torch.cuda.device_count()}")
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(train_in_two, (port, str(folder), request.param), nprocs=2)
+    mp.spawn(train_in_two, (free_port(), str(folder), request.param), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -254,12 +256,8 @@ def started(command):
 
 def test_a_dead_process_ends_the_other_and_the_run_goes_on(tmp_path):
     # Given two processes that train for long, without anybody who watches over them (as on two machines),
-    import socket
-
     out = tmp_path / "run"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "metasaug",
                *folder_training(tmp_path, "--out", str(out), "--epochs", "2000", "--evaluate-every", "2000")]
     ranks = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from PIL import Image
 torch = pytest.importorskip("torch")
 
 from tests.test_datasets import write_class_folders  # noqa: E402
+from tests.test_processes import free_port  # noqa: E402
 from tests.test_training import (  # noqa: E402
     CPU,
     TINY,
@@ -377,9 +377,7 @@ def test_three_processes_killed_go_on_to_the_same_bits(tmp_path):
     recipe = dataclasses.replace(SMALL, epochs=2, stage2_epochs=1, lookahead="network")
 
     def run(*how) -> list[int]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         three = [started(train_among, rank, port, recipe, *how) for rank in range(3)]
         return [ended(process) for process in three]
 
