@@ -320,7 +320,8 @@ def test_splits_of_a_table_are_taken_and_torn_groups_refused(sea):
     ([], "path,label", "no rows"), (["a.png,x", "a.png,y"], "path,label", "line 2 as x and in line 3 as y"),
     (["a.png"], "path,label", "line 2: 1 field"), (["a.png,"], "path,label", "line 2: no label"),
     ([",x"], "path,label", "line 2: no path"), (["a.png,x", "b.png,X"], "path,label", "but for case"),
-    (["a.png,x", "b.png,x"], "path,label", "1 class:"), (['a.png,"x', "b.png,y"], "path,label", "quotation mark"),
+    (["a.png,x", "b.png,x"], "path,label", "one class only, x"),
+    (['a.png,"x', "b.png,y"], "path,label", "quotation mark"),
     (["a.png,x,y"], "path,class,species", "class and species could each be the label"),
     (["000.png,x", "111.png,y"], "path,label", "2 of 2 pictures"),
 ])

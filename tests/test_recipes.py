@@ -13,7 +13,6 @@ import metasaug  # noqa: E402
 import zoo  # noqa: E402
 from training import command_line, loop  # noqa: E402
 from training.choices import choose  # noqa: E402
-from training.cifar import CIFAR  # noqa: E402
 from training.command_line import RunOptions, TrainCifar, TrainFolder, TrainLargeSet, TrainTable  # noqa: E402
 from training.covariance import RunningCovariance  # noqa: E402
 from training.datasets import LongTailed, PictureFiles  # noqa: E402
@@ -58,12 +57,6 @@ def job_of(kind: str, root, shuffled: bool):
         job = TrainTable(Table(**SHORT, epochs=15), RunOptions(), table=root / "table.csv")
         root.mkdir()
         job.table.write_text("path,label,split\n" + "\n".join(rows) + "\n")
-    elif kind == "cifar100-lt":
-        # The three classes of stripes in a folder of a hundred, of which all others are of the first kind.
-        names = [f"c{i:03d}" for i in range(100)]
-        parts = folders(root, names, [3] * 100, 1)
-        flags = {**SHORT, "input_size": None, "meta_per_class": 1}
-        job = TrainCifar(Cifar100LT(**flags, epochs=4, imbalance=1), options)
     elif kind == "imagenet-lt":
         make_imagenet_lt(root, COUNTS, val=4, test=20)
         parts = {"train": [sorted(folder.iterdir()) for folder in sorted((root / "train").iterdir())],
@@ -103,17 +96,34 @@ def test_each_format_trains_and_with_shuffled_labels_the_gain_is_gone(tmp_path, 
     assert shuffled["macro_error"] >= results["macro_error"] + 0.2
 
 
-def test_cifar_100_in_class_folders_trains(tmp_path, monkeypatch):
-    # Given a hundred class folders of four pictures, in which stripes of a class have one slope,
-    monkeypatch.setitem(CIFAR, "cifar100-lt", dataclasses.replace(CIFAR["cifar100-lt"], class_size=3))
-    job = job_of("cifar100-lt", tmp_path / "data", False)
-    for path in (tmp_path / "data").rglob("*.png"):
-        Image.open(path).resize((32, 32)).save(path)
-    # when it trains, then the loss falls from that of a guess.
-    recipe, losses, results, _ = trained(job, tmp_path / "run")
+def write_hundred_colours(root, shuffled):
+    """A colour a class: 12 training and 2 test pictures; shuffled: training pictures in the folders of any class."""
+    rng = np.random.default_rng(0)
+    colours = np.stack(np.meshgrid([30, 80, 130, 180, 230], [30, 80, 130, 180, 230], [40, 100, 160, 220]), -1)
+    for split, n in (("train", 12), ("test", 2)):
+        labels = np.repeat(np.arange(100), n)
+        shown = rng.permutation(labels) if shuffled and split == "train" else labels
+        for i, (label, colour) in enumerate(zip(labels, colours.reshape(-1, 3)[shown], strict=True)):
+            path = root / split / f"c{label:03d}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.uint8(np.clip(colour + rng.normal(0, 4, (32, 32, 3)), 0, 255))).save(path)
+
+
+def test_cifar_100_trains_and_with_shuffled_labels_the_gain_is_gone(tmp_path):
+    # Given a hundred class folders, each of one colour, and the same with training pictures in any of them,
+    def job(shuffled):
+        write_hundred_colours(tmp_path / f"data-{shuffled}", shuffled)
+        return TrainCifar(Cifar100LT(epochs=8, imbalance=2, meta_per_class=2, input_size=16, batch_size=50, lr=0.05),
+                          RunOptions(data=tmp_path / f"data-{shuffled}"))
+
+    # when it trains, then the loss falls, and it learns what chance (99 % error) cannot;
+    recipe, losses, results, _ = trained(job(False), tmp_path / "run")
     assert recipe.dataset == "cifar100-lt"
-    assert losses[-1] < losses[0]
-    assert results["images"] == 100
+    assert losses[-1] < losses[0] / 2
+    assert results["images"] == 200 and results["macro_error"] <= 0.6, results["macro_error"]
+    # with shuffled labels it does not.
+    _, _, shuffled, _ = trained(job(True), tmp_path / "other")
+    assert shuffled["macro_error"] >= 0.95, shuffled["macro_error"]
 
 
 @pytest.mark.parametrize("loss", ["ce", "focal", "ldam", "ldam-published", "balanced-softmax", "logit-adjustment"])

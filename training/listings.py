@@ -194,8 +194,8 @@ def list_table(
     if copies:
         notes.append(f"{copies:,} rows say again what another row says; each picture is used once.")
     label_names = sorted({str(rest[0]) for _, rest in first.values()}, key=_numbers_by_value)
-    if len(label_names) < 2:
-        raise DataError(f"{table} has {len(label_names)} class{'es' * (len(label_names) != 1)}: nothing to tell apart.")
+    if not label_names:
+        raise DataError(f"{table} has no row that names a picture.")
     check_class_names(label_names, str(table))
     place = {name: c for c, name in enumerate(label_names)}
     groups = None

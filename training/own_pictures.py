@@ -77,6 +77,8 @@ class _Parts:
 
 def assemble(listing: Listing, rule: CutRule) -> LongTailed:
     """Decode every picture once, leave out what is bad (or stop), take the given splits, cut those not given."""
+    if len(listing.label_names) == 1:
+        raise DataError(f"there is one class only, {listing.label_names[0]}: nothing to tell apart.")
     look = look_at if rule.look else glance_at
     looked = look([listing.root / name for name in listing.names], [printable(name) for name in listing.names])
     left_out = list(listing.left_out)
