@@ -22,6 +22,7 @@ from zoo.demo.pieces import (
     escape,
     mass_bar,
     measured,
+    name_of,
     percent,
     png,
     times,
@@ -189,7 +190,7 @@ def answered(model: Model, answer: Answer) -> str:
     overlay = "" if glow is None else f'<img class="heat" src="{png(glow)}" alt="">'
     where = "What the network gets" + ("" if glow is None else "; yellow: what speaks for its answer")
     rows = "".join(
-        f'<li><span class="label">{escape(c.label)}</span>{badge(c.group)}'
+        f'<li><span class="label">{name_of(c.label)}</span>{badge(c.group)}'
         f'<span class="count">{times(c.train_images)}</span>'
         f'<span class="number">{percent(c.probability)}</span>'
         f'<span class="track"><i class="{c.group}" style="width:{c.probability:.2%}"></i></span></li>'
@@ -198,7 +199,7 @@ def answered(model: Model, answer: Answer) -> str:
     return f"""
 <div class="answer">
   <figure class="seen" title="{where}"><img src="{png(answer.seen)}" alt="{where}">{overlay}</figure>
-  <div><p class="best">{escape(best.label)}</p>
+  <div><p class="best">{name_of(best.label)}</p>
   <p>{badge(best.group)} <span class="sure">{percent(best.probability)} sure</span></p></div>
 </div>
 <p class="trust">{trust(model, best)}</p>
@@ -262,8 +263,8 @@ def only_these(names: list[str] | None) -> str:
     opened = models.opened(chosen(names))
     if not opened:
         return ""
-    labels = [escape(label) for label in opened[0].labels]
-    which = f"{', '.join(labels[:-1])} and {labels[-1]}" if len(labels) <= 12 else f"its {len(labels):,} classes"
+    labels = [name_of(label) for label in opened[0].labels]
+    which = f"{', '.join(labels[:-1])} and {labels[-1]}" if len(labels) <= 12 else f"their {len(labels):,} classes"
     coffee = "" if "coffee" in labels else ": try the cup of coffee"
     return (f'<p class="aside">The models know only <b>{which}</b>. Any other picture is forced into one of these'
             f'{coffee}.</p><p class="aside">The small picture on each card is what the network gets; yellow '

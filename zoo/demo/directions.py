@@ -12,7 +12,7 @@ import zoo
 from zoo.demo import models
 from zoo.demo.answers import EXAMPLE_NAMES, EXAMPLES, Answer
 from zoo.demo.models import Model
-from zoo.demo.pieces import alert, badge, closed, counted, escape, percent, thumbnail
+from zoo.demo.pieces import alert, badge, closed, counted, escape, name_of, percent, thumbnail
 from zoo.directions import Direction, Variation, variation
 
 YOURS = "your picture"
@@ -72,7 +72,7 @@ def examples(model: Model) -> list[tuple[str, str, np.ndarray]]:
 
 
 def lead(model: Model, index: int, found: Variation) -> str:
-    label = escape(model.labels[index])
+    label = name_of(model.labels[index])
     if not found.directions:
         return f"<h2>{label}</h2><p>This class has no variation on record: it was hardly seen.</p>"
     seen = f" from {counted(model.class_counts[index], 'training picture')}" if model.class_counts else ""
@@ -80,7 +80,7 @@ def lead(model: Model, index: int, found: Variation) -> str:
     what = "directions" if found.kind == "full" else "features"
     pulls = np.argsort(-found.pull_C)[:5]
     top = max(float(found.pull_C[pulls[0]]), 1e-12)
-    bars = "".join(f'<li><span>{escape(model.labels[j])}</span><span class="track"><i class="{model.groups[j]}" '
+    bars = "".join(f'<li><span>{name_of(model.labels[j])}</span><span class="track"><i class="{model.groups[j]}" '
                    f'style="width:{found.pull_C[j] / top:.2%}"></i></span></li>' for j in pulls if found.pull_C[j] > 0)
     learned = "none of it" if not found.learned_share else f"{percent(found.learned_share)} of it"
     return f"""
@@ -96,7 +96,7 @@ def direction(model: Model, index: int, number: int, d: Direction, along: Sequen
     ahead = [int(j) for j in np.argsort(-d.lean_C) if d.lean_C[j] > LEANS][:3]
     behind = [int(j) for j in np.argsort(d.lean_C) if d.lean_C[j] < -LEANS][:3]
     leans = "".join(lean(model.labels[j], float(d.lean_C[j]), model.groups[j]) for j in [*ahead, *reversed(behind)])
-    itself = f"more plainly “{escape(model.labels[index])}”"
+    itself = f"more plainly “{name_of(model.labels[index])}”"
     one, other = names(model, ahead), names(model, behind)
     if not ahead and not behind:
         words = "It leans towards no other class: pictures along it differ and stay what they are."
@@ -115,7 +115,7 @@ def direction(model: Model, index: int, number: int, d: Direction, along: Sequen
 
 
 def names(model: Model, indices: Sequence[int]) -> str:
-    labels = [f"<b>{escape(model.labels[j])}</b>" for j in indices]
+    labels = [f"<b>{name_of(model.labels[j])}</b>" for j in indices]
     return " and ".join([", ".join(labels[:-1]), labels[-1]]) if len(labels) > 1 else "".join(labels)
 
 
@@ -123,4 +123,4 @@ def lean(label: str, cosine: float, group: str) -> str:
     """A bar to the right for a class ahead, to the left for one behind."""
     side = f"left:50%;width:{cosine * 50:.1f}%" if cosine > 0 else f"right:50%;width:{-cosine * 50:.1f}%"
     bar = f'<span class="axis" aria-hidden="true"><i class="{group}" style="{side}"></i></span>'
-    return f'<li><span>{escape(label)}</span>{bar}<span class="number">{cosine:+.2f}</span></li>'
+    return f'<li><span>{name_of(label)}</span>{bar}<span class="number">{cosine:+.2f}</span></li>'

@@ -8,7 +8,7 @@ import numpy as np
 from zoo.demo import models
 from zoo.demo.answers import Answer, chosen
 from zoo.demo.models import Model
-from zoo.demo.pieces import badge, counted, escape, groups_of, legend, meaning, measured, percent
+from zoo.demo.pieces import badge, counted, escape, groups_of, legend, meaning, measured, name_of, percent
 
 BARS = 40  # classes, up to which each gets a bar with its name
 ROWS = 150  # classes, up to which all are listed and dotted
@@ -22,8 +22,8 @@ def introduction(names: list[str] | None) -> str:
         model = opened[0]
         first, last = model.by_size[0], model.by_size[-1]
         story = (f"{'These networks' if len(opened) > 1 else 'This network'} saw <b>"
-                 f"{counted(counts[first], 'picture')}</b> of “{escape(model.labels[first])}” but only <b>"
-                 f"{counts[last]:,}</b> of “{escape(model.labels[last])}”. Trained the usual way, a network "
+                 f"{counted(counts[first], 'picture')}</b> of “{name_of(model.labels[first])}” but only <b>"
+                 f"{counts[last]:,}</b> of “{name_of(model.labels[last])}”. Trained the usual way, a network "
                  "overlooks what it rarely saw. MetaSAug is made to mend that"
                  + (": show them the same picture, and compare." if len(opened) > 1 else "."))
         figure = strip(model) if len(model.labels) <= BARS else curve(model, [], 110)
@@ -35,7 +35,7 @@ def strip(model: Model) -> str:
     top = max(counts)
     bars = "".join(
         f'<li><b>{counts[c]:,}</b><i class="{model.groups[c]}" style="height:{counts[c] / max(top, 1) * 72 + 2:.1f}px">'
-        f"</i><span>{escape(model.labels[c])}</span></li>"
+        f"</i><span>{name_of(model.labels[c])}</span></li>"
         for c in model.by_size
     )
     return (f'<figure class="strip{" many" if len(counts) > 12 else ""}"><ol>{bars}</ol>'
@@ -63,7 +63,7 @@ def sizes(first: Model, alike: Sequence[Model], answers: Sequence[Answer]) -> st
     known = {m.name: m for m in alike}
     marks = [(i, known[a.name], a.prediction.top[0].index) for i, a in enumerate(answers)
              if a.name in known and a.prediction.top]
-    said = "".join(f'<li><i class="dot m{i}"></i>{escape(m.title)} says <b>{escape(m.labels[c])}</b>: '
+    said = "".join(f'<li><i class="dot m{i}"></i>{escape(m.title)} says <b>{name_of(m.labels[c])}</b>: '
                    f"{counted(first.class_counts[c], 'training picture')}, number {first.by_size.index(c) + 1:,} of "
                    f"{len(m.labels):,} by size</li>" for i, m, c in marks)
     hint = "" if said else '<p class="aside">Show the models a picture, and their answers are marked here.</p>'
@@ -90,7 +90,7 @@ def curve(model: Model, marks: Sequence[tuple[int, Model, int]], height: int) ->
         left = (rank[c] + 0.5) / classes
         side = "right" if left > 0.6 else "left"
         needles += (f'<span class="needle m{i} {side}" style="left:{left:.2%};top:{8 + 22 * i}px"><i class="dot m{i}">'
-                    f"</i><b>{escape(model.labels[c])}</b></span>")
+                    f"</i><b>{name_of(model.labels[c])}</b></span>")
     words = (f"Class sizes from {counts[0]:,} to {counts[-1]:,} training pictures over {classes:,} classes; the middle "
              f"one has {counts[classes // 2]:,}.")
     return (f'<figure class="curve"><div class="plot" style="height:{height}px">'
@@ -224,7 +224,7 @@ def class_row(c: int, model: Model, right: Sequence[float | None]) -> str:
     span = f'<i class="span" style="left:{min(known):.2%};width:{max(known) - min(known):.2%}"></i>' if known else ""
     dots = "".join(f'<i class="dot m{i}" style="left:{r:.2%}"></i>' for i, r in enumerate(right) if r is not None)
     numbers = "".join(f'<td class="number">{"–" if r is None else percent(r)}</td>' for r in right)
-    return (f"<tr><th scope=row>{escape(model.labels[c])} {badge(model.groups[c])}</th>"
+    return (f"<tr><th scope=row>{name_of(model.labels[c])} {badge(model.groups[c])}</th>"
             f'<td><div class="size"><b>{"?" if count is None else f"{count:,}"}</b><span class="bar">'
             f'<i class="{model.groups[c]}" style="width:{share:.2%}"></i></span></div></td>'
             f'<td class="wide" aria-hidden="true"><span class="scale">{span}{dots}</span></td>{numbers}</tr>')

@@ -17,7 +17,19 @@ from gradio import utils as gradio_utils
 import zoo
 from zoo import archives, images
 from zoo.demo import models
-from zoo.demo.pieces import alert, badge, closed, counted, escape, mass_bar, percent, thumbnail, times, uploaded
+from zoo.demo.pieces import (
+    alert,
+    badge,
+    closed,
+    counted,
+    escape,
+    mass_bar,
+    name_of,
+    percent,
+    thumbnail,
+    times,
+    uploaded,
+)
 from zoo.images import NamedPicture
 from zoo.labels import GROUPS, UNKNOWN
 from zoo.rows import cells, header
@@ -208,7 +220,7 @@ def summary(rows: Sequence[Row]) -> str:
     found = Counter((row.prediction.top[0].label, row.group) for row in read)
     groups = Counter(row.group for row in read)
     shares = {g: groups[g] / len(read) for g in (*GROUPS, UNKNOWN) if groups[g]} if read else {}
-    classes = "".join(f"<li>{badge(group)} {escape(label)} <b>{count:,}</b></li>"
+    classes = "".join(f"<li>{badge(group)} {name_of(label)} <b>{count:,}</b></li>"
                       for (label, group), count in found.most_common(12))
     more = f"<li>and {counted(len(found) - 12, 'more class')[:-1]}es</li>" if len(found) > 13 else ""
     bad = f", {unread:,} could not be read" if unread else ""
@@ -240,7 +252,7 @@ def gallery(rows: Sequence[Row]) -> str:
     for row in rows:
         name, top = escape(short(row.prediction.source)), row.prediction.top
         if top:
-            items += (f'<li><img src="{row.small}" alt="" width="72" height="72"><div><b>{escape(top[0].label)}</b>'
+            items += (f'<li><img src="{row.small}" alt="" width="72" height="72"><div><b>{name_of(top[0].label)}</b>'
                       f'<span>{badge(top[0].group)} {percent(top[0].probability)}</span>'
                       f'<small title="{escape(row.prediction.source)}">{name}</small></div></li>')
         else:
@@ -259,9 +271,9 @@ def table(rows: Sequence[Row], view: View) -> str:
     for row in rows:
         top, name = row.prediction.top, escape(row.prediction.source)
         if top:
-            second = f"{escape(top[1].label)} {percent(top[1].probability)}" if len(top) > 1 else ""
+            second = f"{name_of(top[1].label)} {percent(top[1].probability)}" if len(top) > 1 else ""
             lines += (f'<tr><td><img src="{row.small}" alt="" width="36" height="36"></td><th scope="row">{name}</th>'
-                      f"<td><b>{escape(top[0].label)}</b></td><td>{percent(top[0].probability)}</td>"
+                      f"<td><b>{name_of(top[0].label)}</b></td><td>{percent(top[0].probability)}</td>"
                       f"<td>{badge(top[0].group)}</td><td>{times(top[0].train_images)}</td><td>{second}</td></tr>")
         else:
             lines += (f'<tr class="unread"><td></td><th scope="row">{name}</th><td colspan="5">Not read: '

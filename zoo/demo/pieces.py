@@ -40,6 +40,11 @@ def percent(p: float) -> str:
     return "&lt;0.1%" if 0 < p < 0.0005 else f"{p:.1%}"
 
 
+def name_of(label: str) -> str:
+    """A class's name, which may be of long_words_with_underscores: lines may break there."""
+    return escape(label).replace("_", "_<wbr>")
+
+
 def badge(group: str) -> str:
     return f'<span class="badge {group}">{group}</span>'
 
