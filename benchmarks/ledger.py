@@ -3,8 +3,11 @@
     python -m benchmarks.ledger run --cifar10 DIR --plankton DIR   # goes on where it was stopped
     python -m benchmarks.ledger status                             # what is missing, and how long it will take
     python -m benchmarks.ledger page                               # the tables and the curve in docs/ledger.md
+
+`run` and `status` take the cells of another list as well, with its own results: --protocol benchmarks/development.toml.
 """
 
+import dataclasses
 import json
 import statistics
 import tomllib
@@ -14,11 +17,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 
+from training.cifar import long_tail_counts
 from training.command_line import RunOptions, TrainCifar, TrainFolder, alone_in
 from training.data_check import second_step
-from training.datasets import LongTailed
+from training.datasets import LongTailed, Split
 from training.recipes import Cifar10LT, Folder, Recipe
 from zoo.files import write_atomically
 from zoo.labels import GROUPS
@@ -56,6 +61,10 @@ class Protocol:
     def _set(self, cell: Cell) -> dict[str, Any]:
         return next(part for part in self._content["sets"] if part["name"] == cell.set)
 
+    def validation(self, cell: Cell) -> int:
+        """Training pictures of each class that stand in for the test set; 0: none."""
+        return self._set(cell).get("validation", 0)
+
     def steps(self, cell: Cell) -> int:
         """Steps an epoch."""
         return -(-self._set(cell)["train_pictures"] // self.recipe(cell).batch_size)
@@ -70,44 +79,62 @@ class Protocol:
 
 
 def run(cifar10: Path | None = None, plankton: Path | None = None, runs: Path = Path("runs/ledger"),
-        results: Path = RESULTS, only: str = "", limit: int | None = None) -> None:
+        results: Path | None = None, only: str = "", limit: int | None = None, protocol: Path = PROTOCOL) -> None:
     """Run the cells that are missing, one after the other; a cell done is never run again.
 
     Args:
         cifar10: Folder of the CIFAR-10 pictures, as for `metasaug train cifar10-lt`; without it those cells wait.
         plankton: Folder of the plankton class folders, as for `metasaug train folder`; without it those cells wait.
         runs: Where the runs live; a run that was stopped goes on to the same bits.
-        results: The file that takes each cell's figures as it ends.
+        results: The file that takes each cell's figures as it ends; benchmarks/results/NAME.json of NAME.toml.
         only: Only cells whose SET/METHOD/SEED matches, as "cifar10-lt-100/*/1". Several of these commands may run
             beside each other where no set and seed is matched by two.
         limit: Stop after so many cells.
+        protocol: The list of cells.
     """
-    protocol = Protocol()
+    listed, results = Protocol(protocol), results or _results_of(protocol)
     folders = {"cifar10-lt": cifar10, "folder": plankton}
-    missing = [cell for cell in _missing(protocol, results)
-               if folders[protocol.recipe(cell).dataset] and fnmatch(cell.key, only or "*")]
+    missing = [cell for cell in _missing(listed, results)
+               if folders[listed.recipe(cell).dataset] and fnmatch(cell.key, only or "*")]
     for number, cell in enumerate(missing[:limit], 1):
         print(f"[{number}/{len(missing)}] {cell.key}", flush=True)
-        recipe = protocol.recipe(cell)
+        recipe = listed.recipe(cell)
         folder = folders[recipe.dataset]
         assert folder is not None
         with alone_in(runs / cell.set / str(cell.seed)):
-            figures = _run_cell(recipe, cell, _load(recipe, folder), runs)
+            figures = _run_cell(recipe, cell, _load(recipe, folder, listed.validation(cell)), runs)
         with alone_in(runs, wait=True):
             done = [*_done(results), figures]
-            order = [cell.key for cell in protocol.cells]
+            order = [cell.key for cell in listed.cells]
             done.sort(key=lambda row: order.index(_cell_of(row).key))
             write_atomically(results, _as_json(done))
-        print(f"    {protocol.metric} {figures[protocol.metric]:.2%}", flush=True)
+        print(f"    {listed.metric} {figures[listed.metric]:.2%}", flush=True)
 
 
-def _load(recipe: Recipe, folder: Path) -> LongTailed:
-    """As `metasaug train` loads it."""
+def _results_of(protocol: Path) -> Path:
+    return RESULTS.with_name(f"{protocol.stem}.json")
+
+
+def _load(recipe: Recipe, folder: Path, validation: int) -> LongTailed:
+    """As `metasaug train` loads it. `validation`: so many training pictures a class take the test set's place; 0: none.
+    """
     options = RunOptions(data=folder)
     if isinstance(recipe, Cifar10LT):
-        return TrainCifar(recipe, options).load()
+        return _with_validation(recipe, options, validation) if validation else TrainCifar(recipe, options).load()
     assert isinstance(recipe, Folder)
     return TrainFolder(recipe, options).load()
+
+
+def _with_validation(recipe: Cifar10LT, options: RunOptions, per_class: int) -> LongTailed:
+    """The long tail is cut from what remains; the meta set is that of the whole."""
+    whole = TrainCifar(dataclasses.replace(recipe, imbalance=1), options).load()
+    assert isinstance(whole.train, Split)
+    of_class = [np.flatnonzero(whole.train.labels == c) for c in range(len(whole.label_names))]
+    counts = long_tail_counts(min(map(len, of_class)) - per_class, len(of_class), recipe.imbalance)
+    test_at = np.concatenate([at[:per_class] for at in of_class])
+    train_at = np.concatenate([at[per_class : per_class + n] for at, n in zip(of_class, counts, strict=True)])
+    train, test = (Split(whole.train.pictures[at], whole.train.labels[at]) for at in (train_at, test_at))
+    return dataclasses.replace(whole, train=train, test=test, source=f"{whole.source}, validation cut")
 
 
 def _run_cell(recipe: Recipe, cell: Cell, pictures: LongTailed, runs: Path) -> dict[str, Any]:
@@ -162,13 +189,13 @@ def _as_json(cells: Sequence[Mapping[str, Any]]) -> bytes:
 # ---- status ----
 
 
-def status(results: Path = RESULTS) -> None:
+def status(results: Path | None = None, protocol: Path = PROTOCOL) -> None:
     """What is done, what is missing, and the time left, by what like cells took."""
-    protocol, done = Protocol(), _done(results)
-    missing = _missing(protocol, results)
+    listed, results = Protocol(protocol), results or _results_of(protocol)
+    done, missing = _done(results), _missing(listed, results)
     for cell in missing:
         print(f"missing  {cell.key}")
-    left = _hours_left(protocol, missing, done)
+    left = _hours_left(listed, missing, done)
     print(f"{len(done)} cells done, {len(missing)} missing"
           + ("" if left is None else f"; about {left:.1f} hours left at the speed of the cells done"))
 

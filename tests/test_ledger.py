@@ -64,15 +64,13 @@ train_pictures = 80
 seeds = [3]
 methods = ["ce", "metasaug"]
 """)
-    protocol = ledger.Protocol(listed)
-    monkeypatch.setattr(ledger, "Protocol", lambda: protocol)
     results = tmp_path / "ledger.json"
     # when the first is run, and then the rest, and then all again,
-    ledger.run(tmp_path, runs=tmp_path / "runs", results=results, limit=1)
+    ledger.run(tmp_path, runs=tmp_path / "runs", results=results, limit=1, protocol=listed)
     first = json.loads(results.read_text())["cells"]
-    ledger.run(tmp_path, runs=tmp_path / "runs", results=results)
+    ledger.run(tmp_path, runs=tmp_path / "runs", results=results, protocol=listed)
     both = json.loads(results.read_text())["cells"]
-    ledger.run(tmp_path, runs=tmp_path / "runs", results=results)
+    ledger.run(tmp_path, runs=tmp_path / "runs", results=results, protocol=listed)
     # then each ran once, the second began after stage 1, and its log says how far S moved.
     assert [row["method"] for row in both] == ["ce", "metasaug"]
     assert both[0] == first[0]
