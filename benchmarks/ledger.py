@@ -149,7 +149,7 @@ def _run_cell(recipe: Recipe, cell: Cell, pictures: LongTailed, runs: Path) -> d
     own = folder / cell.method
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     state, measured = loop.run(recipe, pictures, own, device, resume=True, stage1=stage1 if stage1.exists() else None,
-                               evaluate_every=recipe.epochs)
+                               evaluate_every=recipe.epochs, features=folder / "features")
     if not stage1.exists():
         (own / "stage1").rename(stage1)
     second = [line for line in map(json.loads, (own / "log.jsonl").read_text().splitlines()) if line["stage"] == 2]
