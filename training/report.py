@@ -16,6 +16,7 @@ from training.metrics import BINS, ZERO_RECALL, weighted_accuracy, wilson_interv
 from training.plain_words import Classes, Results, advice, percent, plain_words, span, what_it_gets_right
 from training.svg import PERCENT_TICKS, Plot, count_ticks, escaped, even_ticks, shortened
 from zoo.files import write_atomically
+from zoo.label_names import breakable
 from zoo.model_folder import ModelFolder
 
 STYLE = Path(__file__).with_name("report.css")
@@ -127,7 +128,7 @@ def _items(sentences: Iterable[str]) -> str:
     """List items; `code` between backquotes."""
     texts = []
     for sentence in sentences:
-        parts = _breakable(escaped(sentence)).split("`")
+        parts = breakable(escaped(sentence)).split("`")
         even = len(parts) % 2  # an odd number of backquotes is part of somebody's class name
         texts.append("".join(f"<code>{part}</code>" if i % 2 and even else part for i, part in enumerate(parts)))
     return "".join(f"<li>{text}</li>" for text in texts)
@@ -290,12 +291,7 @@ def _pair_table(classes: Classes, pairs: Sequence[Mapping[str, int]]) -> str:
 
 
 def _name(classes: Classes, c: int) -> str:
-    return f"<bdi>{_breakable(escaped(classes.names[c]))}</bdi>"
-
-
-def _breakable(text: str) -> str:
-    """Class names are often long_words_with_underscores: a phone may break them there."""
-    return text.replace("_", "_<wbr/>")
+    return f"<bdi>{breakable(escaped(classes.names[c]))}</bdi>"
 
 
 def _calibration(classes: Classes) -> str:

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 import zoo
 from zoo.demo.models import Model
+from zoo.label_names import breakable
 from zoo.labels import GROUPS, UNKNOWN
 
 SUCH = {"head": "such common classes", "medium": "such mid-sized classes", "tail": "such rare classes"}
@@ -41,8 +42,7 @@ def percent(p: float) -> str:
 
 
 def name_of(label: str) -> str:
-    """A class's name, which may be of long_words_with_underscores: lines may break there."""
-    return escape(label).replace("_", "_<wbr>")
+    return breakable(escape(label))
 
 
 def badge(group: str) -> str:
