@@ -58,19 +58,19 @@ class Protocol:
         return [Cell(part["name"], method, seed) for part in self._content["sets"] for seed in part["seeds"]
                 for method in part["methods"]]
 
-    def _set(self, cell: Cell) -> dict[str, Any]:
+    def set_of(self, cell: Cell) -> dict[str, Any]:
         return next(part for part in self._content["sets"] if part["name"] == cell.set)
 
     def validation(self, cell: Cell) -> int:
         """Training pictures of each class that stand in for the test set; 0: none."""
-        return self._set(cell).get("validation", 0)
+        return self.set_of(cell).get("validation", 0)
 
     def steps(self, cell: Cell) -> int:
         """Steps an epoch."""
-        return -(-self._set(cell)["train_pictures"] // self.recipe(cell).batch_size)
+        return -(-self.set_of(cell)["train_pictures"] // self.recipe(cell).batch_size)
 
     def recipe(self, cell: Cell) -> Recipe:
-        flags = dict(self._set(cell)["recipe"])
+        flags = dict(self.set_of(cell)["recipe"])
         make = RECIPES[flags.pop("dataset")]
         return make(**flags, **self.methods[cell.method], stage1_loss="ce", seed=cell.seed, subset_seed=cell.seed)
 

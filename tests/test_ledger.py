@@ -87,7 +87,7 @@ def test_the_page_on_data_states_how_good_the_automatic_choice_was():
     assert config["command"] == "metasaug train folder --data DIR"
     cells = {row["method"]: row for row in json.loads(ledger.RESULTS.read_text())["cells"]
              if row["set"] == "plankton" and row["seed"] == 0}
-    assert sum(config["class_counts"]) == ledger.Protocol()._set(ledger.Cell("plankton", "ce", 0))["train_pictures"]
+    assert sum(config["class_counts"]) == ledger.Protocol().set_of(ledger.Cell("plankton", "ce", 0))["train_pictures"]
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     # then the page has those figures, and the choice lies within 2 points of the best that was set by hand.
     automatic = config["results"]["macro_error"], config["group_accuracy"]

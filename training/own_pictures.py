@@ -77,8 +77,7 @@ class _Parts:
 
 def assemble(listing: Listing, rule: CutRule) -> LongTailed:
     """Decode every picture once, leave out what is bad (or stop), take the given splits, cut those not given."""
-    if len(listing.label_names) == 1:
-        raise DataError(f"there is one class only, {listing.label_names[0]}: nothing to tell apart.")
+    _check_several(listing.label_names)
     look = look_at if rule.look else glance_at
     looked = look([listing.root / name for name in listing.names], [printable(name) for name in listing.names])
     left_out = list(listing.left_out)
@@ -247,5 +246,9 @@ def _check_trainable(data: LongTailed) -> None:
     if without:
         raise DataError(f"{len(without)} classes have no training pictures: {listed(without, ', ')}. Add some, or "
                         "remove the classes.")
-    if len(data.label_names) < 2:
-        raise DataError(f"there is one class only, {data.label_names[0]}: nothing to tell apart.")
+    _check_several(data.label_names)
+
+
+def _check_several(label_names: Sequence[str]) -> None:
+    if len(label_names) < 2:
+        raise DataError(f"there is one class only, {label_names[0]}: nothing to tell apart.")
