@@ -395,6 +395,8 @@ def schedule_in_words(recipe: Recipe) -> str:
     first, second = (LOSSES_IN_WORDS[loss] for loss in (recipe.first_loss, recipe.loss))
     if recipe.augment == "isda":
         second = f"ISDA ({recipe.covariance} covariances)"
+    elif recipe.augment == "heldout":
+        second = f"held-out augmentation ({recipe.covariance} covariances)"
     elif recipe.augment == "metasaug":
         second = (f"MetaSAug ({recipe.covariance} covariances, look-ahead through the {recipe.lookahead}"
                   + (", quirks of the authors' code" if recipe.fidelity == "reference" else "") + ")")

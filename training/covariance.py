@@ -60,13 +60,7 @@ class RunningCovariance:
         counts_U = torch.bincount(index_N, minlength=len(classes_U))
         mean_UA = features_NA.new_zeros(len(classes_U), features_NA.shape[1])
         mean_UA.index_add_(0, index_N, features_NA).div_(counts_U[:, None])
-        away_NA = features_NA - mean_UA[index_N]
-        if self.kind == "diagonal":
-            scatter_U = torch.zeros_like(mean_UA).index_add_(0, index_N, away_NA * away_NA)
-        else:
-            order_N = index_N.argsort()
-            parts = away_NA[order_N].split(counts_U.tolist())
-            scatter_U = torch.stack([part_NA.T @ part_NA for part_NA in parts])
+        scatter_U = scatter(features_NA - mean_UA[index_N], index_N, counts_U, self.kind)
         self._absorb(classes_U, counts_U, mean_UA, scatter_U)
 
     @torch.no_grad()
@@ -74,7 +68,7 @@ class RunningCovariance:
         """Takes in everything that `other` has seen: what one estimator over both streams would hold."""
         classes_U = other.counts.nonzero()[:, 0]
         counts_U = other.counts[classes_U]
-        n_U = _as_column(counts_U, other.covariance)
+        n_U = as_column(counts_U, other.covariance)
         self._absorb(classes_U, counts_U, other.mean[classes_U], other.covariance[classes_U] * n_U)
 
     def _absorb(self, classes_U: Tensor, counts_U: Tensor, mean_UA: Tensor, scatter_U: Tensor) -> None:
@@ -82,8 +76,8 @@ class RunningCovariance:
         share_U = counts_U.to(self.mean.dtype) / total_U
         away_UA = mean_UA - self.mean[classes_U]
         between_U = away_UA * away_UA if self.kind == "diagonal" else away_UA[:, :, None] * away_UA[:, None, :]
-        w_U = _as_column(share_U, self.covariance)
-        within_U = scatter_U / _as_column(counts_U, self.covariance)
+        w_U = as_column(share_U, self.covariance)
+        within_U = scatter_U / as_column(counts_U, self.covariance)
         old_U = self.covariance[classes_U]
         self.covariance[classes_U] = old_U * (1 - w_U) + within_U * w_U + between_U * (w_U * (1 - w_U))
         self.mean[classes_U] += share_U[:, None] * away_UA
@@ -93,7 +87,7 @@ class RunningCovariance:
         return {"covariance": self.covariance, "mean": self.mean, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        _load(self.state_dict(), state)
+        load_tensors(self.state_dict(), state)
 
 
 class LearnedCovariance:
@@ -118,7 +112,7 @@ class LearnedCovariance:
         return {"delta": self.delta}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        _load(self.state_dict(), state)
+        load_tensors(self.state_dict(), state)
 
 
 def nearest_semidefinite(covariance_U: Tensor) -> Tensor:
@@ -143,11 +137,24 @@ def nearest_semidefinite(covariance_U: Tensor) -> Tensor:
     return covariance_U
 
 
-def _as_column(values_U: Tensor, like: Tensor) -> Tensor:
+def scatter(away_NA: Tensor, index_N: Tensor, counts_U: Tensor, kind: Kind) -> Tensor:
+    """Sums of away away^T over the rows of each class -> (U, A, A), or their diagonals (U, A).
+
+    index_N   in [0, U), the class of each row          counts_U   how often it occurs
+    """
+    if kind == "diagonal":
+        return away_NA.new_zeros(len(counts_U), away_NA.shape[1]).index_add_(0, index_N, away_NA * away_NA)
+    parts = away_NA[index_N.argsort()].split(counts_U.tolist())
+    return torch.stack([part_NA.T @ part_NA for part_NA in parts])
+
+
+def as_column(values_U: Tensor, like: Tensor) -> Tensor:
+    """(U,) to multiply covariances (U, A, A) or (U, A) by."""
     return values_U.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _load(into: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+def load_tensors(into: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """In place; TrainingError where the saved ones have other shapes."""
     for name, tensor in into.items():
         if name not in state or state[name].shape != tensor.shape:
             saved = tuple(state[name].shape) if name in state else "nothing"

@@ -24,7 +24,7 @@ from zoo.images import decode
 from zoo.labels import GROUPS, HEAD_ABOVE, TAIL_BELOW, assign_groups
 
 # Steps of stage 2 against plain ones (docs/method.md): the look-ahead through the network costs most.
-STAGE2_STEP = {"none": 1.0, "isda": 1.1, "classifier": 1.4, "network": 3.8}
+STAGE2_STEP = {"none": 1.0, "isda": 1.1, "heldout": 1.5, "classifier": 1.4, "network": 3.8}
 FORWARD = 1 / 3  # of a plain step, by counting passes: what a picture costs where only the last layer trains
 
 
@@ -42,7 +42,7 @@ def passes(recipe: Recipe) -> tuple[float, float]:
 def second_step(recipe: Recipe) -> float:
     """What a picture costs in the second stage, by a plain step's."""
     if recipe.stands_still(in_stage2=True):
-        return FORWARD * (2 if recipe.augment == "metasaug" else 1)  # the meta batch is as large
+        return FORWARD * (2 if recipe.augment in ("metasaug", "heldout") else 1)  # the meta batch is as large
     return STAGE2_STEP[recipe.lookahead if recipe.augment == "metasaug" else recipe.augment]
 
 

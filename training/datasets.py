@@ -37,6 +37,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def at(self, indices: Iterable[int] | np.ndarray) -> "Split":
+        """The pictures at these places, in this order."""
+        at = np.fromiter(indices, np.int64)
+        return Split(self.pictures[at], self.labels[at])
+
 
 @dataclass(frozen=True)
 class PictureFiles:
@@ -99,6 +104,13 @@ class LongTailed:
     def untested_classes(self) -> tuple[int, ...]:
         tested = np.bincount(self.test.labels, minlength=len(self.label_names))
         return tuple(np.flatnonzero(tested == 0).tolist())
+
+    @property
+    def held_out(self) -> Split | PictureFiles:
+        """The meta pictures that are not in training."""
+        if not self.shared_meta_classes:
+            return self.meta
+        return self.meta.at(np.flatnonzero(~np.isin(self.meta.labels, self.shared_meta_classes)))
 
     def identity(self) -> dict[str, Any]:
         """What must be the same when a run goes on: classes, counts, and which pictures train and guide, by name."""

@@ -29,6 +29,7 @@ from training.datasets import LongTailed, PictureFiles, Split, listed
 from training.errors import DivergenceError, Interrupted, TrainingError
 from training.features import CachedBatches, FeatureCache, Head
 from training.frozen_head import SUPPORTED_LOSSES, frozen_head_step
+from training.heldout import HeldOut, heldout_step
 from training.losses import HeadLoss, class_balanced_weights
 from training.meta import StepResult, check_finite, isda_step, metasaug_step, plain_step
 from training.metrics import DETAILS, Tally
@@ -49,7 +50,7 @@ class State:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     covariance: RunningCovariance
-    learned: LearnedCovariance
+    learned: LearnedCovariance | HeldOut
     scale: GradientScale = field(default_factory=GradientScale)  # of float16's gradients
     epoch: int = 0  # the epoch that is running, from 0
     step: int = 0  # the next step in it
@@ -99,8 +100,9 @@ def _floats(values: Iterable[Any]) -> list[torch.Tensor]:
     return [v for v in values if torch.is_tensor(v) and v.is_floating_point()]
 
 
-def start(recipe: Recipe, num_classes: int, device: torch.device) -> State:
+def start(recipe: Recipe, data: LongTailed, device: torch.device) -> State:
     torch.manual_seed(recipe.seed)
+    num_classes = len(data.label_names)
     module = create(recipe.architecture, num_classes, recipe.cosine_scale).to(device)
     if recipe.pretrained is not None:
         load_pretrained(module, recipe.pretrained)
@@ -113,6 +115,9 @@ def start(recipe: Recipe, num_classes: int, device: torch.device) -> State:
     width: int = module.get_classifier().in_features  # type: ignore[operator, union-attr]
     kind = recipe.covariance if recipe.augment != "none" else "diagonal"  # not used then: the smaller one
     covariance = RunningCovariance(num_classes, width, kind, device=device)
+    if recipe.augment == "heldout":
+        held = np.bincount(data.held_out.labels, minlength=num_classes).tolist()
+        return State(module, optimizer, covariance, HeldOut(covariance, held))
     return State(module, optimizer, covariance, LearnedCovariance(covariance))
 
 
@@ -135,6 +140,11 @@ def data_of_stage(recipe: Recipe, data: LongTailed, stage: Literal[1, 2]) -> Lon
     return data.with_meta_in_training() if stage in joined else data
 
 
+def guide_of(recipe: Recipe, data: LongTailed) -> Split | PictureFiles:
+    """The pictures that S is learned from."""
+    return data.held_out if recipe.augment == "heldout" else data.meta
+
+
 def view_of(recipe: Recipe, data: LongTailed) -> View:
     """How the recipe shows the network these pictures."""
     if recipe.input_size is not None:
@@ -152,11 +162,12 @@ def _stages(
 ) -> tuple[Stage, Stage]:
     """What both stages train on; pictures that fit are read into memory, once."""
     cached = recipe.cache_features and recipe.stands_still(in_stage2=False)
-    in_memory = not cached and fits_in_memory(view, len(data.train) + len(data.meta))
+    guide = guide_of(recipe, data)
+    in_memory = not cached and fits_in_memory(view, len(data.train) + len(guide))
     first, second = (data_of_stage(recipe, data, number) for number in (1, 2))
-    train, meta, second_train = first.train, data.meta, second.train
+    train, meta, second_train = first.train, guide, second.train
     if in_memory:
-        train, meta = (hold(pictures, view, workers) for pictures in (first.train, data.meta))
+        train, meta = (hold(pictures, view, workers) for pictures in (first.train, guide))
         second_train = train if second.train is first.train else hold(second.train, view, workers)
 
     def stage(pictures: Split | PictureFiles, counts: tuple[int, ...], loss: Loss, size: int, weighted: bool) -> Stage:
@@ -178,7 +189,8 @@ def _placed(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _on_features(
-    stage: Stage, cache: FeatureCache, data: LongTailed, module: nn.Module, before_each: Callable[[], None]
+    recipe: Recipe, stage: Stage, cache: FeatureCache, data: LongTailed, module: nn.Module,
+    before_each: Callable[[], None],
 ) -> Stage:
     """The same stage on cached features, which are computed first where they are not there yet.
 
@@ -191,7 +203,7 @@ def _on_features(
                              batches.batch_size, batches.device, last.weight.dtype, batches.processes)
 
     return dataclasses.replace(stage, batches=cached("train", data.train, stage.batches),
-                               meta=cached("meta", data.meta, stage.meta), head=Head(last))
+                               meta=cached("meta", guide_of(recipe, data), stage.meta), head=Head(last))
 
 
 def check(recipe: Recipe, data: LongTailed) -> None:
@@ -210,6 +222,9 @@ def check(recipe: Recipe, data: LongTailed) -> None:
     if recipe.augment == "metasaug" and len(lacking):
         raise TrainingError(f"{len(lacking)} classes have no picture in the meta set, which MetaSAug learns from: "
                             f"{named(lacking)}. Give each one at least, or train with --augment isda or none.")
+    if recipe.augment == "heldout" and not len(data.held_out):
+        raise TrainingError("No class can spare a picture from training, and --augment heldout measures on such: train "
+                            "with --augment metasaug, isda or none.")
 
 
 def run(
@@ -247,7 +262,7 @@ def run(
         _same_bits_each_time()
     final = data_of_stage(recipe, data, 2)
     groups, _ = assign_groups(final.class_counts)
-    state = start(recipe, len(data.label_names), device)
+    state = start(recipe, data, device)
     compute = Compute(processes, recipe.precision, recipe.accumulate, recipe.compile, state.scale)
     _find_start(recipe, data, state, folder, resume, stage1, processes)
     view = view_of(recipe, data)
@@ -291,7 +306,7 @@ def run(
             return stages[in_stage2]
         if in_stage2 not in on_features:
             began, of_stage = time.monotonic(), data_of_stage(recipe, data, 2 if in_stage2 else 1)
-            on_features[in_stage2] = _on_features(stages[in_stage2], cache, of_stage, state.module,
+            on_features[in_stage2] = _on_features(recipe, stages[in_stage2], cache, of_stage, state.module,
                                                   lambda: leave_if_stopped(False))
             processes.wait()
             state.seconds += time.monotonic() - began
@@ -320,7 +335,7 @@ def run(
             stage, last = stage_of_epoch(in_stage2), steps[state.epoch]
             for group in state.optimizer.param_groups:
                 group["lr"] = recipe.lr_at(state.epoch)
-            with_meta = in_stage2 and recipe.augment == "metasaug"
+            with_meta = in_stage2 and recipe.augment in ("metasaug", "heldout")
             meta = _meta_batches(recipe, stage, state, last) if with_meta else itertools.repeat(None)
             began = time.monotonic()
             for (pictures, labels), meta_batch in zip(stage.batches.epoch(state.epoch, state.step), meta, strict=False):
@@ -382,7 +397,7 @@ def _check_disk(recipe: Recipe, data: LongTailed, cache: FeatureCache, state: St
     trained_on = [data_of_stage(recipe, data, 2).train]
     if from_start and recipe.stage2_epoch and recipe.meta_in_training == "stage2":
         trained_on.append(data.train)
-    cache.check_disk([*(("train", one) for one in trained_on), ("meta", data.meta), ("test", data.test)],
+    cache.check_disk([*(("train", one) for one in trained_on), ("meta", guide_of(recipe, data)), ("test", data.test)],
                      state.module, recipe.stands_still(state.epoch >= recipe.stage2_epoch))
 
 
@@ -411,6 +426,9 @@ def _step(
         return isda_step(module, pictures, labels, state.covariance, stage.loss, strength, stage.weights, compute)
     if meta_batch is None:
         return plain_step(module, pictures, labels, stage.loss, stage.weights, compute)
+    if isinstance(state.learned, HeldOut):
+        return heldout_step(module, pictures, labels, *meta_batch, state.learned, stage.loss, strength, stage.weights,
+                            compute)
     how: dict[str, Any] = {"strength": strength, "inner_rate": _inner_rate(recipe, state.epoch),
                            "meta_rate": recipe.meta_rate, "fidelity": recipe.fidelity, "class_weights": stage.weights}
     if _in_closed_form(recipe):
@@ -469,8 +487,10 @@ def evaluate(
 def _figures(result: StepResult, labels: torch.Tensor) -> dict[str, float]:
     """What a step says for the log. `shift` is |S' - S| / |S|, `effect` what that change did to the loss."""
     figures = {"loss": result.loss, "wrong": (result.logits_NC.argmax(1) != labels).sum()}
-    if result.meta_loss is not None and result.loss_before is not None and result.shift is not None:
-        figures |= {"meta_loss": result.meta_loss, "shift": result.shift, "effect": result.loss - result.loss_before}
+    if result.meta_loss is not None:
+        figures["meta_loss"] = result.meta_loss
+    if result.loss_before is not None and result.shift is not None:
+        figures |= {"shift": result.shift, "effect": result.loss - result.loss_before}
     values = torch.stack([value.to(result.loss.dtype) for value in figures.values()]).tolist()  # one look at the device
     return dict(zip(figures, values, strict=True))
 

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal, Self
 from training.errors import TrainingError
 
 Loss = Literal["ce", "focal", "ldam", "ldam-published", "balanced-softmax", "logit-adjustment"]
-Augment = Literal["none", "isda", "metasaug"]
+Augment = Literal["none", "isda", "metasaug", "heldout"]
 Crops = Literal["shift", "resized"]
 Flips = Literal["none", "mirror", "all"]
 CropMode = Literal["center", "squash", "border"]
@@ -65,14 +65,15 @@ class Recipe:
 
     stage1_loss: Literal["auto", "ce", "same"] = "auto"
     """Loss of stage 1. ce: plain cross entropy, as the authors' code has with every loss; same: --loss; auto: ce
-    with isda and metasaug, same otherwise. (ldam-published has its own in both.)"""
+    with an augmentation, same otherwise. (ldam-published has its own in both.)"""
 
     augment: Augment = "metasaug"
-    """Stage 2: none, isda (covariances as estimated) or metasaug (covariances learned on the meta set)."""
+    """Stage 2: none, isda (covariances as estimated), metasaug (covariances learned on the meta set) or heldout
+    (covariances measured on the meta set, about the training means)."""
 
     class_weights: Literal["auto", "none", "balanced"] = "auto"
-    """Weights of classes in stage 2. balanced: by effective number of pictures; auto: balanced with isda and
-    metasaug, none otherwise. Balanced without augmentation is deferred re-weighting (DRW)."""
+    """Weights of classes in stage 2. balanced: by effective number of pictures; auto: balanced with an
+    augmentation, none otherwise. Balanced without augmentation is deferred re-weighting (DRW)."""
 
     beta: float = 0.9999
     """Effective number: a class of n pictures counts as (1 - beta^n) / (1 - beta)."""
@@ -224,6 +225,9 @@ class Recipe:
                 raise TrainingError(f"--{flag} {' '.join(map(str, values))}: of pictures in [0, 1]: each from 0 to 1.")
         if self.std is not None and min(self.std) < 1e-3:
             raise TrainingError("--std: each at least 0.001.")
+        if self.augment == "heldout" and self.meta_in_training != "never":
+            raise TrainingError("--augment heldout measures on meta pictures that are not trained on: it goes with "
+                                "--meta-in-training never.")
         if self.color_jitter and self.crops == "shift":
             raise TrainingError("--color-jitter goes with --crops resized.")
 
@@ -270,7 +274,7 @@ class Recipe:
 
     @property
     def method(self) -> str:
-        """One word for tables: metasaug, isda, or the loss's own name."""
+        """One word for tables: metasaug, isda, heldout, or the loss's own name."""
         return self.loss if self.augment == "none" else self.augment
 
     @property

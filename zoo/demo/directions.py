@@ -22,7 +22,7 @@ LEANS = 0.1  # cosine from which a direction is said to lean towards a class
 def offered() -> list[str]:
     """Models that may have directions: those of methods that learn them; bundled and own ones are looked into."""
     return [o.name for o in models.offers() if o.ready and (
-        o.method in ("metasaug", "isda") if o.weights == "hub"
+        o.method in ("metasaug", "isda", "heldout") if o.weights == "hub"
         else (found := models.quietly(models.model, o.name)) is not None and found.has_directions)]
 
 

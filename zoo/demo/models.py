@@ -16,9 +16,10 @@ from zoo.loading import open_folder
 from zoo.model_folder import CARD, CONFIG, COVARIANCE, ONNX, ModelFolder
 from zoo.registry import find as zoo_find
 
-TITLES = {"metasaug": "MetaSAug", "isda": "ISDA", "ce": "Plain cross entropy", "ldam": "LDAM", "focal": "Focal loss",
-          "drw": "Re-weighted late"}
+TITLES = {"metasaug": "MetaSAug", "isda": "ISDA", "heldout": "Held-out augmentation", "ce": "Plain cross entropy",
+          "ldam": "LDAM", "focal": "Focal loss", "drw": "Re-weighted late"}
 HOW_TRAINED = {"metasaug": "Rare classes count more and vary more", "isda": "Features vary, by class",
+               "heldout": "Rare classes count more, and vary as pictures held out do",
                "ce": "Training as usual"}
 AT_ONCE = 4  # models side by side
 FILES = (CONFIG, ONNX, CARD)  # of a model on the Hub, fetched together

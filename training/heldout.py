@@ -1,0 +1,116 @@
+"""Held-out augmentation: each class is augmented by how far pictures that are not trained on lie from those that are.
+
+ISDA and MetaSAug start from the covariance of the training features. Once the network fits its training pictures, that
+is too small, of rare classes most: their few features are pulled together, and a new picture lies beside them. What the
+augmentation should imitate is where new pictures of a class lie, seen from the training mean m_c that the last layer
+has learned; and that can be measured, on the meta set, which has pictures of each class that are not trained on:
+
+    M_c = E (f - m_c)(f - m_c)^T over held-out features f of class c
+        = their covariance + (their mean - m_c)(their mean - m_c)^T
+
+Ten pictures say little about A directions, so that M_c is shrunk towards the mean of all classes' (docs/heldout.md):
+
+    S_c = k_c / (k_c + 10) M_c + 10 / (k_c + 10) mean_c M_c          k_c held-out pictures of class c, 0 or more
+
+Nothing is learned by gradient, S_c is positive semi-definite by construction, and a class of which no picture can be
+spared still gets what its neighbours show.
+
+Shape suffixes: N samples, M held-out samples, C classes, A features, U distinct classes.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.backbone import BatchFeatures, Compute
+from training.covariance import RunningCovariance, as_column, load_tensors, scatter
+from training.losses import HeadLoss
+from training.meta import StepResult, TrainBatch, check_finite
+
+# Held-out pictures of its own that weigh as much as the mean over all classes.
+PRIOR = 10
+
+
+class HeldOut:
+    """S of each class, from held-out features; see the top of this file.
+
+    running     of the training features; their mean is what held-out ones are measured from
+    pictures    (C,) how many held-out pictures there are of each class, 0 or more
+    moment      M, (C, A, A) or (C, A): mean over all looks, each from the training mean of its time
+    seen        (C,) int64, looks at held-out pictures
+    """
+
+    def __init__(self, running: RunningCovariance, pictures: Sequence[int]):
+        self.running = running
+        self.moment = torch.zeros_like(running.covariance)
+        self.seen = torch.zeros_like(running.counts)
+        k_C = torch.tensor(pictures, dtype=running.mean.dtype, device=running.mean.device)
+        self._own_C = k_C / (k_C + PRIOR)
+
+    def rows(self, classes_U: Tensor) -> Tensor:
+        """S of these classes -> (U, A, A) or (U, A); 0 before the first look at any."""
+        mean = self.moment.sum(0) / (self.seen > 0).sum().clamp_min(1)
+        own_U = as_column(torch.where(self.seen > 0, self._own_C, 0)[classes_U], self.moment)
+        return torch.lerp(mean.expand_as(self.moment[classes_U]), self.moment[classes_U], own_U)
+
+    @property
+    def delta(self) -> Tensor:
+        """What S is more than the training features' own covariance."""
+        return self.rows(torch.arange(len(self.seen), device=self.seen.device)) - self.running.covariance
+
+    @torch.no_grad()
+    def update(self, features_MA: Tensor, labels_M: Tensor) -> None:
+        """Takes in held-out features (detached here); those of classes that training has not shown yet are passed by.
+        """
+        known_M = self.running.counts[labels_M] > 0
+        labels_M = labels_M[known_M]
+        classes_U, index_M = labels_M.unique(return_inverse=True)
+        if not len(classes_U):
+            return
+        looks_U = torch.bincount(index_M, minlength=len(classes_U))
+        away_MA = features_MA.detach()[known_M].to(self.moment.dtype) - self.running.mean[labels_M]
+        self.seen[classes_U] += looks_U
+        moment_U = scatter(away_MA, index_M, looks_U, self.running.kind) / as_column(looks_U, self.moment)
+        share_U = as_column(looks_U / self.seen[classes_U], self.moment)
+        self.moment[classes_U] = torch.lerp(self.moment[classes_U], moment_U, share_U)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"moment": self.moment, "seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        load_tensors(self.state_dict(), state)
+
+
+def heldout_step(
+    module: nn.Module,
+    pictures: Tensor,
+    labels_N: Tensor,
+    held_pictures: Tensor,
+    held_labels: Tensor,
+    held: HeldOut,
+    head_loss: HeadLoss,
+    strength: float,
+    class_weights: Tensor | None = None,
+    compute: Compute | None = None,
+) -> StepResult:
+    """The loss augmented by S as it stands, its gradient left in `.grad`; then both estimates take in their features.
+
+    module          in train mode; batch norm's running statistics see the training batch, the held-out one never
+    held_pictures   of classes in any proportion, none of them trained on; like pictures, this process's part of them
+    strength        lambda_t of this epoch
+    meta_loss of the result is the plain cross entropy of the held-out batch before the update.
+    Raises DivergenceError before anything is updated (batch norm's statistics aside).
+    """
+    batch = TrainBatch(module, pictures, labels_N, head_loss, strength, class_weights, compute)
+    # As the training batch is seen, batch norm by its own statistics: what differs is then the pictures alone.
+    looks = BatchFeatures(module, held_pictures, len(held_labels), batch.compute, {}, graph=False)
+    with torch.no_grad():
+        held_loss = F.cross_entropy(head_loss.logits(looks.whole_NA, *batch.head), held_labels)
+    check_finite(meta_loss=[held_loss])
+    result = batch.leave_gradient(held.rows(batch.classes_U))
+    held.running.update(head_loss.augmentable_features(result.features_NA), labels_N)
+    held.update(head_loss.augmentable_features(looks.whole_NA), held_labels)
+    return dataclasses.replace(result, meta_loss=held_loss)
