@@ -24,8 +24,8 @@ METHODS = {
                 "is learned on a small balanced meta set, and classes are re-weighted",
     "isda": "ISDA: in the second stage each class's features are augmented along its running covariance, and classes "
             "are re-weighted",
-    "heldout": "Held-out augmentation: in the second stage each class's features are augmented by how far pictures that "
-               "are not trained on (a small balanced set) lie from its training mean, and classes are re-weighted",
+    "heldout": "Held-out augmentation: in the second stage each class's features are augmented by how far pictures "
+               "that are not trained on (a small balanced set) lie from its training mean, and classes are re-weighted",
     "classifier-balancing": "Weights of classifier-balancing (Kang et al. 2020), which trains features and classifier "
                             "apart",
 }

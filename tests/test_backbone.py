@@ -151,7 +151,7 @@ def test_a_stage_1_of_classifier_balancing_goes_on_with_its_last_layer_where_its
         ("ready", 20, 0) if classes == 3 else ("fresh", 30, 10)), reasons
     # on the data's own mean and std, as the file does not say.
     assert loop.view_of(recipe, DATA).mean == DATA.mean
-    module = loop.start(recipe, 3, CPU).module
+    module = loop.start(recipe, DATA, CPU).module
     weights = module.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in body.items())
     assert torch.equal(weights["fc.weight"], last["fc.weight"]) == (classes == 3)
@@ -163,7 +163,7 @@ def test_only_the_last_layer_moves_in_either_stage(tmp_path):
     recipe = INat18(architecture="resnet10", backbone=str(tmp_path / "stage1.pth"), input_size=16, crops="shift",
                     epochs=4, stage2_epochs=2, batch_size=16, stage2_batch_size=16)
     recipe, _ = settle(recipe, DATA, CPU, None)
-    before = loop.start(recipe, 3, CPU).module.state_dict()
+    before = loop.start(recipe, DATA, CPU).module.state_dict()
     # when both stages have trained, then no tensor but the last layer's has moved, batch norm's statistics neither.
     state, _ = loop.run(recipe, DATA, tmp_path / "run", CPU)
     moved = {name for name, tensor in state.module.state_dict().items() if not torch.equal(tensor, before[name])}

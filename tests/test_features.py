@@ -23,6 +23,7 @@ from training.datasets import Split  # noqa: E402
 from training.errors import Interrupted, TrainingError  # noqa: E402
 from training.features import VIEWS, CachedBatches, FeatureCache, Head  # noqa: E402
 from training.frozen_head import frozen_head_step  # noqa: E402
+from training.heldout import HeldOut, heldout_step  # noqa: E402
 from training.losses import HeadLoss, class_balanced_weights  # noqa: E402
 from training.meta import isda_step, metasaug_step, plain_step  # noqa: E402
 from training.recipes import Cifar10LT, INat18  # noqa: E402
@@ -86,6 +87,8 @@ METHODS = {
     "isda": ("ce", lambda net, x, y, meta, learned, loss, w: isda_step(net, x, y, learned.running, loss, 0.5, w)),
     "metasaug": ("focal", lambda net, x, y, meta, learned, loss, w: metasaug_step(
         net, x, y, *meta, learned, loss, strength=0.5, inner_rate=0.1, class_weights=w)),
+    "heldout": ("ce", lambda net, x, y, meta, learned, loss, w: heldout_step(
+        net, x, y, *meta, learned, loss, 0.5, w)),
     "metasaug in closed form": ("ldam", lambda net, x, y, meta, learned, loss, w: closed_form(
         net, x, y, *meta, learned, loss, strength=0.5, inner_rate=0.1, class_weights=w)),
 }
@@ -109,7 +112,8 @@ def test_training_on_features_is_training_on_the_same_views_of_the_pictures(tmp_
         else:
             train, meta = (OfViews(part, 3, kind, 16, torch.float64)
                            for kind, part in (("train", DATA.train), ("meta", DATA.meta)))
-        learned = LearnedCovariance(RunningCovariance(3, 64, "diagonal", torch.float64))
+        running = RunningCovariance(3, 64, "diagonal", torch.float64)
+        learned = HeldOut(running, (6, 6, 0)) if method == "heldout" else LearnedCovariance(running)
         optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1, 0.9, weight_decay=5e-4)
         losses = []
         for epoch in range(2):

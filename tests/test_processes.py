@@ -24,6 +24,7 @@ from training.backbone import BatchFeatures, Compute, GradientScale  # noqa: E40
 from training.covariance import LearnedCovariance, RunningCovariance  # noqa: E402
 from training.errors import DataError  # noqa: E402
 from training.frozen_head import frozen_head_step  # noqa: E402
+from training.heldout import HeldOut, heldout_step  # noqa: E402
 from training.losses import HeadLoss, class_balanced_weights  # noqa: E402
 from training.meta import isda_step, metasaug_step, plain_step  # noqa: E402
 from training.processes import Processes, joined  # noqa: E402
@@ -44,6 +45,7 @@ CASES = {
     "metasaug, classifier": (vit_block, "full", "classifier"),
     "metasaug, network": (vit_block, "full", "network"),
     "metasaug, network, diagonal": (vit_block, "diagonal", "network"),
+    "heldout": (vit_block, "full", "heldout"),
     "metasaug, frozen backbone": (frozen, "diagonal", "classifier"),
     "metasaug, frozen backbone, closed form": (frozen, "diagonal", "closed form"),
 }
@@ -56,7 +58,8 @@ def trained(case: str, compute: Compute, dtype=torch.float64, steps=STEPS, devic
     net = make(CLASSES).to(device, dtype).train()
     counts = [1000 // (c + 1) for c in range(CLASSES)]
     head_loss, weights = HeadLoss("ldam", counts), class_balanced_weights(counts)
-    learned = LearnedCovariance(RunningCovariance(CLASSES, net.get_classifier().in_features, kind, dtype, device))
+    running = RunningCovariance(CLASSES, net.get_classifier().in_features, kind, dtype, device)
+    learned = HeldOut(running, [3] * CLASSES) if how == "heldout" else LearnedCovariance(running)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1, 0.9, nesterov=True)
     rng, losses = torch.Generator().manual_seed(1), []
     for _ in range(steps):
@@ -69,6 +72,8 @@ def trained(case: str, compute: Compute, dtype=torch.float64, steps=STEPS, devic
             result = plain_step(net, own, y, head_loss, weights, compute)
         elif how == "isda":
             result = isda_step(net, own, y, learned.running, head_loss, 0.5, weights, compute)
+        elif how == "heldout":
+            result = heldout_step(net, own, y, own_meta, meta_y, learned, head_loss, 0.5, weights, compute)
         elif how == "closed form":
             features, meta_features = (BatchFeatures(net, part, total, compute, graph=False).whole_NA
                                        for part, total in ((own, 21), (own_meta, 15)))

@@ -127,7 +127,7 @@ def test_cifar_100_trains_and_with_shuffled_labels_the_gain_is_gone(tmp_path):
 
 
 @pytest.mark.parametrize("loss", ["ce", "focal", "ldam", "ldam-published", "balanced-softmax", "logit-adjustment"])
-@pytest.mark.parametrize("augment", ["none", "isda", "metasaug"])
+@pytest.mark.parametrize("augment", ["none", "isda", "metasaug", "heldout"])
 def test_every_loss_runs_with_every_augmentation(tmp_path, loss, augment):
     recipe = Cifar10LT(loss=loss, augment=augment, epochs=2, batch_size=35, lr=0.01, stage1_loss="same")
     state, results = loop.run(recipe, small_data(), tmp_path, CPU)
@@ -142,7 +142,7 @@ FROZEN = Cifar10LT(epochs=6, stage2_epochs=3, batch_size=16, lr=0.02, schedule="
                    stage2_batch_size=12, stage2_trains="classifier", covariance="diagonal")
 
 
-@pytest.mark.parametrize("augment", ["none", "isda", "metasaug"])
+@pytest.mark.parametrize("augment", ["none", "isda", "metasaug", "heldout"])
 def test_with_the_backbone_frozen_only_the_last_layer_moves(tmp_path, augment):
     # Given the stage 1 of a run whose stage 2 trains the last layer only,
     recipe = dataclasses.replace(FROZEN, augment=augment)
@@ -332,7 +332,8 @@ def test_reference_fidelity_on_large_sets_takes_the_same_meta_batch_every_step(t
 
 @pytest.mark.parametrize("flags", [
     {"beta": 1.0}, {"momentum": -0.1}, {"strength": float("nan")}, {"crop_pct": 0}, {"seed": -1}, {"input_size": 5000},
-    {"stage2_epochs": 201}, {"color_jitter": 0.4}, {"lr_drop": 2}, {"stage2_batch_size": 1}, {"weight_decay": -1}],
+    {"stage2_epochs": 201}, {"color_jitter": 0.4}, {"lr_drop": 2}, {"stage2_batch_size": 1},
+    {"augment": "heldout", "meta_in_training": "stage2"}, {"weight_decay": -1}],
     ids=str)
 def test_flags_out_of_their_range_are_refused_by_name(flags):
     with pytest.raises(TrainingError, match="--"):
@@ -345,6 +346,10 @@ def test_data_that_cannot_be_trained_on_is_refused_by_name():
     with pytest.raises(TrainingError, match="no picture in the meta set, which MetaSAug learns from: c"):
         loop.check(Cifar10LT(), one)
     loop.check(Cifar10LT(augment="isda"), one)
+    none_spared = dataclasses.replace(data, shared_meta_classes=(0, 1, 2))
+    loop.check(Cifar10LT(), none_spared)
+    with pytest.raises(TrainingError, match="No class can spare a picture"):
+        loop.check(Cifar10LT(augment="heldout"), none_spared)
     empty = dataclasses.replace(data, train=coloured_stripes([6, 6], 0))
     with pytest.raises(TrainingError, match="no training picture: c"):
         loop.check(Cifar10LT(augment="none"), empty)

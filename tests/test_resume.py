@@ -48,6 +48,7 @@ ON_DISK = {"crops": "resized", "input_size": 16}
 KILLED = {
     "diagonal, through the network, on disk": {"lookahead": "network", "covariance": "diagonal", **ON_DISK},
     "frozen, in closed form, on disk": {**FROZEN, "covariance": "diagonal", **ON_DISK},
+    "heldout": {"augment": "heldout"},
     "frozen, on cached features": {**FROZEN, "covariance": "diagonal", **ON_DISK, "cache_features": 2},
 }
 KILLED_LONGER = KILLED | {"full covariances": {}, "full covariances, through the network": {"lookahead": "network"},

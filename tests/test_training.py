@@ -83,6 +83,7 @@ METHODS = {
     "metasaug through the network": {"lookahead": "network"},
     "metasaug, diagonal, ldam": {"covariance": "diagonal", "loss": "ldam"},
     "metasaug, reference": {"fidelity": "reference", "loss": "focal"},
+    "heldout": {"augment": "heldout"},
 }
 
 

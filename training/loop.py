@@ -189,7 +189,7 @@ def _placed(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _on_features(
-    recipe: Recipe, stage: Stage, cache: FeatureCache, data: LongTailed, module: nn.Module,
+    stage: Stage, cache: FeatureCache, recipe: Recipe, data: LongTailed, module: nn.Module,
     before_each: Callable[[], None],
 ) -> Stage:
     """The same stage on cached features, which are computed first where they are not there yet.
@@ -306,7 +306,7 @@ def run(
             return stages[in_stage2]
         if in_stage2 not in on_features:
             began, of_stage = time.monotonic(), data_of_stage(recipe, data, 2 if in_stage2 else 1)
-            on_features[in_stage2] = _on_features(recipe, stages[in_stage2], cache, of_stage, state.module,
+            on_features[in_stage2] = _on_features(stages[in_stage2], cache, recipe, of_stage, state.module,
                                                   lambda: leave_if_stopped(False))
             processes.wait()
             state.seconds += time.monotonic() - began
