@@ -2,7 +2,7 @@
 
     python -m benchmarks.ledger run --cifar10 DIR --plankton DIR   # goes on where it was stopped
     python -m benchmarks.ledger status                             # what is missing, and how long it will take
-    python -m benchmarks.ledger page                               # the tables and the curve in docs/ledger.md
+    python -m benchmarks.ledger page                               # the tables in docs/ledger.md, docs/heldout.md
 
 `run` and `status` take the cells of another list as well, with its own results: --protocol benchmarks/development.toml.
 """
@@ -29,7 +29,8 @@ from zoo.files import write_atomically
 from zoo.labels import GROUPS
 
 HERE = Path(__file__).resolve().parent
-PROTOCOL, RESULTS, PAGE = HERE / "ledger.toml", HERE / "results" / "ledger.json", HERE.parent / "docs" / "ledger.md"
+PROTOCOL, DEVELOPMENT, RESULTS = HERE / "ledger.toml", HERE / "development.toml", HERE / "results" / "ledger.json"
+PAGE, HELDOUT_PAGE = (HERE.parent / "docs" / f"{name}.md" for name in ("ledger", "heldout"))
 RECIPES: dict[str, type[Recipe]] = {recipe.dataset: recipe for recipe in (Cifar10LT, Folder)}
 
 
@@ -218,26 +219,30 @@ def _hours_left(protocol: Protocol, missing: Sequence[Cell], done: Sequence[Mapp
 # ---- the page ----
 
 
+# What the others are set beside, where it was run.
+BASES = {"isda": "ISDA + re-weighting", "metasaug": "MetaSAug"}
+
+
 def tables(cells: Sequence[Mapping[str, Any]], metric: str) -> str:
     """A table a set, in Markdown: a line a method, means over its seeds."""
     parts = []
     for name in dict.fromkeys(cell["set"] for cell in cells):
         rows = [cell for cell in cells if cell["set"] == name]
-        base = {cell["seed"]: cell[metric] for cell in rows if cell["method"] == "isda"}
-        base = base or {cell["seed"]: cell[metric] for cell in rows if cell["method"] == "reweighting"}
-        against = "ISDA + re-weighting" if any(cell["method"] == "isda" for cell in rows) else "re-weighting"
+        of_method = {method: {cell["seed"]: cell for cell in rows if cell["method"] == method}
+                     for method in dict.fromkeys(cell["method"] for cell in rows)}
+        bases = [method for method in BASES if method in of_method]
         first = rows[0]
         parts += [
             f"### {first['data']}" + (f", imbalance {first['imbalance']:g}" if first["imbalance"] else ""), "",
-            f"| method | seeds | macro error | against {against} | head | medium | tail | worst class |",
-            "|---|---|---|---|---|---|---|---|"]
-        for method in dict.fromkeys(cell["method"] for cell in rows):
-            mine = sorted((cell for cell in rows if cell["method"] == method), key=lambda cell: cell["seed"])
-            differences = [cell[metric] - base[cell["seed"]] for cell in mine if cell["seed"] in base]
-            groups = [_mean([cell["groups"][group] for cell in mine]) for group in GROUPS]
-            parts.append(f"| `{method}` | {len(mine)} | {_spread([cell[metric] for cell in mine])} | "
-                         f"{_spread(differences, signed=True) if differences else '–'} | " + " | ".join(groups)
-                         + f" | {_mean([cell['worst_class_error'] for cell in mine])} |")
+            "| method | seeds | macro error | " + "".join(f"against {BASES[base]} | " for base in bases)
+            + "head | medium | tail | worst class |", "|---|" + "---|" * (len(bases) + 6)]
+        for method, mine in of_method.items():
+            against = [_spread([cell[metric] - of_method[base][seed][metric] for seed, cell in mine.items()
+                                if seed in of_method[base] and method != base], signed=True) for base in bases]
+            groups = [_mean([cell["groups"][group] for cell in mine.values()]) for group in GROUPS]
+            parts.append(" | ".join([
+                f"| `{method}`", str(len(mine)), _spread([cell[metric] for cell in mine.values()]), *against, *groups,
+                _mean([cell["worst_class_error"] for cell in mine.values()]) + " |"]))
         parts.append("")
     return "\n".join(parts)
 
@@ -247,7 +252,9 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def _spread(values: Sequence[float], signed: bool = False) -> str:
-    """Mean and standard error, in per cent."""
+    """Mean and standard error, in per cent; a dash for none."""
+    if not values:
+        return "–"
     mean = 100 * statistics.mean(values)
     shown = f"{mean:+.2f}" if signed else f"{mean:.2f}"
     if len(values) < 2:
@@ -270,19 +277,26 @@ def shift_table(cells: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def page(results: Path = RESULTS, into: Path = PAGE) -> None:
-    """Write the tables into docs/ledger.md, between their markers."""
-    into.write_text(with_tables(into.read_text(encoding="utf-8"), _done(results)), encoding="utf-8")
+def page() -> None:
+    """Write the tables into docs/ledger.md and docs/heldout.md, between their markers."""
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
 
 
-def with_tables(text: str, cells: Sequence[Mapping[str, Any]]) -> str:
-    """The page with its generated parts made anew."""
+def pages() -> dict[Path, str]:
+    """The pages with their generated parts made anew."""
     from benchmarks.measuring import filled
 
-    for name, content in {"results": tables(cells, Protocol().metric), "shift": shift_table(cells)}.items():
-        begin, end = f"<!-- {name}: python -m benchmarks.ledger page -->", f"<!-- end of {name} -->"
-        text = filled(text, begin, end, content)
-    return text
+    cells, metric, made = _done(RESULTS), Protocol().metric, {}
+    for path, parts in {
+        PAGE: {"results": tables(cells, metric), "shift": shift_table(cells)},
+        HELDOUT_PAGE: {"development": tables(_done(_results_of(DEVELOPMENT)), metric)},
+    }.items():
+        made[path] = path.read_text(encoding="utf-8")
+        for name, content in parts.items():
+            begin, end = f"<!-- {name}: python -m benchmarks.ledger page -->", f"<!-- end of {name} -->"
+            made[path] = filled(made[path], begin, end, content)
+    return made
 
 
 def main() -> None:
