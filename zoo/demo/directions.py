@@ -75,21 +75,26 @@ def lead(model: Model, index: int, found: Variation) -> str:
     label = name_of(model.labels[index])
     if not found.directions:
         return f"<h2>{label}</h2><p>This class has no variation on record: it was hardly seen.</p>"
-    seen = f" from {counted(model.class_counts[index], 'training picture')}" if model.class_counts else ""
     first = sum(d.share for d in found.directions)
     what = "directions" if found.kind == "full" else "features"
     pulls = np.argsort(-found.pull_C)[:5]
     top = max(float(found.pull_C[pulls[0]]), 1e-12)
     bars = "".join(f'<li><span>{name_of(model.labels[j])}</span><span class="track"><i class="{model.groups[j]}" '
                    f'style="width:{found.pull_C[j] / top:.2%}"></i></span></li>' for j in pulls if found.pull_C[j] > 0)
-    learned = "none of it" if not found.learned_share else f"{percent(found.learned_share)} of it"
+    largest = f"the {len(found.directions)} largest {what} hold <b>{percent(first)}</b> of it"
+    if model.ours.get("augment") == "heldout":
+        found_by = "measures this scatter on pictures that were kept out of training, in part over all classes together"
+    else:
+        seen = f" from {counted(model.class_counts[index], 'training picture')}" if model.class_counts else ""
+        found_by = f"estimates this scatter{seen}"
+        learned = "none of it" if not found.learned_share else f"{percent(found.learned_share)} of it"
+        largest += f", and {learned} is what the balanced set\ncorrected"
     return f"""
 <h2>How “{label}” varies {badge(model.groups[index])}</h2>
 <div class="lead"><p>To the network a picture is {found.features} numbers. Pictures of one class scatter around a
-middle, further in some directions than in others; {escape(model.title)} estimates this scatter{seen}. While training,
-it moves every picture of the class along it, as if there were more of them: that is what a rare class gains. Here the
-{len(found.directions)} largest {what} hold <b>{percent(first)}</b> of it, and {learned} is what the balanced set
-corrected.</p><div><h3 class="small">Trained hardest against</h3><ul class="pull">{bars}</ul></div></div>"""
+middle, further in some directions than in others; {escape(model.title)} {found_by}. While training,
+it moves every picture of the class along it, as if there were more of them: that is what a rare class gains. Here
+{largest}.</p><div><h3 class="small">Trained hardest against</h3><ul class="pull">{bars}</ul></div></div>"""
 
 
 def direction(model: Model, index: int, number: int, d: Direction, along: Sequence) -> str:
