@@ -148,6 +148,21 @@ def test_what_is_not_finite_stops_before_anything_is_updated():
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_a_fifth_of_the_meta_pictures_is_enough_to_measure_on(tmp_path):
+    # Given six meta pictures a class, those of the last class in training as well,
+    data = dataclasses.replace(small_data(), shared_meta_classes=(2,))
+    recipe = dataclasses.replace(TINY, augment="heldout", meta_in_training="stage2")
+    # when most are trained on in stage 2, then one of each class that can spare it is not, and measures alone;
+    second = loop.data_of_stage(recipe, data, 2)
+    assert second.class_counts == tuple(n + extra for n, extra in zip(data.class_counts, (5, 5, 6), strict=True))
+    assert second.meta.labels.tolist() == [0, 1]
+    trained_on = {picture.tobytes() for picture in second.train.pictures}
+    assert trained_on.isdisjoint(picture.tobytes() for picture in second.meta.pictures)
+    assert loop.data_of_stage(recipe, data, 1).class_counts == data.class_counts
+    state, _ = loop.run(recipe, data, tmp_path, CPU)
+    assert state.learned.seen[:2].min() > 0 and state.learned.seen[2] == 0
+
+
 def test_only_pictures_that_are_not_trained_on_are_measured(tmp_path, monkeypatch):
     # Given a class too small to spare its meta pictures, which are in training as well,
     data = dataclasses.replace(small_data(), shared_meta_classes=(2,))

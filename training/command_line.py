@@ -400,7 +400,8 @@ def schedule_in_words(recipe: Recipe) -> str:
     elif recipe.augment == "metasaug":
         second = (f"MetaSAug ({recipe.covariance} covariances, look-ahead through the {recipe.lookahead}"
                   + (", quirks of the authors' code" if recipe.fidelity == "reference" else "") + ")")
-    meta = {"never": "", "stage2": ", the meta pictures among those trained on"}
+    some = "most of the" if recipe.augment == "heldout" else "the"
+    meta = {"stage2": f", {some} meta pictures among those trained on"}
     second = f"{'the same' if first == second else second}{weights}{meta.get(recipe.meta_in_training, '')}"
     epochs = f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''}"
     if recipe.backbone is not None:

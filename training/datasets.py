@@ -122,6 +122,16 @@ class LongTailed:
         return {"label_names": list(self.label_names), "class_counts": list(self.class_counts),
                 "pictures": digest.hexdigest()}
 
+    def with_most_of_meta_in_training(self) -> "LongTailed":
+        """The same, its training set joined by the meta pictures but for the last fifth of each class, one at least,
+        which are then all of the meta set that is held out."""
+        last = np.zeros(len(self.meta), bool)
+        for c in np.setdiff1d(self.meta.labels, self.shared_meta_classes):
+            at = np.flatnonzero(self.meta.labels == c)
+            last[at[-max(1, len(at) // 5) :]] = True
+        joined = dataclasses.replace(self, meta=self.meta.at(np.flatnonzero(~last))).with_meta_in_training()
+        return dataclasses.replace(joined, meta=self.meta.at(np.flatnonzero(last)), shared_meta_classes=())
+
     def with_meta_in_training(self) -> "LongTailed":
         """The same, its training set joined by those meta pictures that are not in it."""
         train, meta = self.train, self.meta

@@ -116,7 +116,7 @@ def start(recipe: Recipe, data: LongTailed, device: torch.device) -> State:
     kind = recipe.covariance if recipe.augment != "none" else "diagonal"  # not used then: the smaller one
     covariance = RunningCovariance(num_classes, width, kind, device=device)
     if recipe.augment == "heldout":
-        held = np.bincount(data.held_out.labels, minlength=num_classes).tolist()
+        held = np.bincount(data_of_stage(recipe, data, 2).meta.labels, minlength=num_classes).tolist()
         return State(module, optimizer, covariance, HeldOut(covariance, held))
     return State(module, optimizer, covariance, LearnedCovariance(covariance))
 
@@ -136,13 +136,12 @@ class Stage:
 
 
 def data_of_stage(recipe: Recipe, data: LongTailed, stage: Literal[1, 2]) -> LongTailed:
+    """What the stage trains on; its meta pictures are those that S is learned from."""
     joined = {"never": (), "stage2": (2,), "always": (1, 2)}[recipe.meta_in_training]
+    if recipe.augment == "heldout":
+        data = data.with_most_of_meta_in_training() if stage in joined else data
+        return dataclasses.replace(data, meta=data.held_out)
     return data.with_meta_in_training() if stage in joined else data
-
-
-def guide_of(recipe: Recipe, data: LongTailed) -> Split | PictureFiles:
-    """The pictures that S is learned from."""
-    return data.held_out if recipe.augment == "heldout" else data.meta
 
 
 def view_of(recipe: Recipe, data: LongTailed) -> View:
@@ -162,12 +161,11 @@ def _stages(
 ) -> tuple[Stage, Stage]:
     """What both stages train on; pictures that fit are read into memory, once."""
     cached = recipe.cache_features and recipe.stands_still(in_stage2=False)
-    guide = guide_of(recipe, data)
-    in_memory = not cached and fits_in_memory(view, len(data.train) + len(guide))
+    in_memory = not cached and fits_in_memory(view, len(data.train) + len(data.meta))
     first, second = (data_of_stage(recipe, data, number) for number in (1, 2))
-    train, meta, second_train = first.train, guide, second.train
+    train, meta, second_train = first.train, second.meta, second.train
     if in_memory:
-        train, meta = (hold(pictures, view, workers) for pictures in (first.train, guide))
+        train, meta = (hold(pictures, view, workers) for pictures in (first.train, second.meta))
         second_train = train if second.train is first.train else hold(second.train, view, workers)
 
     def stage(pictures: Split | PictureFiles, counts: tuple[int, ...], loss: Loss, size: int, weighted: bool) -> Stage:
@@ -189,8 +187,7 @@ def _placed(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _on_features(
-    stage: Stage, cache: FeatureCache, recipe: Recipe, data: LongTailed, module: nn.Module,
-    before_each: Callable[[], None],
+    stage: Stage, cache: FeatureCache, data: LongTailed, module: nn.Module, before_each: Callable[[], None]
 ) -> Stage:
     """The same stage on cached features, which are computed first where they are not there yet.
 
@@ -203,7 +200,7 @@ def _on_features(
                              batches.batch_size, batches.device, last.weight.dtype, batches.processes)
 
     return dataclasses.replace(stage, batches=cached("train", data.train, stage.batches),
-                               meta=cached("meta", guide_of(recipe, data), stage.meta), head=Head(last))
+                               meta=cached("meta", data.meta, stage.meta), head=Head(last))
 
 
 def check(recipe: Recipe, data: LongTailed) -> None:
@@ -306,7 +303,7 @@ def run(
             return stages[in_stage2]
         if in_stage2 not in on_features:
             began, of_stage = time.monotonic(), data_of_stage(recipe, data, 2 if in_stage2 else 1)
-            on_features[in_stage2] = _on_features(stages[in_stage2], cache, recipe, of_stage, state.module,
+            on_features[in_stage2] = _on_features(stages[in_stage2], cache, of_stage, state.module,
                                                   lambda: leave_if_stopped(False))
             processes.wait()
             state.seconds += time.monotonic() - began
@@ -394,10 +391,11 @@ def _same_bits_each_time() -> None:
 def _check_disk(recipe: Recipe, data: LongTailed, cache: FeatureCache, state: State) -> None:
     """TrainingError, before anything is trained, where the features will not fit onto the disk."""
     from_start = recipe.stands_still(in_stage2=False)
-    trained_on = [data_of_stage(recipe, data, 2).train]
+    second = data_of_stage(recipe, data, 2)
+    trained_on = [second.train]
     if from_start and recipe.stage2_epoch and recipe.meta_in_training == "stage2":
         trained_on.append(data.train)
-    cache.check_disk([*(("train", one) for one in trained_on), ("meta", guide_of(recipe, data)), ("test", data.test)],
+    cache.check_disk([*(("train", one) for one in trained_on), ("meta", second.meta), ("test", data.test)],
                      state.module, recipe.stands_still(state.epoch >= recipe.stage2_epoch))
 
 
