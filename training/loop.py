@@ -219,9 +219,9 @@ def check(recipe: Recipe, data: LongTailed) -> None:
     if recipe.augment == "metasaug" and len(lacking):
         raise TrainingError(f"{len(lacking)} classes have no picture in the meta set, which MetaSAug learns from: "
                             f"{named(lacking)}. Give each one at least, or train with --augment isda or none.")
-    if recipe.augment == "heldout" and not len(data.held_out):
-        raise TrainingError("No class can spare a picture from training, and --augment heldout measures on such: train "
-                            "with --augment metasaug, isda or none.")
+    if recipe.augment == "heldout" and len(data_of_stage(recipe, data, 2).meta) < 2:  # batch norm needs two
+        raise TrainingError("Hardly a class can spare a picture from training, and --augment heldout measures on such: "
+                            "train with --augment metasaug, isda or none.")
 
 
 def run(
