@@ -38,7 +38,9 @@ def machine() -> str:
         model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    # Another instruction set is another order of sums: a training ends on other bits.
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{model} ({instructions}), {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def side_by_side(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
