@@ -134,7 +134,7 @@ def _with_validation(recipe: Cifar10LT, options: RunOptions, per_class: int) -> 
     counts = long_tail_counts(min(map(len, of_class)) - per_class, len(of_class), recipe.imbalance)
     test_at = np.concatenate([at[:per_class] for at in of_class])
     train_at = np.concatenate([at[per_class : per_class + n] for at, n in zip(of_class, counts, strict=True)])
-    train, test = (Split(whole.train.pictures[at], whole.train.labels[at]) for at in (train_at, test_at))
+    train, test = (whole.train.at(at) for at in (train_at, test_at))
     return dataclasses.replace(whole, train=train, test=test, source=f"{whole.source}, validation cut")
 
 

@@ -84,7 +84,7 @@ def test_few_pictures_are_better_shrunk_than_alone(kind):
     g = torch.Generator().manual_seed(5)
     y = torch.arange(200) % 20
     held.update(3 + torch.randn(200, 16, generator=g, dtype=torch.float64), y)
-    # then S is less than half as far from the truth, which is 1, as the moment of a class alone.
+    # then S is less than 0.6 times as far from the truth, which is 1, as the moment of a class alone.
     truth = torch.eye(16, dtype=torch.float64) if kind == "full" else torch.ones(16, dtype=torch.float64)
     away, alone = ((S - truth).norm() for S in (held.rows(torch.arange(20)), held.moment))
     assert away < 0.6 * alone

@@ -166,8 +166,7 @@ class _Pool:
 def _from_batches(about: _Cifar, folder: Path) -> _Pool:
     train, test, names, source = _read_cifar_batches(about, folder)
     keys, banned = ([content_key(picture.tobytes()) for picture in split.pictures] for split in (train, test))
-    return _Pool(train.labels, keys, set(banned), lambda at: Split(train.pictures[at], train.labels[at]), test, names,
-                 source)
+    return _Pool(train.labels, keys, set(banned), train.at, test, names, source)
 
 
 def _from_class_folders(about: _Cifar, root: Path) -> _Pool:

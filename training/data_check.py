@@ -42,7 +42,7 @@ def passes(recipe: Recipe) -> tuple[float, float]:
 def second_step(recipe: Recipe) -> float:
     """What a picture costs in the second stage, by a plain step's."""
     if recipe.stands_still(in_stage2=True):
-        return FORWARD * (2 if recipe.augment in ("metasaug", "heldout") else 1)  # the meta batch is as large
+        return FORWARD * (2 if recipe.looks_at_meta else 1)  # the meta batch is as large
     return STAGE2_STEP[recipe.lookahead if recipe.augment == "metasaug" else recipe.augment]
 
 

@@ -101,6 +101,7 @@ def _floats(values: Iterable[Any]) -> list[torch.Tensor]:
 
 
 def start(recipe: Recipe, data: LongTailed, device: torch.device) -> State:
+    """data   of stage 2"""
     torch.manual_seed(recipe.seed)
     num_classes = len(data.label_names)
     module = create(recipe.architecture, num_classes, recipe.cosine_scale).to(device)
@@ -116,7 +117,7 @@ def start(recipe: Recipe, data: LongTailed, device: torch.device) -> State:
     kind = recipe.covariance if recipe.augment != "none" else "diagonal"  # not used then: the smaller one
     covariance = RunningCovariance(num_classes, width, kind, device=device)
     if recipe.augment == "heldout":
-        held = np.bincount(data_of_stage(recipe, data, 2).meta.labels, minlength=num_classes).tolist()
+        held = np.bincount(data.meta.labels, minlength=num_classes).tolist()
         return State(module, optimizer, covariance, HeldOut(covariance, held))
     return State(module, optimizer, covariance, LearnedCovariance(covariance))
 
@@ -259,7 +260,7 @@ def run(
         _same_bits_each_time()
     final = data_of_stage(recipe, data, 2)
     groups, _ = assign_groups(final.class_counts)
-    state = start(recipe, data, device)
+    state = start(recipe, final, device)
     compute = Compute(processes, recipe.precision, recipe.accumulate, recipe.compile, state.scale)
     _find_start(recipe, data, state, folder, resume, stage1, processes)
     view = view_of(recipe, data)
@@ -332,7 +333,7 @@ def run(
             stage, last = stage_of_epoch(in_stage2), steps[state.epoch]
             for group in state.optimizer.param_groups:
                 group["lr"] = recipe.lr_at(state.epoch)
-            with_meta = in_stage2 and recipe.augment in ("metasaug", "heldout")
+            with_meta = in_stage2 and recipe.looks_at_meta
             meta = _meta_batches(recipe, stage, state, last) if with_meta else itertools.repeat(None)
             began = time.monotonic()
             for (pictures, labels), meta_batch in zip(stage.batches.epoch(state.epoch, state.step), meta, strict=False):

@@ -233,6 +233,11 @@ class Recipe:
         return self.backbone is not None or (in_stage2 and self.stage2_trains == "classifier")
 
     @property
+    def looks_at_meta(self) -> bool:
+        """Whether each step of stage 2 passes a batch of the meta set through the network."""
+        return self.augment in ("metasaug", "heldout")
+
+    @property
     def stage2_epoch(self) -> int:
         """First epoch (from 0) of stage 2: re-weighting and augmentation on, learning rate dropped. 160 of 200.
 
