@@ -55,12 +55,12 @@ class Protocol:
 
     @property
     def cells(self) -> list[Cell]:
-        """In the order of running: a seed of a set after the other, cross entropy first, whose stage 1 all share."""
+        """In the order of running: a seed of a set after the other; the first method runs the stage 1 that all share."""
         return [Cell(part["name"], method, seed) for part in self._content["sets"] for seed in part["seeds"]
                 for method in part["methods"]]
 
     def set_of(self, cell: Cell) -> dict[str, Any]:
-        return next(part for part in self._content["sets"] if part["name"] == cell.set)
+        return next(part for part in self._content["sets"] if part["name"] == cell.set and cell.seed in part["seeds"])
 
     def validation(self, cell: Cell) -> int:
         """Training pictures of each class that stand in for the test set; 0: none."""
@@ -158,7 +158,7 @@ def _run_cell(recipe: Recipe, cell: Cell, pictures: LongTailed, runs: Path) -> d
     return {
         **asdict(cell), "data": pictures.source, "imbalance": recipe.to_dict().get("imbalance"),
         "fidelity": recipe.fidelity if recipe.augment == "metasaug" else None, "epochs": recipe.epochs,
-        "error": measured["error"], "macro_error": measured["macro_error"],
+        "precision": recipe.precision, "error": measured["error"], "macro_error": measured["macro_error"],
         "worst_class_error": measured["worst_class_error"],
         "groups": {group: row["accuracy"] for group, row in measured["groups"].items()},
         "classes": [{"train_images": n, "correct": row["correct"], "test_images": row["test_images"]}
