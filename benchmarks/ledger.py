@@ -55,7 +55,7 @@ class Protocol:
 
     @property
     def cells(self) -> list[Cell]:
-        """In the order of running: a seed of a set after the other; the first method runs the stage 1 that all share."""
+        """In the order of running: a seed of a set after the other; the first cell runs the stage 1 that all share."""
         return [Cell(part["name"], method, seed) for part in self._content["sets"] for seed in part["seeds"]
                 for method in part["methods"]]
 

@@ -362,14 +362,15 @@ class _About:
 
 def _about(entry: Entry) -> _About:
     """The data set of an entry: its classes, and pictures as the authors prepare them for the test."""
+    released = [each for each in list_models()
+                if each.dataset in (*CIFAR, "imagenet-lt", *INAT) and each.method != "heldout"]  # ours alone
+    if entry not in released:
+        raise ExportError(f"--as {entry.name}: no files of others are known for it. Those that are: "
+                          f"{', '.join(each.name for each in released)}.")
     if entry.dataset in CIFAR:
         labels = label_names.cifar10() if entry.dataset == "cifar10-lt" else label_names.cifar100()
         return _About(CIFAR[entry.dataset].title, labels, 32, CIFAR_MEAN, CIFAR_STD, 1.0)
-    large = {"imagenet-lt": IMAGENET_LT, **INAT}.get(entry.dataset)
-    if large is None:
-        names = [each.name for each in list_models() if each.dataset in (*CIFAR, "imagenet-lt", *INAT)]
-        raise ExportError(f"--as {entry.name}: no files of others are known for {entry.dataset}. Those that are: "
-                          f"{', '.join(names)}.")
+    large = IMAGENET_LT if entry.dataset == "imagenet-lt" else INAT[entry.dataset]
     named = {"imagenet-lt": label_names.imagenet, "inat18": label_names.inat18}.get(entry.dataset)
     labels = named() if named else tuple(map(str, range(large.classes)))
     return _About(large.title, labels, 224, large.mean, large.std, 0.875)

@@ -47,7 +47,7 @@ def test_every_entry_has_what_a_user_reads():
 
 
 def test_every_cell_of_the_benchmark_has_its_name():
-    """CIFAR-LT by data set, imbalance and loss, with and without MetaSAug; the large sets; plankton."""
+    """CIFAR-LT by data set, imbalance and loss, with and without MetaSAug; the large sets; plankton. Ours on all."""
     for dataset in ("cifar10-lt", "cifar100-lt"):
         for imbalance in (200, 100, 50, 20, 10):
             for loss in ("ce", "focal", "ldam"):
@@ -56,8 +56,10 @@ def test_every_cell_of_the_benchmark_has_its_name():
                     entry = find(name)
                     assert (entry.dataset, entry.imbalance, entry.loss, entry.method) == (
                         dataset, imbalance, loss, method)
+            ours = find(f"heldout-{dataset}-{imbalance}")
+            assert (ours.dataset, ours.imbalance, ours.loss, ours.method) == (dataset, imbalance, "ce", "heldout")
     for name in ("imagenet-lt", "inat17", "inat18", "plankton"):
-        assert find(f"metasaug-{name}").method == "metasaug" and find(f"ce-{name}").method == "ce"
+        assert all(find(f"{method}-{name}").method == method for method in ("metasaug", "heldout", "ce"))
     assert find("metasaug-cifar10-lt") is find("metasaug-cifar10-lt-100") is find("metasaug-ce-cifar10-lt")
     assert find("metasaug-inaturalist2018") is find("metasaug-inat18")
 
@@ -199,7 +201,8 @@ def test_an_unpublished_model_says_every_way_to_have_it(entry):
     for way in (entry.command, "METASAUG_HUB_OWNER", "hf:OWNER/REPO"):
         assert way in told
     # The authors released MetaSAug's weights and, on the large sets, the first stage that they began with.
-    released = entry.dataset != "plankton" and (entry.method == "metasaug" or entry.imbalance is None)
+    released = entry.dataset != "plankton" and entry.method != "heldout" and (
+        entry.method == "metasaug" or entry.imbalance is None)
     assert (f"metasaug import FILE --as {entry.name}" in told) == released
     for ready in BUNDLED:
         assert ready.name in told
@@ -216,7 +219,8 @@ def test_the_command_is_one_that_the_trainer_takes(entry, tmp_path, capsys):
     words = shlex.split(entry.command)
     assert words[:2] == ["metasaug", "train"] and words[-2] == "--data"
     assert (f"--imbalance {entry.imbalance}" in entry.command) == (entry.imbalance is not None)
-    assert ("--augment none" in entry.command) == (entry.method != "metasaug")
+    augment = {"metasaug": "", "heldout": "--augment heldout "}.get(entry.method, "--augment none ")  # metasaug: unsaid
+    assert entry.command.count("--augment") == bool(augment) and augment in entry.command
     assert (f"--loss {entry.loss}" in entry.command) == (entry.loss != "ce")
     assert metasaug.main([*words[1:-1], str(tmp_path / "absent"), "--out", str(tmp_path / "run")]) == 2
     assert "absent" in capsys.readouterr().err

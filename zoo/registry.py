@@ -149,7 +149,8 @@ class Entry:
     @property
     def authors_file(self) -> bool:
         """Whether the authors, or those whose first stage they took (ce on the large sets), released such weights."""
-        return self.dataset != "plankton" and (self.method == "metasaug" or self.imbalance is None)
+        return self.dataset != "plankton" and (
+            self.method == "metasaug" or (self.method == "ce" and self.imbalance is None))
 
 
 # sha256 of manifest.json of each folder in weights/.
@@ -176,8 +177,8 @@ def _cifar(dataset: str, method: str, loss: str, imbalance: int) -> Entry:
     """A cell of CIFAR-LT: `metasaug-ldam-cifar100-lt-50`. Without a number: imbalance 100, the one most reported."""
     percent = PUBLISHED.get((dataset, loss), {}).get(imbalance) if method == "metasaug" else None
     stem = "-".join(dict.fromkeys([method] if loss == "ce" else [method, loss])) + f"-{dataset}"
-    flags = ([f"--loss {loss}"] if loss != "ce" else []) + (
-        ["--lookahead network"] if method == "metasaug" else ["--augment none"])
+    flags = ([f"--loss {loss}"] if loss != "ce" else []) + [
+        {"metasaug": "--lookahead network", "heldout": "--augment heldout"}.get(method, "--augment none")]
     long_stems = [stem, f"metasaug-ce-{dataset}"] if (method, loss) == ("metasaug", "ce") else [stem]
     names = [f"{s}-{imbalance}" for s in long_stems]
     if imbalance == 100:
@@ -188,11 +189,13 @@ def _cifar(dataset: str, method: str, loss: str, imbalance: int) -> Entry:
                  tuple(names[1:]))
 
 
-def _large(dataset: str, percent: float, source: str, *aliases: str) -> tuple[Entry, Entry]:
-    """The two entries of a large benchmark, which comes in one imbalance."""
+def _large(dataset: str, percent: float, source: str, *aliases: str) -> tuple[Entry, ...]:
+    """The entries of a large benchmark, which comes in one imbalance."""
     train = f"metasaug train {dataset}"
     return (Entry(f"metasaug-{dataset}", dataset, None, "metasaug", "ce", f"{train} --data DIR",
                   round(percent / 100, 4), source, tuple(f"metasaug-{alias}" for alias in aliases)),
+            Entry(f"heldout-{dataset}", dataset, None, "heldout", "ce", f"{train} --augment heldout --data DIR",
+                  aliases=tuple(f"heldout-{alias}" for alias in aliases)),
             Entry(f"ce-{dataset}", dataset, None, "ce", "ce", f"{train} --augment none --data DIR",
                   aliases=tuple(f"ce-{alias}" for alias in aliases)))
 
@@ -201,13 +204,15 @@ _IN_ORDER = (
     *(_cifar(dataset, method, loss, imbalance)
       for dataset in ("cifar10-lt", "cifar100-lt")
       for method, loss in (("metasaug", "ce"), ("metasaug", "focal"), ("metasaug", "ldam"),
-                           ("ce", "ce"), ("focal", "focal"), ("ldam", "ldam"))
+                           ("heldout", "ce"), ("ce", "ce"), ("focal", "focal"), ("ldam", "ldam"))
       for imbalance in (200, 100, 50, 20, 10)),
     *_large("imagenet-lt", 52.33, f"{AUTHORS} (an older one: 53.33)"),
     *_large("inat17", 36.72, SECOND_HAND, "inat2017", "inaturalist17", "inaturalist2017"),
     *_large("inat18", 30.50, f"{AUTHORS} (cited elsewhere: 31.25)", "inat2018", "inaturalist18", "inaturalist2018"),
     Entry("metasaug-plankton", "plankton", None, "metasaug", "ce",
           "metasaug train folder --flips all --data pictures/"),
+    Entry("heldout-plankton", "plankton", None, "heldout", "ce",
+          "metasaug train folder --flips all --augment heldout --data pictures/"),
     Entry("ce-plankton", "plankton", None, "ce", "ce",
           "metasaug train folder --flips all --augment none --data pictures/"),
 )
