@@ -31,6 +31,7 @@ from zoo.registry import ENTRIES, find
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ("--epochs", "4", "--stage2-epochs", "2", "--architecture", "resnet32", "--input-size", "32", "--batch-size",
          "8", "--stage2-batch-size", "8", "--lr", "0.01", "--workers", "0")
+PAIR = "metasaug-imagenet-lt,ce-imagenet-lt"  # cells that share their first stage
 
 
 class Releases:
@@ -86,7 +87,7 @@ def test_a_release_killed_anywhere_goes_on_and_does_nothing_twice(hub, tmp_path,
     make_imagenet_lt(tmp_path / "data" / "imagenet-lt", counts=(24, 12, 6), test=4)
     make_inat(tmp_path / "data" / "inat18")
     (tmp_path / "data" / "inat18" / "train_val2018" / "Insecta" / "Apis mellifera" / "train0.jpg").write_bytes(b"?")
-    releases = Releases(hub, tmp_path, "--cells", "imagenet-lt")
+    releases = Releases(hub, tmp_path, "--cells", PAIR)
     one, two = "metasaug-imagenet-lt", "ce-imagenet-lt"
 
     # when the release is killed in the middle of its first training, then that training saves, and ends with it;
@@ -111,7 +112,7 @@ def test_a_release_killed_anywhere_goes_on_and_does_nothing_twice(hub, tmp_path,
 
     # Once more, with the set that is damaged: both are found published, its own cell fails, with the reason,
     commits = {name: list(repo.messages) for name, repo in hub.repos.items()}
-    releases.command[releases.command.index("imagenet-lt")] = "imagenet-lt,metasaug-inat18"
+    releases.command[releases.command.index(PAIR)] = f"{PAIR},metasaug-inat18"
     code, out = releases.to_the_end()
     assert code == 1
     assert {name: repo.messages for name, repo in hub.repos.items()} == commits
@@ -138,7 +139,7 @@ def test_a_release_killed_at_random_publishes_every_cell_once(hub, tmp_path):
     # Given four cells of two data sets,
     make_imagenet_lt(tmp_path / "data" / "imagenet-lt", counts=(24, 12, 6), test=4)
     make_inat(tmp_path / "data" / "inat18")
-    releases = Releases(hub, tmp_path, "--cells", "imagenet-lt,inat18")
+    releases = Releases(hub, tmp_path, "--cells", f"{PAIR},metasaug-inat18,ce-inat18")
     rng, names = np.random.default_rng(0), ["metasaug-imagenet-lt", "ce-imagenet-lt", "metasaug-inat18", "ce-inat18"]
     # when a signal comes 20 times at any moment, to the release or to what it has started, and once none comes,
     for _ in range(20):
@@ -165,7 +166,7 @@ def test_a_release_killed_at_random_publishes_every_cell_once(hub, tmp_path):
 def test_two_processes_a_training_are_stopped_killed_and_go_on_as_one(hub, tmp_path):
     # Given a release whose trainings are two processes each,
     make_imagenet_lt(tmp_path / "data" / "imagenet-lt", counts=(48, 24, 12), test=4)
-    releases = Releases(hub, tmp_path, "--cells", "imagenet-lt", "--processes", 2)
+    releases = Releases(hub, tmp_path, "--cells", PAIR, "--processes", 2)
     one, two = "metasaug-imagenet-lt", "ce-imagenet-lt"
     epochs = releases.command.index("--epochs") + 1
     releases.command[epochs] = "30"
@@ -230,7 +231,7 @@ def test_cells_of_one_failed_first_stage_wait_for_it_and_others_go_on(tmp_path, 
 
     monkeypatch.setattr(releasing.Children, "run", fail)
     # when both are released, then its other cell is not begun, the other data set is, and all is told at the end.
-    code, out, _ = run(capsys, "release", "--cells", "imagenet-lt,metasaug-inat18", "--root", tmp_path, "--no-publish",
+    code, out, _ = run(capsys, "release", "--cells", f"{PAIR},metasaug-inat18", "--root", tmp_path, "--no-publish",
                        "--out", tmp_path / "runs", "--", *SHORT)
     assert code == 1 and begun == ["metasaug-imagenet-lt", "metasaug-inat18"]
     assert "ce-imagenet-lt: not begun, as its first stage is that of metasaug-imagenet-lt." in out
@@ -306,7 +307,7 @@ def test_what_was_left_open_is_no_other_recipe():
 
 def test_names_data_sets_and_all_are_cells():
     names = [entry.name for entry in entries_named(["inat18,metasaug-inat17", "ce-inaturalist18"])]
-    assert names == ["metasaug-inat17", "metasaug-inat18", "ce-inat18"]
+    assert names == ["metasaug-inat17", "metasaug-inat18", "heldout-inat18", "ce-inat18"]
     assert entries_named(["all"]) == list(ENTRIES) == entries_named([",".join({e.dataset for e in ENTRIES})])
 
 
@@ -341,7 +342,7 @@ def test_what_was_typed_wrong_is_told(capsys, arguments, told):
 def ready(hub, tmp_path, monkeypatch, token=WRITER):
     make_imagenet_lt(tmp_path / "data" / "imagenet-lt")
     monkeypatch.setenv("HF_TOKEN", token)
-    return ("release", "--cells", "imagenet-lt", "--root", tmp_path / "data", "--out", tmp_path / "runs", "--owner",
+    return ("release", "--cells", PAIR, "--root", tmp_path / "data", "--out", tmp_path / "runs", "--owner",
             "me", "--", *SHORT)
 
 
@@ -422,7 +423,7 @@ def test_what_another_machine_published_is_out_unless_it_was_trained_otherwise(
     begun = []
     monkeypatch.setattr(releasing.Children, "run", lambda _self, words, *_: begun.append(words))
     arguments = list(ready(hub, tmp_path, monkeypatch))
-    arguments[arguments.index("imagenet-lt")] = "ce-imagenet-lt"
+    arguments[arguments.index(PAIR)] = "ce-imagenet-lt"
     # Given this very cell on the Hub, and nothing here, when it is released, then nothing is done.
     hub.add("me/ce-imagenet-lt", published_elsewhere(files, recipe))
     code, out, _ = run(capsys, *arguments)
