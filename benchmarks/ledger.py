@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from training.backbone import Precision
 from training.cifar import long_tail_counts
 from training.command_line import RunOptions, TrainCifar, TrainFolder, alone_in
 from training.data_check import second_step
@@ -56,11 +57,16 @@ class Protocol:
     @property
     def cells(self) -> list[Cell]:
         """In the order of running: a seed of a set after the other; the first cell runs the stage 1 that all share."""
-        return [Cell(part["name"], method, seed) for part in self._content["sets"] for seed in part["seeds"]
+        return [Cell(part["set"], method, seed) for part in self._content["cells"] for seed in part["seeds"]
                 for method in part["methods"]]
 
     def set_of(self, cell: Cell) -> dict[str, Any]:
-        return next(part for part in self._content["sets"] if part["name"] == cell.set and cell.seed in part["seeds"])
+        return self._content["sets"][cell.set]
+
+    def precision(self, cell: Cell) -> Precision:
+        """Of the backbone; a seed's cells have one, as they share a stage 1."""
+        return next(part.get("precision", "float32") for part in self._content["cells"]
+                    if part["set"] == cell.set and cell.seed in part["seeds"] and cell.method in part["methods"])
 
     def validation(self, cell: Cell) -> int:
         """Training pictures of each class that stand in for the test set; 0: none."""
@@ -73,7 +79,8 @@ class Protocol:
     def recipe(self, cell: Cell) -> Recipe:
         flags = dict(self.set_of(cell)["recipe"])
         make = RECIPES[flags.pop("dataset")]
-        return make(**flags, **self.methods[cell.method], stage1_loss="ce", seed=cell.seed, subset_seed=cell.seed)
+        return make(**flags, **self.methods[cell.method], precision=self.precision(cell), stage1_loss="ce",
+                    seed=cell.seed, subset_seed=cell.seed)
 
 
 # ---- running ----
