@@ -40,7 +40,8 @@ def machine() -> str:
         pass
     # Another instruction set is another order of sums: a training ends on other bits.
     instructions = torch.backends.cpu.get_cpu_capability()
-    return f"{model} ({instructions}), {torch.get_num_threads()} threads, torch {torch.__version__}"
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{gpu}{model} ({instructions}), {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def side_by_side(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -28,6 +28,7 @@ from training.batches import Batches, View, in_order  # noqa: E402
 from training.covariance import LearnedCovariance, RunningCovariance  # noqa: E402
 from training.errors import TrainingError  # noqa: E402
 from training.frozen_head import frozen_head_step  # noqa: E402
+from training.heldout import HeldOut, heldout_step  # noqa: E402
 from training.losses import HeadLoss  # noqa: E402
 from training.meta import TrainBatch, isda_step, metasaug_step, plain_step  # noqa: E402
 
@@ -68,6 +69,7 @@ STEPS = {
     "metasaug, full, network": ("full", metasaug_step, {"lookahead": "network"}),
     "metasaug, diagonal, network": ("diagonal", metasaug_step, {"lookahead": "network"}),
     "metasaug, diagonal, closed form": ("diagonal", frozen_head_step, {}),
+    "heldout, full": ("full", heldout_step, {}),
 }
 
 
@@ -79,12 +81,15 @@ def step(name: str, device: torch.device, dtype: torch.dtype) -> list[torch.Tens
     x, y, x_meta, y_meta = (t.to(dtype).to(device) if t.is_floating_point() else t.to(device) for t in batch)
     here = RunningCovariance(10, 64, kind, dtype, device)
     here.load_state_dict(running.state_dict())
-    learned, loss = LearnedCovariance(here), HeadLoss("ce")
+    learned = HeldOut(here, [3] * 10) if step_of is heldout_step else LearnedCovariance(here)
+    loss = HeadLoss("ce")
     meta = {"strength": 0.5, "inner_rate": 0.1, "meta_rate": 10.0, "class_weights": weights}
     if step_of is plain_step:
         plain_step(net, x, y, loss, weights)
     elif step_of is isda_step:
         isda_step(net, x, y, here, loss, 0.5, weights)
+    elif step_of is heldout_step:
+        heldout_step(net, x, y, x_meta, y_meta, learned, loss, 0.5, weights)
     elif step_of is metasaug_step:
         metasaug_step(net, x, y, x_meta, y_meta, learned, loss, **meta, **how)
     else:
