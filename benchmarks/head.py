@@ -26,7 +26,7 @@ def _setting(classes: int):
     layer = nn.Linear(FEATURES, classes)
     f, f_meta = torch.randn(BATCH, FEATURES).relu(), torch.randn(BATCH, FEATURES).relu()
     y, y_meta = torch.randint(0, classes, (BATCH,)), torch.randint(0, classes, (BATCH,))
-    running = RunningCovariance(classes, FEATURES, "diagonal")
+    running = RunningCovariance(classes, FEATURES, "diagonal", device=f.device)
     running.covariance.uniform_(0, 0.1)
     return layer, f, y, f_meta, y_meta, running
 

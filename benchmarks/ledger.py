@@ -172,7 +172,7 @@ def _run_cell(recipe: Recipe, cell: Cell, pictures: LongTailed, runs: Path) -> d
                     for n, row in zip(counts, measured["per_class"], strict=True)],
         "stage2_log": [{name: line[name] for name in ("epoch", "loss", "shift", "effect") if name in line}
                        for line in second],
-        "seconds": round(state.seconds), "machine": machine(), "code_version": code_version(),
+        "seconds": round(state.seconds), "machine": machine(device), "code_version": code_version(),
     }
 
 
@@ -240,7 +240,8 @@ def tables(cells: Sequence[Mapping[str, Any]], metric: str) -> str:
         bases = [method for method in BASES if method in of_method]
         first = rows[0]
         parts += [
-            f"### {first['data']}" + (f", imbalance {first['imbalance']:g}" if first["imbalance"] else ""), "",
+            f"### {first['data']}" + (f", imbalance {first['imbalance']:g}" if first["imbalance"] else "")
+            + f", {first['epochs']} epochs", "",
             "| method | seeds | macro error | " + "".join(f"against {BASES[base]} | " for base in bases)
             + "head | medium | tail | worst class |", "|---|" + "---|" * (len(bases) + 6)]
         for method, mine in of_method.items():

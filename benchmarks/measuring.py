@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -31,7 +32,8 @@ class Row:
     machine: str
 
 
-def machine() -> str:
+def machine(device: torch.device | None = None) -> str:
+    """device   that computes; torch's default"""
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -40,7 +42,8 @@ def machine() -> str:
         pass
     # Another instruction set is another order of sums: a training ends on other bits.
     instructions = torch.backends.cpu.get_cpu_capability()
-    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    on_gpu = (device or torch.get_default_device()).type == "cuda"
+    gpu = f"{torch.cuda.get_device_name()}, " if on_gpu else ""
     return f"{gpu}{model} ({instructions}), {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
@@ -50,11 +53,18 @@ def side_by_side(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 1):
         for name, step in steps.items():
+            _wait_for_gpu()
             began = time.perf_counter()
             step()
+            _wait_for_gpu()
             if turn:
                 times[name].append(time.perf_counter() - began)
     return times
+
+
+def _wait_for_gpu() -> None:
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
 
 
 def ratio_row(
@@ -74,13 +84,15 @@ def figure_row(name: str, figure: float, unit: str, target: float | None = None,
 
 
 def added_memory(prepare: Callable[..., Callable[[], object]], *arguments, what: str = "added") -> float:
-    """MB of two steps in a process of their own.
+    """MB of two steps, in a process of their own; on a GPU: in its memory, here.
 
     what   added: by which they raise its peak above what its data take; peak: VmHWM, mapped files among it; own:
            without mapped files, which the system takes back when it needs the memory (Linux only)
 
     prepare(*arguments) makes the data and returns the step; a function of a module, so that the process finds it
     """
+    if torch.get_default_device().type == "cuda":
+        return _added_on_gpu(prepare(*arguments))
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_watched, args=(sender, prepare, arguments, torch.get_num_threads(), what))
@@ -90,6 +102,14 @@ def added_memory(prepare: Callable[..., Callable[[], object]], *arguments, what:
         return receiver.recv()
     finally:
         process.join()
+
+
+def _added_on_gpu(step: Callable[[], object]) -> float:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    step()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def _watched(sender, prepare, arguments, threads: int, what: str) -> None:
@@ -113,7 +133,8 @@ def _peak_mb(field: str = "VmHWM") -> float:
 def command(prog: str, measure: Callable[[int], list[Row]]) -> None:
     """The command line of a benchmark: `measure(rounds)` gives its rows."""
 
-    def main(json: bool = False, out: Path | None = None, rounds: int = 7, threads: int | None = None) -> None:
+    def main(json: bool = False, out: Path | None = None, rounds: int = 7, threads: int | None = None,
+             device: Literal["cpu", "cuda"] = "cpu") -> None:
         """Measure side by side, and print each ratio with its spread.
 
         Args:
@@ -121,7 +142,9 @@ def command(prog: str, measure: Callable[[int], list[Row]]) -> None:
             out: Write those lines here too.
             rounds: Rounds that count; in each every step is taken once.
             threads: CPU threads, torch's own choice by default.
+            device: What is measured.
         """
+        torch.set_default_device(device)
         if threads is not None:
             torch.set_num_threads(threads)
         report(measure(rounds), json, out)

@@ -26,7 +26,7 @@ def _setting(num_classes: int):
     # A long-tailed batch: few classes often, many not at all; the meta batch has all of them alike.
     y = (torch.rand(BATCH) ** 3 * num_classes).long()
     y_meta = torch.arange(BATCH) % num_classes
-    running = RunningCovariance(num_classes, 64)
+    running = RunningCovariance(num_classes, 64, device=x.device)
     running.update(torch.randn(20 * num_classes, 64), torch.arange(20 * num_classes) % num_classes)
     return module, x, y, x_meta, y_meta, running
 

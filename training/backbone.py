@@ -95,6 +95,7 @@ class BatchFeatures:
     total        N, pictures in the whole batch
     parameters   of the backbone in other values, by name; batch norm's running statistics are then left alone
     graph        keep what `backward` needs; without it only tangents can be taken
+    tangents     tangents will be taken: attention is computed as there, since fused kernels draw dropout their own way
     """
 
     def __init__(
@@ -105,7 +106,9 @@ class BatchFeatures:
         compute: Compute,
         parameters: dict[str, Tensor] | None = None,
         graph: bool = True,
+        tangents: bool = False,
     ):
+        self.tangents = tangents
         self.module, self.total, self.compute, self.parameters = module, total, compute, parameters
         self.device, self.dtype = pictures.device, module.get_classifier().weight.dtype  # type: ignore[operator, union-attr]
         self.parts = pictures.tensor_split(min(compute.accumulate, max(1, len(pictures) // 2)))
@@ -121,6 +124,7 @@ class BatchFeatures:
         remembering = first and self.parameters is None
         with (
             contextlib.nullcontext() if remembering else batch_norm_without_memory(self.module),
+            sdpa_kernel(SDPBackend.MATH) if self.tangents else contextlib.nullcontext(),
             self.compute.autocast(self.device),
         ):
             if remembering:

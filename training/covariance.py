@@ -119,7 +119,8 @@ def nearest_semidefinite(covariance_U: Tensor) -> Tensor:
     """The nearest positive semi-definite matrices in Frobenius norm, or variances >= 0 for the diagonal form.
 
     Only matrices that need it are decomposed: a Cholesky factorisation, much cheaper, finds them. It is tried a
-    rounding error (4 eps of the trace) above, so an eigenvalue may stay that little below zero.
+    rounding error (4 eps of the trace) above, so an eigenvalue may stay that little below zero. Decomposed in float64:
+    what was learned is the small difference of S' and the estimate, and CUDA's float32 eigenvectors blur it.
     """
     if covariance_U.ndim == 2:
         return covariance_U.clamp_min(0)
@@ -130,10 +131,11 @@ def nearest_semidefinite(covariance_U: Tensor) -> Tensor:
     failed_U &= trace_U.isfinite() & covariance_U.sum((1, 2)).isfinite()  # a NaN is for `check_finite` to find
     if not failed_U.any():
         return covariance_U
-    values, vectors = torch.linalg.eigh(covariance_U[failed_U])
+    precise = covariance_U.dtype if covariance_U.device.type == "mps" else torch.float64
+    values, vectors = torch.linalg.eigh(covariance_U[failed_U].to(precise))
     projected = (vectors * values.clamp_min(0)[:, None, :]) @ vectors.mT
     covariance_U = covariance_U.clone()
-    covariance_U[failed_U] = (projected + projected.mT) / 2
+    covariance_U[failed_U] = ((projected + projected.mT) / 2).to(covariance_U.dtype)
     return covariance_U
 
 

@@ -385,6 +385,9 @@ def _same_bits_each_time() -> None:
     """What CUDA otherwise leaves to chance: the order of atomic additions, cuDNN's and cuBLAS's choice of kernel."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
+    # Fused attention sums its gradient in any order, unless the line below were to raise instead of warn.
+    for fused in ("flash", "mem_efficient", "cudnn"):
+        getattr(torch.backends.cuda, f"enable_{fused}_sdp")(False)
     torch.use_deterministic_algorithms(True, warn_only=True)  # a network may hold what has no such kernel: it says so
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

@@ -108,7 +108,7 @@ def metasaug_step(
                    authors' code S' = running - eta grad_S serves this step only, and nothing is projected
     raises         DivergenceError before anything is updated (batch norm's statistics aside)
     """
-    batch = TrainBatch(module, pictures, labels_N, head_loss, strength, class_weights, compute)
+    batch = TrainBatch(module, pictures, labels_N, head_loss, strength, class_weights, compute, lookahead == "network")
     fixed = fidelity == "fixed"
     S_U = learned.rows(batch.classes_U) if fixed else learned.running.covariance[batch.classes_U]
     grad_U, loss_before, meta_loss = meta_gradient(batch, S_U, meta_pictures, meta_labels, inner_rate, lookahead)
@@ -131,6 +131,7 @@ class TrainBatch:
     """The one forward pass of a step: its graph serves the inner gradient and, once S' is known, the real one.
 
     pictures   this process's part of the batch, all of it where there is one process; labels_N   of the whole batch
+    tangents   the features' tangents will be taken (`BatchFeatures`)
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class TrainBatch:
         strength: float = 0.0,
         class_weights: Tensor | None = None,
         compute: Compute | None = None,
+        tangents: bool = False,
     ):
         self.module, self.labels_N = module, labels_N
         self.head_loss, self.strength, self.class_weights = head_loss, strength, class_weights
@@ -152,7 +154,8 @@ class TrainBatch:
         self.body = {
             n: p for n, p in module.named_parameters() if p.requires_grad and all(p is not q for q in self.head)
         }
-        self.features = BatchFeatures(module, pictures, len(labels_N), self.compute, graph=bool(self.body))
+        self.features = BatchFeatures(module, pictures, len(labels_N), self.compute, graph=bool(self.body),
+                                      tangents=tangents)
         self.features_NA = self.features.whole_NA
 
     def loss(self, features_NA: Tensor, head: Sequence[Tensor], S_U: Tensor | None) -> Tensor:
