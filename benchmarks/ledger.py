@@ -227,7 +227,7 @@ def _hours_left(protocol: Protocol, missing: Sequence[Cell], done: Sequence[Mapp
 
 
 # What the others are set beside, where it was run.
-BASES = {"isda": "ISDA + re-weighting", "metasaug": "MetaSAug"}
+BASES = ("isda", "metasaug", "isda-meta")
 
 
 def tables(cells: Sequence[Mapping[str, Any]], metric: str) -> str:
@@ -238,11 +238,9 @@ def tables(cells: Sequence[Mapping[str, Any]], metric: str) -> str:
         of_method = {method: {cell["seed"]: cell for cell in rows if cell["method"] == method}
                      for method in dict.fromkeys(cell["method"] for cell in rows)}
         bases = [method for method in BASES if method in of_method]
-        first = rows[0]
         parts += [
-            f"### {first['data']}" + (f", imbalance {first['imbalance']:g}" if first["imbalance"] else "")
-            + f", {first['epochs']} epochs", "",
-            "| method | seeds | macro error | " + "".join(f"against {BASES[base]} | " for base in bases)
+            f"### {_title(rows[0])}", "",
+            "| method | seeds | macro error | " + "".join(f"against `{base}` | " for base in bases)
             + "head | medium | tail | worst class |", "|---|" + "---|" * (len(bases) + 6)]
         for method, mine in of_method.items():
             against = [_spread([cell[metric] - of_method[base][seed][metric] for seed, cell in mine.items()
@@ -253,6 +251,11 @@ def tables(cells: Sequence[Mapping[str, Any]], metric: str) -> str:
                 _mean([cell["worst_class_error"] for cell in mine.values()]) + " |"]))
         parts.append("")
     return "\n".join(parts)
+
+
+def _title(cell: Mapping[str, Any]) -> str:
+    return (cell["data"] + (f", imbalance {cell['imbalance']:g}" if cell["imbalance"] else "")
+            + f", {cell['epochs']} epochs")
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -268,6 +271,24 @@ def _spread(values: Sequence[float], signed: bool = False) -> str:
     if len(values) < 2:
         return shown
     return f"{shown} ± {100 * statistics.stdev(values) / len(values) ** 0.5:.2f}"
+
+
+def comparison(cells: Sequence[Mapping[str, Any]], metric: str, method: str) -> str:
+    """A line a set: how far the method lies from the others, paired by seed, and where the difference to ISDA lies."""
+    lines = ["| | seeds | " + "".join(f"against `{base}` | " for base in BASES) + "head | medium | tail |",
+             "|---|" + "---|" * (len(BASES) + 4)]
+    for name in dict.fromkeys(cell["set"] for cell in cells if cell["method"] == method):
+        of = {m: {cell["seed"]: cell for cell in cells if cell["set"] == name and cell["method"] == m}
+              for m in (method, *BASES)}
+        pairs = {base: [(cell, of[base][seed]) for seed, cell in of[method].items() if seed in of[base]]
+                 for base in BASES}
+        against = [_spread([mine[metric] - other[metric] for mine, other in pairs[base]], signed=True)
+                   for base in BASES]
+        groups = [_spread([mine["groups"][group] - other["groups"][group] for mine, other in pairs["isda"]],
+                          signed=True) for group in GROUPS]
+        lines.append(" | ".join([f"| {_title(next(iter(of[method].values())))}", str(len(of[method])), *against,
+                                 *groups]) + " |")
+    return "\n".join(lines)
 
 
 def shift_table(cells: Sequence[Mapping[str, Any]]) -> str:
@@ -298,7 +319,8 @@ def pages() -> dict[Path, str]:
     cells, metric, made = _done(RESULTS), Protocol().metric, {}
     for path, parts in {
         PAGE: {"results": tables(cells, metric), "shift": shift_table(cells)},
-        HELDOUT_PAGE: {"development": tables(_done(_results_of(DEVELOPMENT)), metric)},
+        HELDOUT_PAGE: {"development": tables(_done(_results_of(DEVELOPMENT)), metric),
+                       "report": comparison(cells, metric, "heldout")},
     }.items():
         made[path] = path.read_text(encoding="utf-8")
         for name, content in parts.items():

@@ -34,8 +34,8 @@ def test_the_pages_state_what_was_run():
 
 
 def made_up(method: str, seed: int, error: float) -> dict:
-    return {"set": "x", "method": method, "seed": seed, "data": "stripes", "imbalance": 7, "epochs": 4, "macro_error": error,
-            "worst_class_error": error, "groups": {"head": 0.9, "medium": 0.5, "tail": 0.1}}
+    return {"set": "x", "method": method, "seed": seed, "data": "stripes", "imbalance": 7, "epochs": 4,
+            "macro_error": error, "worst_class_error": error, "groups": {"head": 0.9, "medium": 0.5, "tail": 0.1}}
 
 
 def test_differences_are_paired_by_seed():
