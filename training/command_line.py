@@ -431,7 +431,8 @@ def hardware(device, processes: int = 1) -> str:
     times = f"{processes} x " if processes > 1 else ""
     if device.type == "cuda":
         return times + torch.cuda.get_device_name(device)
-    return times + f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    threads = torch.get_num_threads()
+    return times + f"{threads} CPU thread{'s' * (threads != 1)} ({platform.machine()})"
 
 
 @contextmanager

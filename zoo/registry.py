@@ -156,6 +156,7 @@ class Entry:
 # sha256 of manifest.json of each folder in weights/.
 BUNDLED = {
     "metasaug-cifar10-lt": "2f72dc8b919393292ce0a24d91e167ad53347b87fb3067852192754b297a6862",
+    "heldout-cifar10-lt": "8e2b622415f70d36078fcc42d4ec97beb1754d73b51261dc40a4e2d3edc2591c",
     "ce-cifar10-lt": "d975eeea91e8f729a56d7006e7a80cfe50a8bc9e47a22e4906248174e4a001d6",
     "metasaug-plankton": "80c4ec2615d4a908fb2cd4c36d58ca390349ad87bc051cdbb414e31cc482d128",
     "ce-plankton": "49edd6369edda27797c0d9338b8ec70cd7fc4ae606a040bc77cd6b5b9a6d1e7e",
