@@ -123,13 +123,15 @@ def _directions_tab(given: gr.State):
     offered = directions.offered()
     first = offered[0] if offered else None
     with gr.Row():
-        which = gr.Dropdown(offered, value=first, label="Model", interactive=True)
+        which = gr.Dropdown(offered, value=first, label="Model", interactive=True, elem_id="whose")
         choices = directions.classes(first) if first else {"choices": [], "value": None}
         label = gr.Dropdown(choices["choices"], value=choices["value"], interactive=True,
                             label="Class, the rarest first (pictures in training)", elem_id="class")
     shown = gr.HTML("", elem_id="varied")
-    which.change(directions.classes, which, label, preprocess=False, **AT_ONCE)
-    label.change(directions.page, [which, label, given], shown, preprocess=False, **PAGE)
+    told: dict[str, Any] = {"fn": directions.page, "inputs": [which, label, given], "outputs": shown, **PAGE}
+    # Another model may have the same classes: the list of them then does not change.
+    which.change(directions.classes, which, label, preprocess=False, **AT_ONCE).then(preprocess=False, **told)
+    label.input(preprocess=False, **told)
     return which, label, shown
 
 

@@ -253,6 +253,13 @@ def test_directions_say_in_words_what_the_covariances_hold(page):
     # Another class is found by typing.
     choose(page, "#class", "ship (83)")
     page.get_by_role("heading", name="How “ship” varies").wait_for()
+    # Another model of the same classes, from the rarest on, tells what its own method did.
+    choose(page, "#class", "truck (49)")
+    page.get_by_role("heading", name="How “truck” varies").wait_for()
+    choose(page, "#whose", "heldout-cifar10-lt")
+    page.get_by_text("Held-out augmentation measures this scatter").wait_for()
+    share = variation(zoo.load("heldout-cifar10-lt").folder, 9).directions[0].share
+    assert f"{share:.1%}" in rows.first.locator("header").inner_text()
 
 
 @pytest.mark.browser

@@ -177,10 +177,11 @@ def model(name: str) -> Model:
 
 
 def sets() -> dict[str, list[str]]:
-    """The models at hand by what they were trained on: those of one set are worth comparing, MetaSAug first."""
+    """The models at hand by what they were trained on: those of one set are worth comparing, MetaSAug first. Of the
+    bundled ones MetaSAug and training as usual, which is what a visitor is to see; the others are for choosing."""
     found: dict[str, list[str]] = {}
     for o in sorted(offers(), key=lambda o: o.method != "metasaug"):
-        if o.weights in ("bundled", "yours"):
+        if o.weights == "yours" or (o.weights == "bundled" and o.method in ("metasaug", "ce")):
             found.setdefault(o.trained_on, []).append(o.name)
     order = [o.trained_on for o in offers()]
     return dict(sorted(((key, names[:AT_ONCE]) for key, names in found.items()), key=lambda item: order.index(item[0])))
