@@ -144,7 +144,8 @@ def command(prog: str, measure: Callable[[int], list[Row]]) -> None:
             threads: CPU threads, torch's own choice by default.
             device: What is measured.
         """
-        torch.set_default_device(device)
+        if device != "cpu":  # even the usual one, once set, has a say in every call
+            torch.set_default_device(device)
         if threads is not None:
             torch.set_num_threads(threads)
         report(measure(rounds), json, out)

@@ -48,6 +48,11 @@ def test_differences_are_paired_by_seed():
     # A seed that the other does not have counts for neither.
     line = ledger.tables([*cells, made_up("isda", 2, 0.5)], "macro_error").splitlines()[4]
     assert line.startswith("| `isda` | 3 | 30.00 ± 11.55 | – | +1.50 ± 0.50 |")
+    # The report on one method has the same pairs, and where in the tail they differ.
+    cells[2]["groups"]["tail"], cells[3]["groups"]["tail"] = 0.13, 0.15
+    (line,) = ledger.comparison(cells, "macro_error", "metasaug").splitlines()[2:]
+    assert line == ("| stripes, imbalance 7, 4 epochs | 2 | -1.50 ± 0.50 | +0.00 ± 0.00 | – | +0.00 ± 0.00 | "
+                    "+0.00 ± 0.00 | +4.00 ± 1.00 |")
 
 
 def test_a_cell_is_run_once_from_the_shared_stage_1(tmp_path, monkeypatch):
