@@ -40,6 +40,13 @@ def tab(name: str, ready: str) -> Callable[[Any], None]:
     return opened
 
 
+def held_out(page: Any) -> None:
+    tab("Directions", ".direction")(page)
+    page.locator("#whose input").click()
+    page.get_by_role("option", name="heldout-cifar10-lt", exact=True).click()
+    page.get_by_text("Held-out augmentation measures").wait_for()
+
+
 def folder(page: Any) -> None:
     tab("Folder", "#many")(page)
     files = [*sorted(EXAMPLES.glob("*.jpg")), EXAMPLES / "README.md"]
@@ -62,6 +69,7 @@ SHOTS: dict[str, tuple[tuple[int, int], Any, Callable[[Any], None]]] = {
     "directions": (DESKTOP, "light", tab("Directions", ".direction")),
     "directions-dark": (DESKTOP, "dark", tab("Directions", ".direction")),
     "directions-phone": (PHONE, "light", tab("Directions", ".direction")),
+    "directions-heldout": (DESKTOP, "light", held_out),
     "models": (DESKTOP, "dark", tab("Models", "#card h3")),
 }
 
