@@ -8,6 +8,7 @@
 """
 
 import dataclasses
+import io
 import json
 import statistics
 import tomllib
@@ -306,10 +307,33 @@ def shift_table(cells: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def shift_figure(cells: Sequence[Mapping[str, Any]]) -> bytes:
+    """A PNG of shift and effect over stage 2, a line a set and method, of its first seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), dpi=100, layout="constrained")
+    shift, effect = figure.subplots(1, 2, sharex=True)
+    lines: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for cell in cells:
+        if "metasaug" in cell["method"]:
+            lines.setdefault((cell["set"], cell["method"]), cell["stage2_log"])
+    for (name, method), logged in lines.items():
+        at = [100 * (number + 0.5) / len(logged) for number in range(len(logged))]
+        (line,) = shift.plot(at, [row["shift"] for row in logged], lw=1.3, label=f"{name}/{method}")
+        effect.plot(at, [abs(row["effect"]) for row in logged], lw=1.3, color=line.get_color())
+    shift.set(yscale="log", xlabel="% of stage 2", title="‖S' − S‖ / ‖S‖", ylim=(1e-9, 1))
+    effect.set(yscale="log", xlabel="% of stage 2", title="|change of the loss|, the loss is about 1", ylim=(1e-9, 1))
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
 def page() -> None:
-    """Write the tables into docs/ledger.md and docs/heldout.md, between their markers."""
+    """Write the tables into docs/ledger.md and docs/heldout.md, between their markers, and docs/shift.png."""
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
+    PAGE.with_name("shift.png").write_bytes(shift_figure(_done(RESULTS)))
 
 
 def pages() -> dict[Path, str]:

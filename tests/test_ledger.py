@@ -1,9 +1,11 @@
 """The ledger: its cells differ by the method alone, none is run twice, and the docs state what was run."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("torch")
 
@@ -31,6 +33,16 @@ def test_the_pages_state_what_was_run():
         results = ledger.RESULTS.with_name(f"{protocol.stem}.json")
         cells = json.loads(results.read_text())["cells"] if results.exists() else []
         assert {f"{row['set']}/{row['method']}/{row['seed']}" for row in cells} <= listed
+
+
+def test_the_figure_has_a_line_for_each_set_and_method():
+    cells = json.loads(ledger.RESULTS.read_text())["cells"]
+    drawn, committed = (Image.open(io.BytesIO(content)) for content in
+                        (ledger.shift_figure(cells), ledger.PAGE.with_name("shift.png").read_bytes()))
+    assert drawn.size == committed.size
+    # Without one of its lines it is another picture.
+    fewer = ledger.shift_figure([cell for cell in cells if cell["set"] != "plankton"])
+    assert Image.open(io.BytesIO(fewer)).tobytes() != drawn.tobytes()
 
 
 def made_up(method: str, seed: int, error: float) -> dict:
