@@ -128,10 +128,11 @@ def _directions_tab(given: gr.State):
         label = gr.Dropdown(choices["choices"], value=choices["value"], interactive=True,
                             label="Class, the rarest first (pictures in training)", elem_id="class")
     shown = gr.HTML("", elem_id="varied")
-    told: dict[str, Any] = {"fn": directions.page, "inputs": [which, label, given], "outputs": shown, **PAGE}
+    told: dict[str, Any] = {"fn": directions.page, "inputs": [which, label, given], "outputs": shown,
+                            "preprocess": False, **PAGE}
     # Another model may have the same classes: the list of them then does not change.
-    which.change(directions.classes, which, label, preprocess=False, **AT_ONCE).then(preprocess=False, **told)
-    label.input(preprocess=False, **told)
+    which.change(directions.classes, which, label, preprocess=False, **AT_ONCE).then(**told)
+    label.input(**told)
     return which, label, shown
 
 

@@ -235,17 +235,15 @@ def tables(cells: Sequence[Mapping[str, Any]], metric: str) -> str:
     """A table a set, in Markdown: a line a method, means over its seeds."""
     parts = []
     for name in dict.fromkeys(cell["set"] for cell in cells):
-        rows = [cell for cell in cells if cell["set"] == name]
-        of_method = {method: {cell["seed"]: cell for cell in rows if cell["method"] == method}
-                     for method in dict.fromkeys(cell["method"] for cell in rows)}
+        of_method = _by_method(cells, name)
         bases = [method for method in BASES if method in of_method]
         parts += [
-            f"### {_title(rows[0])}", "",
+            f"### {_title(cells, name)}", "",
             "| method | seeds | macro error | " + "".join(f"against `{base}` | " for base in bases)
             + "head | medium | tail | worst class |", "|---|" + "---|" * (len(bases) + 6)]
         for method, mine in of_method.items():
-            against = [_spread([cell[metric] - of_method[base][seed][metric] for seed, cell in mine.items()
-                                if seed in of_method[base] and method != base], signed=True) for base in bases]
+            against = [_spread([cell[metric] - other[metric] for cell, other in _pairs(mine, of_method[base])
+                                if method != base], signed=True) for base in bases]
             groups = [_mean([cell["groups"][group] for cell in mine.values()]) for group in GROUPS]
             parts.append(" | ".join([
                 f"| `{method}`", str(len(mine)), _spread([cell[metric] for cell in mine.values()]), *against, *groups,
@@ -254,7 +252,24 @@ def tables(cells: Sequence[Mapping[str, Any]], metric: str) -> str:
     return "\n".join(parts)
 
 
-def _title(cell: Mapping[str, Any]) -> str:
+def _by_method(cells: Sequence[Mapping[str, Any]], name: str) -> dict[str, dict[int, Mapping[str, Any]]]:
+    """The cells of a set: by method, then by seed."""
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for cell in cells:
+        if cell["set"] == name:
+            found.setdefault(cell["method"], {})[cell["seed"]] = cell
+    return found
+
+
+def _pairs(
+    mine: Mapping[int, Mapping[str, Any]], others: Mapping[int, Mapping[str, Any]]
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Cells of two methods that share a seed."""
+    return [(cell, others[seed]) for seed, cell in mine.items() if seed in others]
+
+
+def _title(cells: Sequence[Mapping[str, Any]], name: str) -> str:
+    cell = next(cell for cell in cells if cell["set"] == name)
     return (cell["data"] + (f", imbalance {cell['imbalance']:g}" if cell["imbalance"] else "")
             + f", {cell['epochs']} epochs")
 
@@ -279,16 +294,13 @@ def comparison(cells: Sequence[Mapping[str, Any]], metric: str, method: str) -> 
     lines = ["| | seeds | " + "".join(f"against `{base}` | " for base in BASES) + "head | medium | tail |",
              "|---|" + "---|" * (len(BASES) + 4)]
     for name in dict.fromkeys(cell["set"] for cell in cells if cell["method"] == method):
-        of = {m: {cell["seed"]: cell for cell in cells if cell["set"] == name and cell["method"] == m}
-              for m in (method, *BASES)}
-        pairs = {base: [(cell, of[base][seed]) for seed, cell in of[method].items() if seed in of[base]]
-                 for base in BASES}
+        of_method = _by_method(cells, name)
+        pairs = {base: _pairs(of_method[method], of_method.get(base, {})) for base in BASES}
         against = [_spread([mine[metric] - other[metric] for mine, other in pairs[base]], signed=True)
                    for base in BASES]
         groups = [_spread([mine["groups"][group] - other["groups"][group] for mine, other in pairs["isda"]],
                           signed=True) for group in GROUPS]
-        lines.append(" | ".join([f"| {_title(next(iter(of[method].values())))}", str(len(of[method])), *against,
-                                 *groups]) + " |")
+        lines.append(" | ".join([f"| {_title(cells, name)}", str(len(of_method[method])), *against, *groups]) + " |")
     return "\n".join(lines)
 
 

@@ -53,7 +53,6 @@ def side_by_side(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 1):
         for name, step in steps.items():
-            _wait_for_gpu()
             began = time.perf_counter()
             step()
             _wait_for_gpu()

@@ -131,8 +131,7 @@ def nearest_semidefinite(covariance_U: Tensor) -> Tensor:
     failed_U &= trace_U.isfinite() & covariance_U.sum((1, 2)).isfinite()  # a NaN is for `check_finite` to find
     if not failed_U.any():
         return covariance_U
-    precise = covariance_U.dtype if covariance_U.device.type == "mps" else torch.float64
-    values, vectors = torch.linalg.eigh(covariance_U[failed_U].to(precise))
+    values, vectors = torch.linalg.eigh(covariance_U[failed_U].to(precise_dtype(covariance_U)))
     projected = (vectors * values.clamp_min(0)[:, None, :]) @ vectors.mT
     covariance_U = covariance_U.clone()
     covariance_U[failed_U] = ((projected + projected.mT) / 2).to(covariance_U.dtype)
@@ -148,6 +147,11 @@ def scatter(away_NA: Tensor, index_N: Tensor, counts_U: Tensor, kind: Kind) -> T
         return away_NA.new_zeros(len(counts_U), away_NA.shape[1]).index_add_(0, index_N, away_NA * away_NA)
     parts = away_NA[index_N.argsort()].split(counts_U.tolist())
     return torch.stack([part_NA.T @ part_NA for part_NA in parts])
+
+
+def precise_dtype(tensor: Tensor) -> torch.dtype:
+    """float64, but on MPS, which has none, the tensor's own."""
+    return tensor.dtype if tensor.device.type == "mps" else torch.float64
 
 
 def as_column(values_U: Tensor, like: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.backbone import BatchFeatures, Compute
-from training.covariance import LearnedCovariance, RunningCovariance, nearest_semidefinite
+from training.covariance import LearnedCovariance, RunningCovariance, nearest_semidefinite, precise_dtype
 from training.errors import DivergenceError
 from training.losses import HeadLoss
 
@@ -199,7 +199,7 @@ def meta_gradient(
     """Steps 1 to 3 -> (grad_S for the batch's classes, L(Theta, S), meta loss after the look ahead)."""
     # 1. The last layer's gradient, kept differentiable in S; into the backbone it goes on as a plain backward pass.
     # In float64: it costs little beside a backbone, and differences of rounded numbers are what a mixed derivative is.
-    precise = batch.features_NA.dtype if batch.features_NA.device.type == "mps" else torch.float64
+    precise = precise_dtype(batch.features_NA)
     f_NA, S_U, *head = (t.detach().to(precise).requires_grad_() for t in (batch.features_NA, covariance_U, *batch.head))
     network = lookahead == "network" and bool(batch.body)
     loss = batch.loss(f_NA, head, S_U)
