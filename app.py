@@ -20,7 +20,7 @@ import tyro
 
 import zoo
 from zoo.demo import answers, directions, long_tail, model_page, models, pictures
-from zoo.demo.look import ACT, ANNOUNCE, CHOOSE, CSS, HEAD, theme
+from zoo.demo.theme import ACT, ANNOUNCE, CHOOSE, CSS, HEAD, theme
 
 QUEUE: dict[str, Any] = {"max_size": 64, "default_concurrency_limit": 2}
 # Gradio keeps 110 kB for an hour of every session, and each call of the API is one: by default of 10,000, over a GB.

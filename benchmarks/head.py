@@ -1,7 +1,7 @@
 """`python -m benchmarks.head`: a whole MetaSAug step of a last layer on a frozen backbone, at iNaturalist's size.
 
 C = 8142 classes, A = 2048 features, batch 256, diagonal covariances, made-up features. Against forward and backward
-of plain cross entropy on the same layer, and against autograd over the matmul form (tests/twins_method.py).
+of plain cross entropy on the same layer, and against autograd over the matmul form (training/method/reference.py).
 """
 
 from collections.abc import Callable
@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.measuring import Row, added_memory, command, figure_row, ratio_row, side_by_side
-from tests import twins_method as naive
-from training import frozen_head
-from training.covariance import LearnedCovariance, RunningCovariance
-from training.frozen_head import frozen_head_step
-from training.losses import HeadLoss
+from training.method import closed_form as frozen_head
+from training.method import reference as naive
+from training.method.closed_form import frozen_head_step
+from training.method.covariance import LearnedCovariance, RunningCovariance
+from training.method.losses import HeadLoss
 
 CLASSES, FEATURES, BATCH = 8142, 2048, 256
 SCALING = (1024, 2048, 4096, 8192, 16384)

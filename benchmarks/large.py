@@ -19,14 +19,14 @@ import tyro
 from torch import nn
 
 from benchmarks.measuring import Row, added_memory, figure_row, filled, machine, report, side_by_side
-from training.batches import View
-from training.covariance import LearnedCovariance, RunningCovariance
-from training.datasets import PictureFiles
-from training.features import CachedBatches, Head
-from training.frozen_head import frozen_head_step
-from training.list_files import IMAGENET_LT, INAT
-from training.losses import HeadLoss, class_balanced_weights
-from training.meta import isda_step, plain_step
+from training.data.batches import View
+from training.data.datasets import PictureFiles
+from training.data.imagenet_inat import IMAGENET_LT, INAT
+from training.method.closed_form import frozen_head_step
+from training.method.covariance import LearnedCovariance, RunningCovariance
+from training.method.losses import HeadLoss, class_balanced_weights
+from training.method.metasaug import isda_step, plain_step
+from training.network.feature_cache import CachedBatches, Head
 from training.recipes import ImageNetLT, INat17, INat18
 from zoo.architectures import create
 
@@ -140,7 +140,7 @@ def time_rows(name: str, seconds: Sequence[float], note: str) -> list[Row]:
 
 
 def gpu_rows() -> list[Row]:
-    """A MetaSAug step on an A100 by counting: training.frozen_head's products, and what is moved."""
+    """A MetaSAug step on an A100 by counting: training.method.closed_form's products, and what is moved."""
     counts = class_counts() / SET.train_pictures
     distinct = (1 - (1 - counts) ** BATCH).sum()
     product = 2 * BATCH * SET.classes * FEATURES

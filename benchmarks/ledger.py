@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import tyro
 
-from training.backbone import Precision
-from training.cifar import long_tail_counts
 from training.command_line import RunOptions, TrainCifar, TrainFolder, alone_in
-from training.data_check import second_step
-from training.datasets import LongTailed, Split
+from training.data.check import second_step
+from training.data.cifar import long_tail_counts
+from training.data.datasets import LongTailed, Split
+from training.network.derivatives import Precision
 from training.recipes import Cifar10LT, Folder, Recipe
 from zoo.files import write_atomically
 from zoo.labels import GROUPS
@@ -150,8 +150,8 @@ def _run_cell(recipe: Recipe, cell: Cell, pictures: LongTailed, runs: Path) -> d
     import torch
 
     from benchmarks.measuring import machine
-    from training import loop
     from training.command_line import code_version
+    from training.run import loop
 
     folder = runs / cell.set / str(cell.seed)
     stage1 = folder / "stage1"  # the first cell's; the others start from it

@@ -1,7 +1,7 @@
 """`python -m benchmarks.meta_step`: the exact meta step of ResNet-32 against double backward and plain training.
 
 Batch 100, 32 x 32 pictures, full covariances, look-ahead through the network and through the classifier. The twin is
-tests/twins_method.py: double backward through everything, with the same result.
+training/method/reference.py: double backward through everything, with the same result.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measuring import Row, added_memory, command, figure_row, ratio_row, side_by_side
-from tests import twins_method as naive
-from training.covariance import LearnedCovariance, RunningCovariance
-from training.losses import HeadLoss
-from training.meta import Lookahead, metasaug_step
+from training.method import reference as naive
+from training.method.covariance import LearnedCovariance, RunningCovariance
+from training.method.losses import HeadLoss
+from training.method.metasaug import Lookahead, metasaug_step
 from zoo.architectures import create
 
 BATCH = 100

@@ -28,9 +28,9 @@ import tyro
 from torch import Tensor
 
 from export.errors import ExportError
-from training.cifar import CIFAR, CIFAR_MEAN, CIFAR_STD, long_tail_counts
-from training.list_files import IMAGENET_LT, INAT, read_inat_json, read_list
-from training.start_weights import PLAIN
+from training.data.cifar import CIFAR, CIFAR_MEAN, CIFAR_STD, long_tail_counts
+from training.data.imagenet_inat import IMAGENET_LT, INAT, read_inat_json, read_list
+from training.network.start_weights import PLAIN
 from zoo import label_names
 from zoo.architectures import ARCHITECTURES, create
 from zoo.labels import assign_groups

@@ -5,7 +5,7 @@ from pathlib import Path
 import tyro
 
 from export.errors import ExportError
-from training.metrics import results_table
+from training.report.metrics import results_table
 
 
 def export(

@@ -43,8 +43,8 @@ from export.release_plan import (
 )
 from export.release_runs import Children, Gauge, Line, launched
 from training.command_line import alone_in, choose_device, settle
-from training.data_check import duration_in_words, size_in_words
-from training.datasets import LongTailed
+from training.data.check import duration_in_words, size_in_words
+from training.data.datasets import LongTailed
 from training.errors import Interrupted, TrainingError
 from training.recipes import Recipe
 from zoo.errors import HubError, ModelFolderError, ZooError
@@ -460,7 +460,7 @@ def stage1_runs(out: Path) -> list[tuple[Path, dict[str, Any]]]:
 @functools.cache
 def _stage1_in(folder: Path, _names: tuple[str, ...]) -> dict[str, Any] | None:
     """What its newest whole checkpoint says, without the tensors; a file is never changed under its name."""
-    from training.checkpoints import load_newest
+    from training.run.checkpoints import load_newest
 
     try:
         newest = load_newest(folder)

@@ -14,12 +14,12 @@ from typing import Literal
 import tyro
 
 from export.errors import ExportError
-from training.choices import CPU_SECONDS
-from training.cifar import CIFAR, long_tail_counts
 from training.command_line import AnyJob, Job
-from training.data_check import passes, run_bytes, second_step, size_in_words
-from training.list_files import IMAGENET_LT, INAT
+from training.data.check import passes, run_bytes, second_step, size_in_words
+from training.data.cifar import CIFAR, long_tail_counts
+from training.data.imagenet_inat import IMAGENET_LT, INAT
 from training.recipes import Cifar10LT, OwnPictures, Recipe
+from training.run.defaults import CPU_SECONDS
 from zoo.errors import UnknownModelError
 from zoo.registry import ENTRIES, Entry, find
 

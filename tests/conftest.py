@@ -74,7 +74,7 @@ def tiny_model_folder(tmp_path_factory) -> Path:
     tested, right = [20] * 10, [19, 18, 18, 16, 15, 12, 11, 8, 6, 3]
 
     def share(group: str) -> dict:
-        from training.metrics import wilson_interval
+        from training.report.metrics import wilson_interval
 
         members = [c for c in range(10) if groups[c] == group]
         correct, images = sum(right[c] for c in members), sum(tested[c] for c in members)

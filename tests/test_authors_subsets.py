@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tests.conftest import DATA
-from training.authors_subsets import authors_long_tail, authors_meta
-from training.cifar import CIFAR_MEAN, CIFAR_STD, cut_as_the_authors, load_cifar, long_tail_counts
-from training.datasets import list_class_folders, read_pictures
+from training.data.authors_subsets import authors_long_tail, authors_meta
+from training.data.cifar import CIFAR_MEAN, CIFAR_STD, cut_as_the_authors, load_cifar, long_tail_counts
+from training.data.datasets import list_class_folders, read_pictures
 
 
 def as_in_their_scripts(targets: list[int], num_classes: int, imb_factor: float, num_meta: int = 10):

@@ -12,13 +12,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import zoo  # noqa: E402
-from training import loop  # noqa: E402
-from training.backbone import features_of  # noqa: E402
-from training.choices import on_backbone  # noqa: E402
 from training.command_line import settle  # noqa: E402
 from training.errors import TrainingError  # noqa: E402
+from training.network.derivatives import features_of  # noqa: E402
+from training.network.start_weights import find_backbone, load_backbone  # noqa: E402
 from training.recipes import Folder, ImageNetLT, INat18  # noqa: E402
-from training.start_weights import find_backbone, load_backbone  # noqa: E402
+from training.run import loop  # noqa: E402
+from training.run.defaults import on_backbone  # noqa: E402
 from zoo import label_names  # noqa: E402
 from zoo.architectures import create  # noqa: E402
 from zoo.errors import ZooError  # noqa: E402

@@ -6,8 +6,8 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
-from training.batches import Batches, View, _part, hold, in_order  # noqa: E402
-from training.datasets import PictureFiles, Split  # noqa: E402
+from training.data.batches import Batches, View, _part, hold, in_order  # noqa: E402
+from training.data.datasets import PictureFiles, Split  # noqa: E402
 from training.errors import DataError  # noqa: E402
 from zoo.images import decode, fitted, preprocess  # noqa: E402
 

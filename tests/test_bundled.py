@@ -33,7 +33,7 @@ def cifar10_test(cifar10_jpeg):
 @pytest.fixture(scope="module")
 def plankton_test(plankton, tmp_path_factory):
     """Class folders of the test pictures that the training command cuts by file name."""
-    from training.own_pictures import load_folder
+    from training.data.own_pictures import load_folder
 
     data = load_folder(plankton / "train")
     folder = tmp_path_factory.mktemp("plankton") / "test"

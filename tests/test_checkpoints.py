@@ -7,8 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from training import checkpoints  # noqa: E402
 from training.errors import TrainingError  # noqa: E402
+from training.run import checkpoints  # noqa: E402
 
 
 def state(value: float) -> dict:

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import twins_method as naive
-from training.covariance import LearnedCovariance, RunningCovariance, nearest_semidefinite
 from training.errors import TrainingError
+from training.method import reference as naive
+from training.method.covariance import LearnedCovariance, RunningCovariance, nearest_semidefinite
 
 KINDS = pytest.mark.parametrize("kind", ["full", "diagonal"])
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.cifar import CIFAR, cut, load_cifar, long_tail_counts
-from training.datasets import list_class_folders
+from training.data.cifar import CIFAR, cut, load_cifar, long_tail_counts
+from training.data.datasets import list_class_folders
 from training.errors import DataError
 
 

@@ -22,15 +22,15 @@ from tests.test_training import (  # noqa: E402
     log_without_times,
     small_data,
 )
-from training import checkpoints, loop  # noqa: E402
-from training.backbone import features_of  # noqa: E402
-from training.batches import Batches, View, in_order  # noqa: E402
-from training.covariance import LearnedCovariance, RunningCovariance  # noqa: E402
+from training.data.batches import Batches, View, in_order  # noqa: E402
 from training.errors import TrainingError  # noqa: E402
-from training.frozen_head import frozen_head_step  # noqa: E402
-from training.heldout import HeldOut, heldout_step  # noqa: E402
-from training.losses import HeadLoss  # noqa: E402
-from training.meta import TrainBatch, isda_step, metasaug_step, plain_step  # noqa: E402
+from training.method.closed_form import frozen_head_step  # noqa: E402
+from training.method.covariance import LearnedCovariance, RunningCovariance  # noqa: E402
+from training.method.heldout import HeldOut, heldout_step  # noqa: E402
+from training.method.losses import HeadLoss  # noqa: E402
+from training.method.metasaug import TrainBatch, isda_step, metasaug_step, plain_step  # noqa: E402
+from training.network.derivatives import features_of  # noqa: E402
+from training.run import checkpoints, loop  # noqa: E402
 
 GPUS = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
 ON_GPUS = [pytest.param(name, marks=pytest.mark.gpu) for name in GPUS]
@@ -300,7 +300,7 @@ def test_a_step_of_inat18s_last_layer_takes_no_more_than_its_matrices(device):
     torch.cuda.reset_peak_memory_stats(device)
     frozen_head_step(layer, features[0], labels[0], features[1], labels[1], learned, HeadLoss("ce"), strength=0.25,
                      inner_rate=3e-4)
-    # The gradient is 67 MB, a matrix of logits 8; by the formulas at the top of training/frozen_head.py under 300 MB.
+    # The gradient is 67 MB, a matrix of logits 8; by the formulas of training/method/closed_form.py under 300 MB.
     assert torch.cuda.max_memory_allocated(device) - before < 0.5e9
 
 

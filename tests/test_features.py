@@ -15,18 +15,19 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from training import features, loop  # noqa: E402
-from training.backbone import features_of  # noqa: E402
-from training.batches import Batches  # noqa: E402
-from training.covariance import LearnedCovariance, RunningCovariance  # noqa: E402
-from training.datasets import Split  # noqa: E402
+from training.data.batches import Batches  # noqa: E402
+from training.data.datasets import Split  # noqa: E402
 from training.errors import Interrupted, TrainingError  # noqa: E402
-from training.features import VIEWS, CachedBatches, FeatureCache, Head  # noqa: E402
-from training.frozen_head import frozen_head_step  # noqa: E402
-from training.heldout import HeldOut, heldout_step  # noqa: E402
-from training.losses import HeadLoss, class_balanced_weights  # noqa: E402
-from training.meta import isda_step, metasaug_step, plain_step  # noqa: E402
+from training.method.closed_form import frozen_head_step  # noqa: E402
+from training.method.covariance import LearnedCovariance, RunningCovariance  # noqa: E402
+from training.method.heldout import HeldOut, heldout_step  # noqa: E402
+from training.method.losses import HeadLoss, class_balanced_weights  # noqa: E402
+from training.method.metasaug import isda_step, metasaug_step, plain_step  # noqa: E402
+from training.network import feature_cache as features  # noqa: E402
+from training.network.derivatives import features_of  # noqa: E402
+from training.network.feature_cache import VIEWS, CachedBatches, FeatureCache, Head  # noqa: E402
 from training.recipes import Cifar10LT, INat18  # noqa: E402
+from training.run import loop  # noqa: E402
 from zoo.architectures import create  # noqa: E402
 
 from .test_datasets import write_class_folders  # noqa: E402
@@ -285,7 +286,7 @@ def test_features_are_used_again_only_for_what_they_were_made_of(tmp_path, monke
 
 
 def test_pictures_on_disk_are_known_by_name_size_and_label(tmp_path):
-    from training.datasets import PictureFiles, list_class_folders
+    from training.data.datasets import PictureFiles, list_class_folders
 
     write_class_folders(tmp_path / "pictures", {"a": 3, "b": 3}, size=(20, 20))
     paths, labels, _ = list_class_folders(tmp_path / "pictures")
@@ -353,7 +354,7 @@ BUILD = """
 import sys, time
 from pathlib import Path
 from tests.test_features import MANY, a_backbone, a_cache
-from training import features
+from training.network import feature_cache as features
 usual = features.features_of
 def slow(net, x):
     time.sleep(0.05)

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests import twins_method as naive
-from training import frozen_head
-from training.covariance import LearnedCovariance, RunningCovariance
 from training.errors import DivergenceError, TrainingError
-from training.frozen_head import SUPPORTED_LOSSES, frozen_head_step
-from training.losses import HeadLoss, class_balanced_weights
-from training.meta import metasaug_step
+from training.method import closed_form as frozen_head
+from training.method import reference as naive
+from training.method.closed_form import SUPPORTED_LOSSES, frozen_head_step
+from training.method.covariance import LearnedCovariance, RunningCovariance
+from training.method.losses import HeadLoss, class_balanced_weights
+from training.method.metasaug import metasaug_step
 
 
 def a_setting(classes=7, features=9, n=12, m=10, bias=True, dtype=torch.float64, seed=0):

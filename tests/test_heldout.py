@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests import twins_method as naive
 from tests.test_meta import KINDS, resnet32, small_conv, vit_block
 from tests.test_training import TINY, small_data
-from training import loop
-from training.backbone import features_of
-from training.covariance import RunningCovariance
 from training.errors import DivergenceError
-from training.heldout import PRIOR, HeldOut, heldout_step
-from training.losses import HeadLoss, class_balanced_weights
+from training.method import reference as naive
+from training.method.covariance import RunningCovariance
+from training.method.heldout import PRIOR, HeldOut, heldout_step
+from training.method.losses import HeadLoss, class_balanced_weights
+from training.network.derivatives import features_of
+from training.run import loop
 
 CPU = torch.device("cpu")
 

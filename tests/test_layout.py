@@ -18,7 +18,7 @@ ALLOWED = {
     "export": {"zoo", "training"},  # its readers of data and its measures
     "app": {"zoo"},
     "metasaug": {"zoo", "training", "export", "app"},
-    "benchmarks": {"zoo", "training", "export", "tests"},
+    "benchmarks": {"zoo", "training", "export"},
 }
 # `python -m training` and `python -m export` are the command line under another name.
 ENTRY_POINTS = {"training/__main__.py", "export/__main__.py"}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from training.data.imagenet_inat import load_imagenet_lt, load_inat, read_inat_json, read_list
 from training.errors import DataError
-from training.list_files import load_imagenet_lt, load_inat, read_inat_json, read_list
 from zoo.label_names import imagenet, imagenet_lt_counts, imagenet_wnids, inat18
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests import twins_method as naive
-from training import losses
-from training.losses import (
+from training.method import losses
+from training.method import reference as naive
+from training.method.losses import (
     HeadLoss,
     LossName,
     augmented_logits,

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from tests import twins_method as naive
-from training.covariance import LearnedCovariance, RunningCovariance
 from training.errors import DivergenceError, TrainingError
-from training.losses import HeadLoss, LossName, class_balanced_weights
-from training.meta import TrainBatch, meta_gradient, metasaug_step
+from training.method import reference as naive
+from training.method.covariance import LearnedCovariance, RunningCovariance
+from training.method.losses import HeadLoss, LossName, class_balanced_weights
+from training.method.metasaug import TrainBatch, meta_gradient, metasaug_step
 from zoo.architectures import create
 
 LOOKAHEADS = pytest.mark.parametrize("lookahead", ["network", "classifier"])

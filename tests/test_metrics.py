@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.errors import DivergenceError
-from training.metrics import (
+from training.report.metrics import (
     BINS,
     TESTED_SHARE,
     ZERO_RECALL,

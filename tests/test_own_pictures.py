@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from training import cuts
-from training.datasets import LongTailed
+from training.data import splits as cuts
+from training.data.datasets import LongTailed
+from training.data.own_pictures import load_folder, load_table
 from training.errors import DataError
-from training.own_pictures import load_folder, load_table
 
 
 def paint(path, seed):

@@ -20,14 +20,14 @@ from torch import nn  # noqa: E402
 
 from tests.test_datasets import write_class_folders  # noqa: E402
 from tests.test_meta import Tokens, WithHead, small_conv, vit_block  # noqa: E402
-from training.backbone import BatchFeatures, Compute, GradientScale  # noqa: E402
-from training.covariance import LearnedCovariance, RunningCovariance  # noqa: E402
 from training.errors import DataError  # noqa: E402
-from training.frozen_head import frozen_head_step  # noqa: E402
-from training.heldout import HeldOut, heldout_step  # noqa: E402
-from training.losses import HeadLoss, class_balanced_weights  # noqa: E402
-from training.meta import isda_step, metasaug_step, plain_step  # noqa: E402
-from training.processes import Processes, joined  # noqa: E402
+from training.method.closed_form import frozen_head_step  # noqa: E402
+from training.method.covariance import LearnedCovariance, RunningCovariance  # noqa: E402
+from training.method.heldout import HeldOut, heldout_step  # noqa: E402
+from training.method.losses import HeadLoss, class_balanced_weights  # noqa: E402
+from training.method.metasaug import isda_step, metasaug_step, plain_step  # noqa: E402
+from training.network.derivatives import BatchFeatures, Compute, GradientScale  # noqa: E402
+from training.network.distributed import Processes, joined  # noqa: E402
 
 CLASSES, STEPS = 7, 20
 
@@ -100,8 +100,8 @@ def train_in_two(rank: int, port: int, folder: str, device: str = "cpu") -> None
 
 def dropout_masks(processes: Processes) -> torch.Tensor:
     """What four equal pictures become under dropout, as the loop seeds it."""
-    from training.loop import State, _seed_of_step
     from training.recipes import Cifar10LT
+    from training.run.loop import State, _seed_of_step
 
     state = State.__new__(State)
     state.epoch, state.step = 0, 0
@@ -287,7 +287,7 @@ def test_a_dead_process_ends_the_other_and_the_run_goes_on(tmp_path):
                 rank.kill()
             rank.wait()
     # And the checkpoint is whole.
-    from training import checkpoints
+    from training.run import checkpoints
 
     assert checkpoints.load_newest(out / "checkpoints") is not None
 
@@ -304,15 +304,15 @@ def test_sigterm_to_torchrun_saves_and_leaves(tmp_path):
         process.terminate()
         process.communicate(timeout=60)
     # then both agreed on the step, and its state is saved.
-    from training import checkpoints
+    from training.run import checkpoints
 
     _, saved = checkpoints.load_newest(out / "checkpoints")
     assert saved["epoch"] > 0 or saved["step"] > 0
 
 
 def test_too_small_a_batch_is_refused():
-    from training.batches import Batches, View
-    from training.datasets import Split
+    from training.data.batches import Batches, View
+    from training.data.datasets import Split
 
     pictures = Split(np.zeros((3, 8, 8, 3), np.uint8), np.arange(3))
     with pytest.raises(DataError, match="3 pictures a step are too few for 2 processes"):

@@ -11,14 +11,15 @@ torch = pytest.importorskip("torch")
 
 import metasaug  # noqa: E402
 import zoo  # noqa: E402
-from training import command_line, loop  # noqa: E402
-from training.choices import choose  # noqa: E402
+from training import command_line  # noqa: E402
 from training.command_line import RunOptions, TrainCifar, TrainFolder, TrainLargeSet, TrainTable  # noqa: E402
-from training.covariance import RunningCovariance  # noqa: E402
-from training.datasets import LongTailed, PictureFiles  # noqa: E402
+from training.data.datasets import LongTailed, PictureFiles  # noqa: E402
 from training.errors import TrainingError  # noqa: E402
+from training.method.covariance import RunningCovariance  # noqa: E402
+from training.network.start_weights import load_pretrained  # noqa: E402
 from training.recipes import Cifar10LT, Cifar100LT, Folder, ImageNetLT, INat17, INat18, Table  # noqa: E402
-from training.start_weights import load_pretrained  # noqa: E402
+from training.run import loop  # noqa: E402
+from training.run.defaults import choose  # noqa: E402
 from zoo.architectures import create  # noqa: E402
 
 from .test_list_files import make_imagenet_lt, make_inat  # noqa: E402
@@ -147,7 +148,7 @@ def test_with_the_backbone_frozen_only_the_last_layer_moves(tmp_path, augment):
     # Given the stage 1 of a run whose stage 2 trains the last layer only,
     recipe = dataclasses.replace(FROZEN, augment=augment)
     state, _ = loop.run(recipe, small_data(), tmp_path, CPU)
-    from training import checkpoints
+    from training.run import checkpoints
 
     _, saved = checkpoints.load_newest(tmp_path / "stage1")
     # then, at the end, everything else is what it was there to the bit, batch norm's statistics too.

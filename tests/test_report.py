@@ -15,10 +15,10 @@ from PIL import Image
 import metasaug
 import zoo
 from tests.test_layout import WITHOUT_TORCH
-from training.metrics import Tally
-from training.plain_words import Classes, advice, plain_words
-from training.report import page, read_log
-from training.tensorboard_log import TensorBoardLog, scalars
+from training.report.metrics import Tally
+from training.report.page import page, read_log
+from training.report.sentences import Classes, advice, plain_words
+from training.run.tensorboard_log import TensorBoardLog, scalars
 from zoo.labels import assign_groups
 
 ROOT = Path(__file__).resolve().parent.parent

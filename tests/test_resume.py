@@ -32,10 +32,10 @@ from tests.test_training import (  # noqa: E402
     log_without_times,
     small_data,
 )
-from training import checkpoints, loop  # noqa: E402
-from training.datasets import LongTailed, PictureFiles, Split  # noqa: E402
+from training.data.datasets import LongTailed, PictureFiles, Split  # noqa: E402
 from training.errors import DivergenceError, Interrupted, TrainingError  # noqa: E402
-from training.processes import joined  # noqa: E402
+from training.network.distributed import joined  # noqa: E402
+from training.run import checkpoints, loop  # noqa: E402
 from zoo.model_folder import ModelFolder  # noqa: E402
 
 SAVED_ALWAYS = 1e-9  # minutes

@@ -12,10 +12,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from training import loop  # noqa: E402
-from training.datasets import LongTailed, Split  # noqa: E402
+from training.data.datasets import LongTailed, Split  # noqa: E402
 from training.errors import DivergenceError, Interrupted, TrainingError  # noqa: E402
 from training.recipes import Cifar10LT  # noqa: E402
+from training.run import loop  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = Cifar10LT(epochs=5, batch_size=16, lr=0.05, imbalance=4, meta_per_class=4)

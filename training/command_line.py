@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, Uni
 
 import tyro
 
-from training.datasets import LongTailed
+from training.data.datasets import LongTailed
 from training.errors import TrainingError
-from training.metrics import results_table
 from training.recipes import (
     Cifar10LT,
     Cifar100LT,
@@ -33,7 +32,8 @@ from training.recipes import (
     Table,
     without_place,
 )
-from training.report import report_of_run
+from training.report.metrics import results_table
+from training.report.page import report_of_run
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class TrainCifar(Job[C]):
     """Fetch the original data set into --data first."""
 
     def load(self, look: bool | None = None) -> LongTailed:
-        from training.cifar import load_cifar
+        from training.data.cifar import load_cifar
 
         recipe = self.recipe
         return load_cifar(recipe.dataset, self.options.data, recipe.imbalance, recipe.meta_per_class,
@@ -123,7 +123,7 @@ class TrainLargeSet(Job[L]):
     """Folder of the list or JSON files, where they are not in --data."""
 
     def load(self, look: bool | None = None) -> LongTailed:
-        from training.list_files import load_imagenet_lt, load_inat
+        from training.data.imagenet_inat import load_imagenet_lt, load_inat
 
         load = load_imagenet_lt if self.recipe.dataset == "imagenet-lt" else partial(load_inat, self.recipe.dataset)
         return load(self.options.data, lists=self.lists, meta_per_class=self.recipe.meta_per_class,
@@ -140,7 +140,7 @@ class TrainFolder(Job[Folder]):
     """Class folders of a meta set; without it DATA/meta or DATA/val, or a part of each class."""
 
     def load(self, look: bool | None = None) -> LongTailed:
-        from training.own_pictures import load_folder
+        from training.data.own_pictures import load_folder
 
         if self.options.data is None:
             raise TrainingError("Where are the pictures? --data DIR, where DIR holds a folder of pictures for each "
@@ -169,7 +169,7 @@ class TrainTable(Job[Table]):
     """Column of the group; found by its usual names."""
 
     def load(self, look: bool | None = None) -> LongTailed:
-        from training.own_pictures import load_table
+        from training.data.own_pictures import load_table
 
         table, root = (self.table, self.options.data) if self.table else (self.options.data, None)
         if table is None:
@@ -213,7 +213,7 @@ def train(job: AnyJob) -> Path | None:
 
     The result is that of the last epoch, overall, per group and per class, on the test set.
     """
-    from training.processes import joined
+    from training.network.distributed import joined
 
     with joined(choose_device(job.options.device).type) as processes:
         if not processes.first:
@@ -235,7 +235,7 @@ def _train(job: Job, processes) -> Path | None:
         print(json.dumps({**recipe.to_dict(), "run": str(folder), "class_counts": counts}, indent=1))
         return None
 
-    from training import loop
+    from training.run import loop
 
     loop.check(recipe, data)
     print(f"{run_name(job.recipe)} on {processes.device}"
@@ -257,13 +257,13 @@ def _train(job: Job, processes) -> Path | None:
 
 def settle(recipe: Recipe, data: LongTailed, device, resumed: Path | None) -> tuple[Recipe, list[str]]:
     """The recipe with every choice made, and why; a resumed run keeps what it chose at its start."""
-    from training.choices import choose, on_backbone
+    from training.run.defaults import choose, on_backbone
 
     reasons: list[str] = []
     if recipe.backbone is not None:
         recipe, reasons = on_backbone(recipe, data)
     if isinstance(recipe, OwnPictures):
-        from training.checkpoints import load_newest
+        from training.run.checkpoints import load_newest
 
         newest = load_newest(resumed / "checkpoints") if resumed is not None else None
         if newest is not None:
@@ -314,7 +314,7 @@ def write_model(model: Path, name: str, recipe: Recipe, data, state, results: di
     """The finished model folder, without ONNX: `metasaug train` adds that next, `metasaug export` at any time."""
     import torch
 
-    from training.loop import view_of
+    from training.run.loop import view_of
     from zoo.architectures import classifier_name
     from zoo.labels import assign_groups
     from zoo.model_folder import write_model_folder

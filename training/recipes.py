@@ -37,7 +37,7 @@ class Recipe:
 
     dataset: ClassVar[str] = ""
     CHOSEN: ClassVar[tuple[str, ...]] = ()
-    """Flags that may be left open, as 0, auto or nothing, to be chosen from the pictures (training.choices)."""
+    """Flags that may be left open, as 0, auto or nothing, to be chosen from the pictures (training.run.defaults)."""
 
     architecture: str = "resnet32"
     """Network: resnet32 (for CIFAR), resnet10, resnet18, resnet34, resnet50, resnext50_32x4d … (NAME-small: for
@@ -463,7 +463,7 @@ class INat18(INat17):
 
 @dataclass(frozen=True)
 class OwnPictures(Recipe):
-    """Your own pictures. What is 0 or auto is chosen from the pictures and the machine (training.choices)."""
+    """Your own pictures. What is 0 or auto is chosen from the pictures and the machine (training.run.defaults)."""
 
     CHOSEN: ClassVar[tuple[str, ...]] = ("architecture", "epochs", "batch_size", "input_size", "crop_mode", "crops",
                                          "covariance")

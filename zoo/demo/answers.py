@@ -12,8 +12,7 @@ from PIL import Image
 import zoo
 from zoo import images
 from zoo.demo import models
-from zoo.demo.models import HOW_TRAINED, Model
-from zoo.demo.pieces import (
+from zoo.demo.html import (
     SUCH,
     alert,
     badge,
@@ -29,6 +28,7 @@ from zoo.demo.pieces import (
     uploaded,
     ways,
 )
+from zoo.demo.models import HOW_TRAINED, Model
 
 EXAMPLES = Path(zoo.__file__).parent / "examples"
 EXAMPLE_NAMES = ("airplane", "automobile", "bird", "cat", "horse", "ship", "truck", "coffee")

@@ -11,8 +11,8 @@ from PIL import Image
 import zoo
 from zoo.demo import models
 from zoo.demo.answers import EXAMPLE_NAMES, EXAMPLES, Answer
+from zoo.demo.html import alert, badge, closed, counted, escape, name_of, percent, thumbnail
 from zoo.demo.models import Model
-from zoo.demo.pieces import alert, badge, closed, counted, escape, name_of, percent, thumbnail
 from zoo.directions import Direction, Variation, variation
 
 YOURS = "your picture"

@@ -7,8 +7,8 @@ import numpy as np
 
 from zoo.demo import models
 from zoo.demo.answers import Answer, chosen
+from zoo.demo.html import badge, counted, escape, groups_of, legend, meaning, measured, name_of, percent
 from zoo.demo.models import Model
-from zoo.demo.pieces import badge, counted, escape, groups_of, legend, meaning, measured, name_of, percent
 
 BARS = 40  # classes, up to which each gets a bar with its name
 ROWS = 150  # classes, up to which all are listed and dotted

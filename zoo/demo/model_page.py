@@ -5,7 +5,7 @@ from typing import Any
 
 import zoo
 from zoo.demo import models
-from zoo.demo.pieces import closed, escape, percent, ways
+from zoo.demo.html import closed, escape, percent, ways
 
 LONG_CARD = 60_000  # characters, from which the list of all classes is left out
 CITATION = """@inproceedings{li2021metasaug,

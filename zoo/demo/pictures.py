@@ -17,7 +17,7 @@ from gradio import utils as gradio_utils
 import zoo
 from zoo import archives, images
 from zoo.demo import models
-from zoo.demo.pieces import (
+from zoo.demo.html import (
     alert,
     badge,
     closed,

@@ -20,9 +20,9 @@ import torch
 from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader, Dataset
 
-from training.datasets import PictureFiles, Split
+from training.data.datasets import PictureFiles, Split
 from training.errors import DataError
-from training.processes import ALONE, Processes
+from training.network.distributed import ALONE, Processes
 from training.recipes import CropMode, Crops, Flips
 from zoo.errors import PictureError
 from zoo.images import decode, fitted

@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.backbone import BatchFeatures, Compute
-from training.covariance import RunningCovariance, as_column, load_tensors, scatter
-from training.losses import HeadLoss
-from training.meta import StepResult, TrainBatch, check_finite
+from training.method.covariance import RunningCovariance, as_column, load_tensors, scatter
+from training.method.losses import HeadLoss
+from training.method.metasaug import StepResult, TrainBatch, check_finite
+from training.network.derivatives import BatchFeatures, Compute
 
 # Held-out pictures of its own that weigh as much as the mean over all classes.
 PRIOR = 10

@@ -1,6 +1,6 @@
 """report.html: what a test says about a model, in plain words and figures. One file, no script, nothing fetched.
 
-C classes. `results` is what training.metrics made; parts that an older model folder lacks are left out.
+C classes. `results` is what training.report.metrics made; parts that an older model folder lacks are left out.
 """
 
 import json
@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from training.errors import TrainingError
-from training.metrics import BINS, ZERO_RECALL, weighted_accuracy, wilson_interval
-from training.plain_words import Classes, Results, advice, percent, plain_words, span, what_it_gets_right
-from training.svg import PERCENT_TICKS, Plot, count_ticks, escaped, even_ticks, shortened
+from training.report.charts import PERCENT_TICKS, Plot, count_ticks, escaped, even_ticks, shortened
+from training.report.metrics import BINS, ZERO_RECALL, weighted_accuracy, wilson_interval
+from training.report.sentences import Classes, Results, advice, percent, plain_words, span, what_it_gets_right
 from zoo.files import write_atomically
 from zoo.label_names import breakable
 from zoo.model_folder import ModelFolder
 
-STYLE = Path(__file__).with_name("report.css")
+STYLE = Path(__file__).with_name("page.css")
 SINGLE = 20  # classes, from which their means are drawn instead of each one's interval
 OPEN_UP_TO = 60  # rows of a table that is shown unfolded
 

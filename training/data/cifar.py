@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from training.authors_subsets import authors_long_tail, authors_meta
-from training.datasets import LongTailed, Split, content_key, list_class_folders, read_pictures
+from training.data.authors_subsets import authors_long_tail, authors_meta
+from training.data.datasets import LongTailed, Split, content_key, list_class_folders, read_pictures
 from training.errors import DataError
 
 
@@ -66,7 +66,7 @@ def cut(
 def cut_as_the_authors(
     labels: np.ndarray, num_classes: int, meta_per_class: int, imbalance: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The authors' own training and meta pictures; see training.authors_subsets."""
+    """The authors' own training and meta pictures; see training.data.authors_subsets."""
     sizes = np.bincount(labels, minlength=num_classes)
     if sizes.min() <= meta_per_class:
         raise DataError(f"a class has {sizes.min()} pictures, not enough for --meta-per-class {meta_per_class} "

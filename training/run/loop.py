@@ -21,22 +21,22 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from training import checkpoints
-from training.backbone import BatchFeatures, Compute, GradientScale
-from training.batches import Batches, View, at_once, fits_in_memory, hold, in_order
-from training.covariance import LearnedCovariance, RunningCovariance
-from training.datasets import LongTailed, PictureFiles, Split, listed
+from training.data.batches import Batches, View, at_once, fits_in_memory, hold, in_order
+from training.data.datasets import LongTailed, PictureFiles, Split, listed
 from training.errors import DivergenceError, Interrupted, TrainingError
-from training.features import CachedBatches, FeatureCache, Head
-from training.frozen_head import SUPPORTED_LOSSES, frozen_head_step
-from training.heldout import HeldOut, heldout_step
-from training.losses import HeadLoss, class_balanced_weights
-from training.meta import StepResult, check_finite, isda_step, metasaug_step, plain_step
-from training.metrics import DETAILS, Tally
-from training.processes import ALONE, Processes
+from training.method.closed_form import SUPPORTED_LOSSES, frozen_head_step
+from training.method.covariance import LearnedCovariance, RunningCovariance
+from training.method.heldout import HeldOut, heldout_step
+from training.method.losses import HeadLoss, class_balanced_weights
+from training.method.metasaug import StepResult, check_finite, isda_step, metasaug_step, plain_step
+from training.network.derivatives import BatchFeatures, Compute, GradientScale
+from training.network.distributed import ALONE, Processes
+from training.network.feature_cache import CachedBatches, FeatureCache, Head
+from training.network.start_weights import find_backbone, load_backbone, load_pretrained
 from training.recipes import Loss, Recipe
-from training.start_weights import find_backbone, load_backbone, load_pretrained
-from training.tensorboard_log import TensorBoardLog
+from training.report.metrics import DETAILS, Tally
+from training.run import checkpoints
+from training.run.tensorboard_log import TensorBoardLog
 from zoo.architectures import classifier_name, create
 from zoo.labels import assign_groups
 
@@ -461,7 +461,7 @@ def evaluate(
     prior: str | None = None, before_each: Callable[[], None] = lambda: None, features_KNA: np.ndarray | None = None,
     processes: Processes = ALONE,
 ) -> dict:
-    """Test results of the module as it stands; see training.metrics.Tally. `before_each` batch may end it.
+    """Test results of the module as it stands; see training.report.metrics.Tally. `before_each` batch may end it.
 
     features_KNA   of the test pictures, where they are cached: the same results without looking at pictures
     processes      each sees its part of every batch, and all return the same results

@@ -35,16 +35,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.backbone import Compute, features_of
-from training.batches import Batches, View, at_once, normalised, read
-from training.datasets import PictureFiles, Split
+from training.data.batches import Batches, View, at_once, normalised, read
+from training.data.datasets import PictureFiles, Split
 from training.errors import DataError, TrainingError
-from training.processes import ALONE, Processes
+from training.network.derivatives import Compute, features_of
+from training.network.distributed import ALONE, Processes
 from zoo.architectures import classifier_name
 from zoo.files import write_atomically
 
 Kind = Literal["train", "meta", "test"]
-VIEWS = 3  # a stream of randomness, beside those of training.batches
+VIEWS = 3  # a stream of randomness, beside those of training.data.batches
 
 PART = 256  # pictures, about: what a kill loses
 PARTS_A_BLOCK = 16  # claimed at once: worker processes start anew for each
@@ -52,7 +52,7 @@ LARGEST_FLOAT16 = 65504.0
 
 
 class Head(nn.Module):
-    """A last layer as a whole network, whose pictures are features: what the steps of training.meta take."""
+    """A last layer as a whole network, whose pictures are features: what the steps of training.method.metasaug take."""
 
     def __init__(self, last: nn.Linear):
         super().__init__()
@@ -72,7 +72,7 @@ class Head(nn.Module):
 
 
 class CachedBatches(Batches):
-    """training.batches.Batches whose pictures are features (N, A): the same order, a view of each for a new crop.
+    """training.data.batches.Batches whose pictures are features (N, A): the same order, a view of each for a new crop.
 
     pictures, features_KNA   as `FeatureCache.of` took and gives them; dtype: that of the last layer
     """

@@ -23,7 +23,7 @@ def margins(counts, max_margin):
 
 
 def head_loss(f, W, b, y, S, strength, name="ce", counts=None, w=None, gamma=1.0, max_margin=0.5, scale=30.0, tau=1.0):
-    """Every loss of training.losses, from its paper's formula."""
+    """Every loss of training.method.losses, from its paper's formula."""
     counts = [1] * len(W) if counts is None else counts
     w = torch.ones(len(W), dtype=f.dtype) if w is None else w
     if name == "ldam-published":

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from training.processes import ALONE, Processes
+from training.network.distributed import ALONE, Processes
 
 Precision = Literal["float32", "bfloat16", "float16"]
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from training.authors_subsets import authors_meta
-from training.datasets import LongTailed, PictureFiles, listed
+from training.data.authors_subsets import authors_meta
+from training.data.datasets import LongTailed, PictureFiles, listed
+from training.data.scan import look_at
+from training.data.tables import left_out_in_words, refuse
 from training.errors import DataError
-from training.listings import left_out_in_words, refuse
-from training.looking import look_at
 from zoo import label_names as known
 from zoo.files import printable
 

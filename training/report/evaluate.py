@@ -11,12 +11,12 @@ import numpy as np
 from tqdm import tqdm
 
 import zoo
-from training.datasets import list_class_folders, listed
+from training.data.datasets import list_class_folders, listed
+from training.data.tables import SPLIT_NAMES, list_table
 from training.errors import DataError, TrainingError
-from training.listings import SPLIT_NAMES, list_table
-from training.metrics import Tally, results_table
-from training.plain_words import plain_words
-from training.report import page, write_text
+from training.report.metrics import Tally, results_table
+from training.report.page import page, write_text
+from training.report.sentences import plain_words
 from zoo.files import printable
 from zoo.predictor import Predictor, Prior
 

@@ -28,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.backbone import BatchFeatures, Compute
-from training.covariance import LearnedCovariance, RunningCovariance, nearest_semidefinite, precise_dtype
 from training.errors import DivergenceError
-from training.losses import HeadLoss
+from training.method.covariance import LearnedCovariance, RunningCovariance, nearest_semidefinite, precise_dtype
+from training.method.losses import HeadLoss
+from training.network.derivatives import BatchFeatures, Compute
 
 Lookahead = Literal["network", "classifier"]
 Fidelity = Literal["fixed", "reference"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from training.datasets import LongTailed, PictureFiles, Split
+from training.data.datasets import LongTailed, PictureFiles, Split
 from training.errors import TrainingError
 from training.recipes import OwnPictures, Recipe
 from zoo.images import decode
@@ -35,7 +35,7 @@ def on_backbone(recipe: Recipe, data: LongTailed) -> tuple[Recipe, list[str]]:
 
     Raises TrainingError or another ZooError where there is no such backbone, or it does not say what it is.
     """
-    from training.start_weights import find_backbone
+    from training.network.start_weights import find_backbone
 
     assert recipe.backbone is not None
     backbone, usual, reasons = find_backbone(recipe.backbone), type(recipe)(), []

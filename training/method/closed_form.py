@@ -1,7 +1,7 @@
 """The whole MetaSAug step of a last layer on a frozen backbone, in closed form: a few matrix products, no autograd.
 
 The large-scale setting of the paper: features are computed once, only W and b are trained, covariances are diagonal.
-`training.meta.metasaug_step` on such features gives the same numbers; this gives them faster and in less memory.
+`metasaug_step` on such features gives the same numbers; this gives them faster and in less memory.
 
     result = frozen_head_step(layer, features, labels, meta_features, meta_labels, learned, HeadLoss("ce"),
                               strength=..., inner_rate=...)
@@ -32,10 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.covariance import LearnedCovariance
 from training.errors import TrainingError
-from training.losses import HeadLoss
-from training.meta import Fidelity, StepResult, check_finite
+from training.method.covariance import LearnedCovariance
+from training.method.losses import HeadLoss
+from training.method.metasaug import Fidelity, StepResult, check_finite
 
 # Cross entropies of shifted logits: the shift is constant, so the closed form is the same.
 SUPPORTED_LOSSES = ("ce", "ldam", "balanced-softmax", "logit-adjustment")
@@ -100,12 +100,12 @@ def check_supported(head_loss: HeadLoss, learned: LearnedCovariance) -> None:
     if head_loss.loss not in SUPPORTED_LOSSES:
         raise TrainingError(
             f"The closed form of the last layer has no --loss {head_loss.loss}: one of {', '.join(SUPPORTED_LOSSES)}, "
-            "or training.meta.metasaug_step."
+            "or training.method.metasaug.metasaug_step."
         )
     if learned.running.kind != "diagonal":
         raise TrainingError(
             "The closed form of the last layer is for diagonal covariances: --covariance diagonal, or "
-            "training.meta.metasaug_step."
+            "training.method.metasaug.metasaug_step."
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.datasets import PICTURE_SUFFIXES, check_class_names, find_classes, find_files, listed
+from training.data.datasets import PICTURE_SUFFIXES, check_class_names, find_classes, find_files, listed
 from training.errors import DataError
 
 # Pictures by their ending that zoo.images does not read: named like damaged ones, never passed over in silence.

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from training.metrics import by_size, wilson_interval
+from training.report.metrics import by_size, wilson_interval
 from zoo.labels import HEAD_ABOVE, TAIL_BELOW
 
 FEW = 10  # test pictures, below which a class's own figure says little

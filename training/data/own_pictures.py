@@ -7,17 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from training import cuts
-from training.datasets import LongTailed, PictureFiles, listed
+from training.data import splits as cuts
+from training.data.datasets import LongTailed, PictureFiles, listed
+from training.data.scan import glance_at, look_at
+from training.data.tables import Listing, left_out_in_words, list_folder, list_table, refuse
 from training.errors import DataError
-from training.listings import Listing, left_out_in_words, list_folder, list_table, refuse
-from training.looking import glance_at, look_at
 from zoo.files import printable
 
 
 @dataclass(frozen=True)
 class CutRule:
-    """How to cut what is not given: see training.cuts."""
+    """How to cut what is not given: see training.data.splits."""
 
     meta_per_class: int = 10
     test_share: float = 0.2
@@ -39,7 +39,7 @@ def load_folder(
     test, meta   folders of the same classes, where they are kept elsewhere
     skip_bad     leave out pictures that cannot be decoded and classes too small to use, instead of stopping
     look         decode every picture once; without it damaged ones and copies go unseen, and sizes are not known
-    What is not given is cut by training.cuts. Raises DataError.
+    What is not given is cut by training.data.splits. Raises DataError.
     """
     rule = CutRule(meta_per_class, test_share, subset_seed, skip_bad, look)
     return assemble(list_folder(root.expanduser(), test, meta, skip_bad), rule)
@@ -54,7 +54,7 @@ def load_table(
 
     root   folder that the paths start from; without it the table's own
     Pictures of one group (an animal, a track, a camera) are never parted between training and test. The columns are
-    found by their usual names (training.listings.COLUMN_NAMES) or named. Otherwise as load_folder.
+    found by their usual names (training.data.tables.COLUMN_NAMES) or named. Otherwise as load_folder.
     """
     rule = CutRule(meta_per_class, test_share, subset_seed, skip_bad, look)
     return assemble(list_table(table, root, skip_bad, path=path_column, label=label_column, split=split_column,

@@ -14,11 +14,11 @@ import numpy as np
 import tyro
 
 from training.command_line import AnyJob, Job, choose_device, settle
-from training.datasets import LongTailed, PictureFiles, Split, content_key, listed
+from training.data.datasets import LongTailed, PictureFiles, Split, content_key, listed
+from training.data.tables import left_out_in_words
 from training.errors import DataError
-from training.listings import left_out_in_words
-from training.metrics import wilson_interval
 from training.recipes import Recipe
+from training.report.metrics import wilson_interval
 from zoo.files import printable
 from zoo.images import decode
 from zoo.labels import GROUPS, HEAD_ABOVE, TAIL_BELOW, assign_groups
@@ -145,7 +145,7 @@ def _copies_in_memory(data: LongTailed) -> int | None:
 
 
 def write_cut(path: Path, data: LongTailed) -> None:
-    """A table that training.listings.list_table reads back into the same splits. Meta pictures of the classes that
+    """A table that training.data.tables.list_table reads back into the same splits. Meta pictures of the classes that
     share them are written as training pictures, from which the same ones are lent again."""
     import csv
 

@@ -1,0 +1,1 @@
+"""The method: losses, class covariances, the MetaSAug step and its naive reference."""

@@ -1,0 +1,1 @@
+"""The backbone: derivatives, start weights, cached features, several processes."""

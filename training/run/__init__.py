@@ -1,0 +1,1 @@
+"""The training run: loop, state, checkpoints, log, defaults."""
