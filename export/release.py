@@ -49,6 +49,7 @@ from training.errors import Interrupted, TrainingError
 from training.recipes import Recipe
 from zoo.errors import HubError, ModelFolderError, ZooError
 from zoo.hub import PREFIX, HubFolder, own_copies
+from zoo.loading import open_entry
 from zoo.model_folder import CARD, CONFIG, FIGURE, MANIFEST, ONNX, ModelFolder
 from zoo.registry import Entry
 
@@ -376,7 +377,9 @@ class Order:
         rows: list[tuple[Entry, Mapping[str, Any] | None]] = []
         for cell in self.cells:
             folder = self.on_hub.get(cell.name) or finished(cell)
-            config = folder.config if folder else cell.entry.config
+            if folder is None and cell.entry.bundled:
+                folder = open_entry(cell.entry)
+            config = folder.config if folder else None
             if config or cell.entry.measured_error is not None:
                 rows.append((cell.entry, (config or {}).get("metasaug", {}).get("results")))
         parts = ["\n" + results_by_cell(rows, lambda entry: entry.measured_error)] if rows else []

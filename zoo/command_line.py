@@ -31,7 +31,7 @@ def list_table(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> 
     """
     rows: list[dict[str, Any]] = [
         {"name": e.name, "aliases": e.aliases, "dataset": e.dataset, "imbalance": e.imbalance, "method": e.method,
-         "loss": e.loss, "classes": None if e.labels is None else len(e.labels), "weights": e.weights,
+         "loss": e.loss, "classes": e.classes, "weights": e.weights,
          "error": e.measured_error, "published_error": e.published_error, "published_source": e.published_source,
          "summary": e.summary, "command": e.command, "hub": None if e.hub is None else f"{e.hub.repo}@{e.hub.revision}"}
         for e in zoo.list_models()

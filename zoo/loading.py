@@ -7,12 +7,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from zoo.errors import UnknownModelError, ZooError
-from zoo.hub import PREFIX, HubFolder, parse
+from zoo.errors import ModelFolderError, UnknownModelError, UnpublishedModelError, ZooError
+from zoo.hub import OWNER, PREFIX, HubFolder, own_copies, parse
 from zoo.images import Picture
 from zoo.model_folder import CONFIG, ONNX, ONNX_INT8, WEIGHTS, ModelFolder
 from zoo.predictor import Backend, Device, Precision, Prediction, Predictor
-from zoo.registry import find, list_models
+from zoo.registry import Entry, find, list_models
 
 log = logging.getLogger("zoo")
 
@@ -62,7 +62,7 @@ def open_folder(
     hub: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only, "token": token}
     entry = find(name)
     if entry is not None:
-        return entry.open(files, **hub)
+        return open_entry(entry, files, **hub)
     if name.startswith(PREFIX):
         repo, named = parse(name)
         if revision is not None and named not in (None, revision):
@@ -73,6 +73,45 @@ def open_folder(
     if revision is not None:
         raise ZooError(f"{name} is a folder and has no revisions; hf:owner/repo@revision names a model on the Hub.")
     return ModelFolder(name)
+
+
+def open_entry(entry: Entry, files: Sequence[str] = (), **hub: Any) -> ModelFolder:
+    """The model folder of a registry entry, its manifest checked.
+
+    files  to fetch at once where they are on the Hub      hub  revision, local_files_only, token, cache: as HubFolder
+    Raises UnpublishedModelError, HubError or ModelFolderError.
+    """
+    asked, owner = hub.get("revision"), own_copies()
+    if entry.bundled:
+        if asked is not None:
+            raise ZooError(f"{entry.name} is bundled with this package and has no revisions; hf:owner/repo@revision "
+                           "names a model on the Hub.")
+        return ModelFolder(entry.folder, entry.manifest_sha256)
+    if owner is not None:
+        # A copy of published weights must hold the same bytes; for unpublished ones the name is all there is to check.
+        folder = HubFolder(f"{owner}/{entry.name}", **hub, files=files,
+                           manifest_sha256=None if asked else entry.manifest_sha256)
+        name = folder.config["metasaug"]["name"]
+        if name != entry.name:
+            raise ModelFolderError(f"{folder.source} holds the model {name!r}, not {entry.name!r}. To load it all the "
+                                   f"same: hf:{folder.repo}.")
+        return folder
+    if entry.hub is None:
+        raise UnpublishedModelError(how_to_get(entry))
+    pinned = asked in (None, entry.hub.revision)
+    return HubFolder(entry.hub.repo, **{**hub, "revision": entry.hub.revision if pinned else asked}, files=files,
+                     manifest_sha256=entry.manifest_sha256 if pinned else None)
+
+
+def how_to_get(entry: Entry) -> str:
+    """The ways to get the weights of an unpublished model."""
+    ways = {"train it": entry.command}
+    if entry.authors_file:
+        ways["import the authors' file"] = f"metasaug import FILE --as {entry.name} --out FOLDER"
+    ways["load your own copy from the Hub"] = f"hf:OWNER/REPO[@REVISION], or {OWNER}=OWNER for hf:OWNER/{entry.name}"
+    ready = ", ".join(each.name for each in list_models() if each.weights != "unpublished")
+    return "\n".join([f"The weights of {entry.name} are not published yet. You can",
+                      *(f"  {what}: {how}" for what, how in ways.items()), f"Ready to use: {ready}."])
 
 
 def _unknown(name: str) -> str:

@@ -1,15 +1,12 @@
-"""The models of the zoo: data only. Errors are fractions; those of bundled models are read from their folders."""
+"""The models of the zoo as a table: what each is trained on, the paper's error, ours, and where its weights are.
+
+Nothing is opened or fetched here; `zoo.loading` does that. Errors are fractions.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from zoo.errors import ModelFolderError, UnpublishedModelError, ZooError
-
-if TYPE_CHECKING:
-    from zoo.model_folder import ModelFolder
+from typing import Literal
 
 HERE = Path(__file__).resolve().parent
 
@@ -19,29 +16,42 @@ SECOND_HAND = "cited elsewhere; ResNet-50"
 
 
 @dataclass(frozen=True)
+class Bundled:
+    """Weights in this package, in weights/NAME."""
+
+    manifest_sha256: str  # of manifest.json, which holds the sha256 of every other file
+    error: float  # test error of the last epoch
+    summary: str  # training data and schedule
+
+
+@dataclass(frozen=True)
 class OnHub:
-    """Weights on the Hub, at one commit; `metasaug publish` prints it."""
+    """Weights on the Hub, at one commit. `metasaug publish` prints this entry."""
 
     repo: str  # owner/name
     revision: str  # the commit, 40 hex digits
     manifest_sha256: str
     error: float | None  # test error of the last epoch; None where it was not measured
-    summary: str  # on what data, after how much training
+    summary: str
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One cell of a benchmark: what would be trained how, what the paper got, and the weights where there are any."""
+    """One cell of a benchmark: data, method, the command that trains it, the paper's error, and its weights if any."""
 
     name: str
     dataset: str
-    imbalance: float | None  # where the benchmark comes in several; None: as it is
+    imbalance: float | None  # None where the data set comes in one imbalance only
     method: str
     loss: str
-    command: str  # that trains it
+    command: str
     published_error: float | None = None  # None: not known
     published_source: str | None = None
     aliases: tuple[str, ...] = ()
+
+    @property
+    def bundled(self) -> Bundled | None:
+        return BUNDLED.get(self.name)
 
     @property
     def hub(self) -> OnHub | None:
@@ -49,123 +59,72 @@ class Entry:
 
     @property
     def weights(self) -> Literal["bundled", "hub", "unpublished"]:
-        """bundled: in this package; hub: fetched at first use; unpublished: not out, `how_to_make` says how."""
-        return "bundled" if self.name in BUNDLED else "hub" if self.hub else "unpublished"
+        """bundled: in this package; hub: fetched at first use; unpublished: `zoo.load` says how to get them."""
+        return "bundled" if self.bundled else "hub" if self.hub else "unpublished"
 
     @property
     def manifest_sha256(self) -> str | None:
-        """Of the weights' manifest.json, which vouches for every file."""
-        return self.hub.manifest_sha256 if self.hub else BUNDLED.get(self.name)
-
-    @property
-    def folder(self) -> Path:
-        """Of a bundled model."""
-        return HERE / "weights" / self.name
-
-    def open(self, files: Sequence[str] = (), **hub: Any) -> "ModelFolder":
-        """The model folder, its manifest checked; the one way to a model of the registry.
-
-        files  that will be read, fetched at once where they are on the Hub      hub  as zoo.hub.HubFolder takes it
-        Raises UnpublishedModelError, HubError or ModelFolderError.
-        """
-        from zoo.hub import HubFolder, own_copies
-        from zoo.model_folder import ModelFolder
-
-        asked, owner = hub.get("revision"), own_copies()
-        if self.weights == "bundled":
-            if asked is not None:
-                raise ZooError(f"{self.name} is bundled with this package and has no revisions; hf:owner/repo@revision "
-                               "names a model on the Hub.")
-            return ModelFolder(self.folder, self.manifest_sha256)
-        if owner is not None:
-            # A copy of what is published holds the same bytes; of what is not, whatever goes by this name.
-            folder = HubFolder(f"{owner}/{self.name}", **hub, files=files,
-                               manifest_sha256=None if asked else self.manifest_sha256)
-            name = folder.config["metasaug"]["name"]
-            if name != self.name:
-                raise ModelFolderError(f"{folder.source} calls itself {name!r}, not {self.name!r}. If it is what you "
-                                       f"want, load it as hf:{folder.repo}.")
-            return folder
-        if self.hub is None:
-            raise UnpublishedModelError(self.how_to_make)
-        pinned = asked in (None, self.hub.revision)
-        return HubFolder(self.hub.repo, **{**hub, "revision": self.hub.revision if pinned else asked}, files=files,
-                         manifest_sha256=self.manifest_sha256 if pinned else None)
-
-    @cached_property
-    def _bundled(self) -> tuple[dict[str, Any] | None, str]:
-        """The config of a bundled model and, in words, what it is, or why there is none."""
-        if self.weights != "bundled":
-            return None, "not published yet"
-        try:
-            config = self.open().config
-        except ModelFolderError as error:  # one damaged folder is no reason to hide the other models
-            return None, f"damaged: {error}"
-        ours = config["metasaug"]
-        return config, f"trained on {ours['dataset']}, {ours['schedule']}"
-
-    @property
-    def config(self) -> dict[str, Any] | None:
-        """The config of a bundled model, checked; None where there is none."""
-        return self._bundled[0]
-
-    @property
-    def summary(self) -> str:
-        """What the weights were trained on and how long, in words."""
-        return self.hub.summary if self.hub else self._bundled[1]
+        """sha256 of the weights' manifest.json; None where they are unpublished."""
+        found = self.bundled or self.hub
+        return found.manifest_sha256 if found else None
 
     @property
     def measured_error(self) -> float | None:
-        """Test error of the last epoch, on the data that `summary` names."""
-        if self.hub:
-            return self.hub.error
-        return None if self.config is None else (self.config["metasaug"].get("results") or {}).get("error")
+        """Our test error, on the data that `summary` names; None where nothing was measured."""
+        found = self.bundled or self.hub
+        return found.error if found else None
 
     @property
-    def labels(self) -> tuple[str, ...] | None:
-        """The classes in the order of the outputs; None where only the weights' folder or the data know them."""
-        if self.config is not None:
-            return tuple(self.config["label_names"])
-        from zoo import label_names
-
-        known = {"cifar10-lt": label_names.cifar10, "cifar100-lt": label_names.cifar100,
-                 "imagenet-lt": label_names.imagenet, "inat18": label_names.inat18}
-        return known[self.dataset]() if self.dataset in known else None
+    def summary(self) -> str:
+        """Training data and schedule of the weights."""
+        found = self.bundled or self.hub
+        return found.summary if found else "not published yet"
 
     @property
-    def how_to_make(self) -> str:
-        """What to do about an unpublished model."""
-        from zoo.hub import OWNER
+    def folder(self) -> Path:
+        """The model folder of a bundled model."""
+        return HERE / "weights" / self.name
 
-        ways = {"train it": self.command}
-        if self.authors_file:
-            ways["import the authors' file"] = f"metasaug import FILE --as {self.name} --out FOLDER"
-        ways["load a copy of your own on the Hub"] = (
-            f"hf:OWNER/REPO[@REVISION], or {OWNER}=OWNER for hf:OWNER/{self.name}")
-        ready = ", ".join(entry.name for entry in ENTRIES if entry.weights != "unpublished")
-        return "\n".join([f"The weights of {self.name} are not out yet. Ways to have them:",
-                          *(f"  {what}: {how}" for what, how in ways.items()), f"Ready to use: {ready}."])
+    @property
+    def classes(self) -> int:
+        """How many classes the data set has."""
+        return CLASSES[self.dataset]
 
     @property
     def authors_file(self) -> bool:
-        """Whether the authors, or those whose first stage they took (ce on the large sets), released such weights."""
+        """Whether the authors released weights of this cell: all of MetaSAug, and plain training on the large sets."""
         return self.dataset != "plankton" and (
             self.method == "metasaug" or (self.method == "ce" and self.imbalance is None))
 
 
-# sha256 of manifest.json of each folder in weights/.
+CLASSES = {"cifar10-lt": 10, "cifar100-lt": 100, "imagenet-lt": 1000, "inat17": 5089, "inat18": 8142, "plankton": 121}
+
 BUNDLED = {
-    "metasaug-cifar10-lt": "2f72dc8b919393292ce0a24d91e167ad53347b87fb3067852192754b297a6862",
-    "heldout-cifar10-lt": "8e2b622415f70d36078fcc42d4ec97beb1754d73b51261dc40a4e2d3edc2591c",
-    "ce-cifar10-lt": "d975eeea91e8f729a56d7006e7a80cfe50a8bc9e47a22e4906248174e4a001d6",
-    "metasaug-plankton": "80c4ec2615d4a908fb2cd4c36d58ca390349ad87bc051cdbb414e31cc482d128",
-    "ce-plankton": "49edd6369edda27797c0d9338b8ec70cd7fc4ae606a040bc77cd6b5b9a6d1e7e",
+    "metasaug-cifar10-lt": Bundled(
+        "2f72dc8b919393292ce0a24d91e167ad53347b87fb3067852192754b297a6862", 0.2616,
+        "trained on CIFAR-10 (JPEG), 60 epochs: 48 of plain cross entropy, then 12 of MetaSAug (full "
+        "covariances, look-ahead through the network) with class-balanced weights"),
+    "heldout-cifar10-lt": Bundled(
+        "8e2b622415f70d36078fcc42d4ec97beb1754d73b51261dc40a4e2d3edc2591c", 0.2531,
+        "trained on CIFAR-10 (JPEG), 60 epochs: 48 of plain cross entropy, then 12 of held-out augmentation "
+        "(full covariances) with class-balanced weights"),
+    "ce-cifar10-lt": Bundled(
+        "d975eeea91e8f729a56d7006e7a80cfe50a8bc9e47a22e4906248174e4a001d6", 0.3558,
+        "trained on CIFAR-10 (JPEG), 60 epochs of plain cross entropy"),
+    "metasaug-plankton": Bundled(
+        "80c4ec2615d4a908fb2cd4c36d58ca390349ad87bc051cdbb414e31cc482d128", 0.303539,
+        "trained on National Data Science Bowl plankton (class folders), 45 epochs: 36 of plain cross "
+        "entropy, then 9 of MetaSAug (full covariances, look-ahead through the classifier) with class-"
+        "balanced weights"),
+    "ce-plankton": Bundled(
+        "49edd6369edda27797c0d9338b8ec70cd7fc4ae606a040bc77cd6b5b9a6d1e7e", 0.254156,
+        "trained on National Data Science Bowl plankton (class folders), 45 epochs of plain cross entropy"),
 }
 
-# What `metasaug publish` prints goes here.
+# `metasaug publish` prints what to add here.
 ON_HUB: dict[str, OnHub] = {}
 
-# Test errors of MetaSAug in the paper, in %: data set, loss, by imbalance. Its focal cells are not known to us.
+# Test errors of MetaSAug in the paper, in %: (data set, loss), by imbalance. We do not know its focal cells.
 PUBLISHED = {
     ("cifar10-lt", "ce"): {200: 23.11, 100: 19.46, 50: 15.97, 20: 12.36, 10: 10.56},
     ("cifar10-lt", "ldam"): {200: 22.65, 100: 19.34, 50: 15.66, 20: 11.90, 10: 10.32},
@@ -175,7 +134,7 @@ PUBLISHED = {
 
 
 def _cifar(dataset: str, method: str, loss: str, imbalance: int) -> Entry:
-    """A cell of CIFAR-LT: `metasaug-ldam-cifar100-lt-50`. Without a number: imbalance 100, the one most reported."""
+    """A cell of CIFAR-LT, such as `metasaug-ldam-cifar100-lt-50`. A name without number means imbalance 100."""
     percent = PUBLISHED.get((dataset, loss), {}).get(imbalance) if method == "metasaug" else None
     stem = "-".join(dict.fromkeys([method] if loss == "ce" else [method, loss])) + f"-{dataset}"
     flags = ([f"--loss {loss}"] if loss != "ce" else []) + [
@@ -191,7 +150,7 @@ def _cifar(dataset: str, method: str, loss: str, imbalance: int) -> Entry:
 
 
 def _large(dataset: str, percent: float, source: str, *aliases: str) -> tuple[Entry, ...]:
-    """The entries of a large benchmark, which comes in one imbalance."""
+    """The cells of a large benchmark, which comes in one imbalance."""
     train = f"metasaug train {dataset}"
     return (Entry(f"metasaug-{dataset}", dataset, None, "metasaug", "ce", f"{train} --data DIR",
                   round(percent / 100, 4), source, tuple(f"metasaug-{alias}" for alias in aliases)),
@@ -218,13 +177,13 @@ _IN_ORDER = (
           "metasaug train folder --flips all --augment none --data pictures/"),
 )
 
-# Those that can be used first, bundled before Hub.
+# Usable models first, bundled before Hub.
 ENTRIES: tuple[Entry, ...] = tuple(
     sorted(_IN_ORDER, key=lambda entry: ("bundled", "hub", "unpublished").index(entry.weights)))
 
 
 def list_models() -> list[Entry]:
-    """Every model of the zoo, those whose weights are here first."""
+    """Every model of the zoo, usable ones first."""
     return list(ENTRIES)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import zoo
 from zoo.directions import last_layer
 from zoo.hub import own_copies
-from zoo.loading import open_folder
+from zoo.loading import how_to_get, open_folder
 from zoo.model_folder import CARD, CONFIG, COVARIANCE, ONNX, ModelFolder
 from zoo.registry import find as zoo_find
 
@@ -101,7 +101,7 @@ class Offer:
 
     @property
     def what_to_do(self) -> str:
-        return self.entry.how_to_make if self.entry else ""
+        return how_to_get(self.entry) if self.entry else ""
 
 
 _offers: dict[str, Offer] = {}
