@@ -3,7 +3,6 @@
 Nothing is opened or fetched here; `zoo.loading` does that. Errors are fractions.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
