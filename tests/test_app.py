@@ -575,7 +575,7 @@ def test_a_model_folder_named_at_the_start_comes_first(tiny_model_folder):
         models.offer()
 
 
-@pytest.mark.parametrize(("name", "says"), [("nowhere/at/all", "does not exist"), ("metasaug-inat18", "not published yet")])
+@pytest.mark.parametrize(("name", "says"), [("nowhere/at/all", "does not exist"), ("metasaug-inat18", "not published")])
 def test_a_model_that_cannot_be_opened_ends_the_start_with_its_reason(name, says):
     done = subprocess.run([sys.executable, "app.py", name], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
