@@ -42,11 +42,12 @@ from export.release_plan import (
     work_of,
 )
 from export.release_runs import Children, Gauge, Line, launched
-from training.command_line import alone_in, choose_device, settle
+from training.command_line import choose_device, settle
 from training.data.check import duration_in_words, size_in_words
 from training.data.datasets import LongTailed
 from training.errors import Interrupted, TrainingError
 from training.recipes import Recipe
+from training.run.run_folder import alone_in
 from zoo.errors import HubError, ModelFolderError, ZooError
 from zoo.hub import PREFIX, HubFolder, own_copies
 from zoo.loading import open_entry

@@ -18,7 +18,7 @@ from training.errors import TrainingError  # noqa: E402
 from training.method.covariance import RunningCovariance  # noqa: E402
 from training.network.start_weights import load_pretrained  # noqa: E402
 from training.recipes import Cifar10LT, Cifar100LT, Folder, ImageNetLT, INat17, INat18, Table  # noqa: E402
-from training.run import loop  # noqa: E402
+from training.run import loop, run_folder  # noqa: E402
 from training.run.defaults import choose  # noqa: E402
 from zoo.architectures import create  # noqa: E402
 
@@ -307,8 +307,21 @@ def test_pictures_that_nobody_looked_at_yet_are_looked_at_to_choose(own_pictures
 def test_the_command_on_a_card_names_no_place_of_this_machine(monkeypatch):
     monkeypatch.setattr("sys.argv", ["metasaug", "train", "table", "--table", "/home/me/rows.csv", "--loss=ldam",
                                      "--out=/x", "--pretrained=/home/me/w.pth", "--data", "/home/me/p", "--resume"])
-    assert command_line.command_in_words() == (
+    assert run_folder.command_in_words() == (
         "metasaug train table --table FILE --loss=ldam --pretrained FILE --data DIR")
+
+
+def test_a_tree_that_is_not_installed_still_says_its_version(monkeypatch):
+    # Given a Python without the distribution, as on a machine that was lent for minutes,
+    def absent(name: str) -> str:
+        raise run_folder.PackageNotFoundError(name)
+
+    installed = run_folder.distribution_version()
+    monkeypatch.setattr(run_folder, "version", absent)
+    # then the version is the one in pyproject.toml, and a model folder can be written.
+    assert run_folder.distribution_version() == installed
+    assert run_folder.code_version().startswith(installed)
+
 
 
 def test_reference_fidelity_on_large_sets_takes_the_same_meta_batch_every_step(tmp_path, monkeypatch):

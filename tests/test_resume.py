@@ -572,7 +572,7 @@ def test_workers_leave_when_their_run_is_killed(tmp_path, class_folders):
         for _ in range(100):
             os.killpg(run.pid, 0)
             time.sleep(0.1)
-    from training.command_line import alone_in
+    from training.run.run_folder import alone_in
 
     with alone_in(tmp_path / "run"):
         pass
