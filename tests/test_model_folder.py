@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from zoo.model_folder import (
     ModelFolder,
     add_files,
     check_config,
+    json_bytes,
     write_model_folder,
 )
 
@@ -224,6 +226,19 @@ def test_a_manifest_may_name_no_file_outside_the_folder(folder):
     (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": listed, "digest": digest}, indent=1) + "\n")
     with pytest.raises(ModelFolderError, match="damaged"):
         ModelFolder(folder)
+
+
+@pytest.mark.parametrize("size", [10**6, 10**9, 10**15, 2**63, 10**30, 10**400])
+@pytest.mark.parametrize("name", [CONFIG, ONNX, WEIGHTS, COVARIANCE])
+def test_a_manifest_that_claims_any_size_asks_for_no_memory(folder, name, size):
+    # Given a manifest that is right but for the size of one file, which says more than any disk holds,
+    listed = {n: {"sha256": digest, "size": size if n == name else real}
+              for n, (real, digest) in ModelFolder(folder).files.items()}
+    digest = hashlib.sha256(json_bytes(listed)).hexdigest()
+    (folder / MANIFEST).write_bytes(json_bytes({"format": 1, "files": listed, "digest": digest}))
+    # then it is a damaged folder, and no memory is asked for.
+    with pytest.raises(ModelFolderError, match=re.escape(name)):
+        read_all(folder)
 
 
 def test_a_file_that_the_manifest_does_not_name_is_not_read(folder):

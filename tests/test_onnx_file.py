@@ -2,6 +2,7 @@
 
 import shutil
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import zoo
 from zoo.errors import ModelFolderError
 from zoo.model_folder import ONNX, ModelFolder, add_files
 from zoo.onnx_file import refuse_unsafe
+
+BUNDLED = Path(zoo.__file__).parent / "weights" / "ce-cifar10-lt"
 
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper  # noqa: E402
@@ -51,6 +54,19 @@ def hidden_external():
     return entries, location
 
 
+def twice_named_graph() -> bytes:
+    """Protobuf joins the parts of a graph that comes twice."""
+    content = model().SerializeToString()
+    return content + b"\x3a\x00"
+
+
+def claimed(kind: int = TensorProto.FLOAT, dims: tuple[int, ...] = (10**6, 10**6)):
+    """A tensor that says it has more numbers than its bytes hold."""
+    tensor = helper.make_tensor("w", kind, [1], [0])
+    tensor.dims[:] = dims
+    return tensor
+
+
 def twice_named_opset() -> bytes:
     """Protobuf's last value of a field counts: first the standard domain, then another."""
     content = model(opsets=()).SerializeToString()
@@ -76,9 +92,9 @@ UNSAFE = {
     "external by location": (lambda: model(initializers=[hidden_external()[1]]).SerializeToString(), "another file"),
     "external constant": (lambda: model(helper.make_node("Constant", [], ["c"], value=external())).SerializeToString(),
                           "another file"),
-    "external in a branch": (lambda: model(helper.make_node(
-        "If", ["c"], ["logits"], then_branch=branch(external()), else_branch=branch(external()))).SerializeToString(),
-        "another file"),
+    "branches": (lambda: model(helper.make_node(
+        "If", ["pictures"], ["logits"], then_branch=branch(external()), else_branch=branch(external())
+        )).SerializeToString(), "graphs inside"),
     "sparse": (lambda: model(helper.make_node("Constant", [], ["c"], sparse_value=sparse())).SerializeToString(),
                "sparse"),
     "custom operator": (lambda: model(helper.make_node("FusedConv", ["pictures"], ["logits"], domain="com.microsoft")
@@ -86,6 +102,18 @@ UNSAFE = {
     "ml operators": (lambda: model(opsets=(("", 20), ("ai.onnx.ml", 3))).SerializeToString(), "ai.onnx.ml"),
     "opset named twice": (twice_named_opset, "com.microsoft"),
     "functions": (functions, "functions"),
+    "graph named twice": (twice_named_graph, "two graphs"),
+    "claimed size": (lambda: model(initializers=[claimed()]).SerializeToString(), "1e\\+06"),
+    "loop": (lambda: model(helper.make_node("Loop", ["pictures", ""], ["logits"], body=branch(external()))
+                           ).SerializeToString(), "another|graphs inside|Loop"),
+    "random": (lambda: model(helper.make_node("RandomNormalLike", ["pictures"], ["logits"])).SerializeToString(),
+               "RandomNormalLike"),
+    "size from pixels": (lambda: model(helper.make_node("Cast", ["pictures"], ["s"], to=TensorProto.INT64),
+                                       helper.make_node("Expand", ["pictures", "s"], ["logits"])).SerializeToString(),
+                         "from the pictures"),
+    "out of order": (lambda: model(helper.make_node("Expand", ["pictures", "s"], ["logits"]),
+                                   helper.make_node("Cast", ["pictures"], ["s"], to=TensorProto.INT64)
+                                   ).SerializeToString(), "no order"),
     "training graphs": (training_info, "training"),
 }
 
@@ -100,10 +128,10 @@ def test_what_leaves_the_file_or_the_standard_is_refused(kind):
 
 
 @pytest.mark.parametrize("kind", ["external initializer", "custom operator"])
-def test_loading_refuses_it_before_a_session_sees_it(kind, tiny_model_folder, tmp_path, monkeypatch):
+def test_loading_refuses_it_before_a_session_sees_it(kind, tmp_path, monkeypatch):
     import onnxruntime
 
-    folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+    folder = Path(shutil.copytree(BUNDLED, tmp_path / "model"))
     others = {name: entry for name, entry in ModelFolder(folder).files.items() if name != ONNX}
     add_files(folder, {ONNX: UNSAFE[kind][0]()}, others)
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: pytest.fail("a session saw it"))
@@ -111,18 +139,123 @@ def test_loading_refuses_it_before_a_session_sees_it(kind, tiny_model_folder, tm
         zoo.load(folder)
 
 
-def test_the_standard_passes(tiny_model_folder):
+def test_the_standard_passes():
     refuse_unsafe(model().SerializeToString(), "model.onnx")
     refuse_unsafe(model(opsets=(("ai.onnx", 20),)).SerializeToString(), "model.onnx")
-    refuse_unsafe((tiny_model_folder / ONNX).read_bytes(), "model.onnx")
+    refuse_unsafe((BUNDLED / ONNX).read_bytes(), "model.onnx")
 
 
-def test_branches_nested_without_end_are_refused():
-    inner = branch(helper.make_tensor("w", TensorProto.FLOAT, [1], [0.0]))
-    for _ in range(15):
-        inner = helper.make_graph([helper.make_node("Loop", ["a", "b"], ["out"], body=inner)], "g", [], [])
-    with pytest.raises(ModelFolderError, match="deeply"):
-        refuse_unsafe(model(*inner.node).SerializeToString(), "model.onnx")
+# ---- graphs that are too much, and pass every check of the bytes ----
+
+
+def classifier(*nodes, initializers=(), addend: str = "", classes: int = 10):
+    """A model that fits the bundled folder's config, and adds `addend` to its logits."""
+    rng = np.random.default_rng(0)
+    weights = [onnx.numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name)
+               for name, shape in (("a", (3, 64)), ("b", (64, classes)))]
+    axes = onnx.numpy_helper.from_array(np.array([2, 3]), "axes")
+    steps = [helper.make_node("ReduceMean", ["pictures", "axes"], ["means"], keepdims=0),
+             helper.make_node("MatMul", ["means", "a"], ["features"]), *nodes,
+             helper.make_node("MatMul", ["features", "b"], ["plain" if addend else "logits"]),
+             *([helper.make_node("Add", ["plain", addend], ["logits"])] if addend else [])]
+    graph = helper.make_graph(
+        steps, "g", [helper.make_tensor_value_info("pictures", TensorProto.FLOAT, ["batch", 3, 32, 32])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None),
+         helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", 64])],
+        [*weights, axes, *initializers])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+
+
+def numbers(name: str, *values):
+    return onnx.numpy_helper.from_array(np.array(values), name)
+
+
+def filled(size: int):
+    """A constant of `size` numbers, of which the mean is added."""
+    value = onnx.numpy_helper.from_array(np.zeros(1, np.float32), "value")
+    return classifier(helper.make_node("ConstantOfShape", ["size"], ["much"], value=value),
+                      helper.make_node("ReduceMean", ["much"], ["mean"], keepdims=0),
+                      initializers=[numbers("size", size)], addend="mean")
+
+
+def expanded(size: int):
+    """The same from Expand, for each picture."""
+    return classifier(helper.make_node("Expand", ["means", "size"], ["much"]),
+                      helper.make_node("ReduceMean", ["much"], ["mean"], keepdims=0),
+                      initializers=[numbers("size", size, 1, 1)], addend="mean")
+
+
+def endless(side: int = 3000, times: int = 3000):
+    """Products of matrices, one after another: small, and slow."""
+    square = helper.make_node("ConstantOfShape", ["size"], ["m0"],
+                              value=onnx.numpy_helper.from_array(np.full(1, 1e-9, np.float32), "value"))
+    first = helper.make_node("Add", ["m0", "one"], ["p0"])
+    return classifier(square, helper.make_node("ReduceMean", ["means"], ["one"], keepdims=0), first,
+                      *(helper.make_node("MatMul", [f"p{i}", "m0"], [f"p{i + 1}"]) for i in range(times)),
+                      helper.make_node("ReduceMean", [f"p{times}"], ["mean"], keepdims=0),
+                      initializers=[numbers("size", side, side)], addend="mean")
+
+
+def not_finite():
+    return classifier(initializers=[numbers("nan", np.float32("nan"))], addend="nan")
+
+
+HOSTILE = {
+    "4 GB constant": (lambda: filled(10**9), "memory"), "4 TB constant": (lambda: filled(10**12), "memory"),
+    "4 GB expanded": (lambda: expanded(3 * 10**8), "memory"),
+    "4 TB expanded": (lambda: expanded(3 * 10**11), "memory"),
+    "endless": (endless, "no answer"), "wrong width": (lambda: classifier(classes=11), r"\(1, 11\)"),
+    "nan": (not_finite, "finite"),
+}
+
+
+def with_onnx(folder: Path, content: bytes) -> Path:
+    """A model folder with another ONNX file, and a manifest that vouches for it."""
+    add_files(folder, {ONNX: content}, {n: e for n, e in ModelFolder(folder).files.items() if n != ONNX})
+    return folder
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_graph_that_is_too_much_ends_its_trial_and_not_this_process(kind, tmp_path, monkeypatch):
+    # Given a folder of a stranger, its manifest right, with a graph that takes all memory, all time, or gives nonsense,
+    make, reason = HOSTILE[kind]
+    folder = with_onnx(Path(shutil.copytree(BUNDLED, tmp_path / "model")), make())
+    monkeypatch.setattr("zoo.trial.SECONDS", 4.0)
+    # when it is loaded, then one error says why, soon, and this process has not grown.
+    before, began = resident(), time.monotonic()
+    with pytest.raises(ModelFolderError, match=rf"(?s)model\.onnx.*({reason})"):
+        zoo.load(folder)
+    assert time.monotonic() - began < 15
+    assert resident() - before < 300_000_000
+
+
+def resident() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def test_a_harmless_stranger_passes_its_trial_once(tmp_path, monkeypatch):
+    folder = with_onnx(Path(shutil.copytree(BUNDLED, tmp_path / "model")), classifier())
+    assert len(zoo.load(folder).predict(np.zeros((9, 9), np.uint8)).top) == 5
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("a second trial"))
+    zoo.load(folder)
+
+
+def test_what_goes_wrong_after_the_trial_is_one_error_too():
+    # Given a loaded model whose network gives nonsense for some pictures only,
+    model, good = zoo.load(BUNDLED), np.full((9, 9), 200, np.uint8)
+    network = model._network
+    model._network = lambda x: (np.where(x.mean((1, 2, 3))[:, None] < 0, np.float32("nan"), network(x)[0]),
+                                *network(x)[1:])
+    # then a single picture raises, a batch says so in its row.
+    with pytest.raises(ModelFolderError, match="not finite"):
+        model.predict(np.zeros((9, 9), np.uint8))
+    bad, fine = model.predict_batch([np.zeros((9, 9), np.uint8), good])
+    assert "not finite" in bad.error and fine.error is None
+    # An error of ONNX Runtime is the zoo's.
+    model._network = network
+    with pytest.raises(ModelFolderError, match=r"model\.onnx failed on a batch of 2"):
+        network(np.zeros((2, 3, 5, 5), np.float32))
 
 
 @pytest.mark.parametrize("content", [
@@ -134,9 +267,9 @@ def test_bytes_that_are_no_protobuf_are_refused(content):
         refuse_unsafe(content, "model.onnx")
 
 
-def test_truncated_and_mutated_models_raise_one_error_or_are_seen_as_safe(tiny_model_folder):
+def test_truncated_and_mutated_models_raise_one_error_or_are_seen_as_safe():
     """Never another exception: the bytes are checked against the manifest anyway."""
-    content, rng = (tiny_model_folder / ONNX).read_bytes(), np.random.default_rng(0)
+    content, rng = (BUNDLED / ONNX).read_bytes(), np.random.default_rng(0)
     refused = 0
     for i in range(60):
         changed = bytearray(content if i % 2 else content[: int(rng.integers(len(content)))])
@@ -150,9 +283,9 @@ def test_truncated_and_mutated_models_raise_one_error_or_are_seen_as_safe(tiny_m
 
 
 @pytest.mark.parametrize("change", ["cut", "garbage", "fixed batch", "other input", "other outputs"])
-def test_a_vouched_file_that_does_not_fit_is_one_clear_error(change, tiny_model_folder, tmp_path):
+def test_a_vouched_file_that_does_not_fit_is_one_clear_error(change, tmp_path):
     # Given a folder whose manifest is right and whose ONNX is not what config.json says,
-    folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+    folder = Path(shutil.copytree(BUNDLED, tmp_path / "model"))
     content = (folder / ONNX).read_bytes()
     if change in ("cut", "garbage"):
         content = content[:-1000] if change == "cut" else b"garbage" * 100
@@ -172,13 +305,13 @@ def test_a_vouched_file_that_does_not_fit_is_one_clear_error(change, tiny_model_
         zoo.load(folder)
 
 
-def test_it_works_through_symlinks(tiny_model_folder, tmp_path):
+def test_it_works_through_symlinks(tmp_path):
     """The Hub's cache links each file to a blob elsewhere; ONNX Runtime refuses such paths, bytes it takes."""
-    for path in tiny_model_folder.rglob("*"):
+    for path in BUNDLED.rglob("*"):
         if path.is_file():
-            link = tmp_path / "snapshot" / path.relative_to(tiny_model_folder)
+            link = tmp_path / "snapshot" / path.relative_to(BUNDLED)
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path)
     grey = np.full((32, 32), 99, np.uint8)
-    linked, direct = (zoo.load(folder).predict(grey) for folder in (tmp_path / "snapshot", tiny_model_folder))
+    linked, direct = (zoo.load(folder).predict(grey) for folder in (tmp_path / "snapshot", BUNDLED))
     assert (linked.logits == direct.logits).all()

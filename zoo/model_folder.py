@@ -30,6 +30,9 @@ from zoo.labels import GROUPS, UNKNOWN
 CONFIG, WEIGHTS, COVARIANCE = "config.json", "model.safetensors", "covariance.safetensors"
 ONNX, ONNX_INT8 = "onnx/model.onnx", "onnx/model_int8.onnx"
 CARD, FIGURE, MANIFEST = "README.md", "accuracy.png", "manifest.json"
+# An ONNX file is one protobuf message, which cannot be larger; the others are read whole as well.
+MOST_BYTES = {CONFIG: 100_000_000, CARD: 100_000_000, FIGURE: 100_000_000, ONNX: 2**31, ONNX_INT8: 2**31}
+MOST_BYTES_OF_ARRAYS = 2**35  # covariances of 1,000 classes and 2,048 features, and twice that
 FILES = (CONFIG, WEIGHTS, COVARIANCE, ONNX, ONNX_INT8, CARD, FIGURE)
 
 
@@ -43,6 +46,7 @@ class ModelFolder:
 
     def __init__(self, path: str | os.PathLike, manifest_sha256: str | None = None):
         self.path = Path(path)
+        self.known = manifest_sha256 is not None  # its bytes are those that the registry names
         self._checked: set[str] = set()
         if not self.path.is_dir():
             raise ModelFolderError(f"{self.path} is no folder. A model folder is what `metasaug train` leaves in "
@@ -123,11 +127,13 @@ class ModelFolder:
             if path.exists() and not path.is_file():
                 raise ModelFolderError(f"{path} is no regular file. Get the folder again.")
             with open(path, "rb") as file:
-                return file.read(size + 1)
+                return file.read(min(size, os.fstat(file.fileno()).st_size) + 1)  # the claim may be out of all bounds
         except FileNotFoundError:
             raise ModelFolderError(f"{path} is missing. Get the folder again.") from None
         except OSError as error:
             raise ModelFolderError(f"{path} cannot be read: {error.strerror or error}.") from error
+        except MemoryError:
+            raise ModelFolderError(f"{path} does not fit into this computer's memory.") from None
 
     def _read_manifest(self, expected: str | None) -> dict[str, tuple[int, str]]:
         path = self.path / MANIFEST
@@ -145,6 +151,10 @@ class ModelFolder:
         if not all(type(size) is int and size >= 0 and isinstance(digest, str) and digest.isascii()
                    for size, digest in files.values()):
             files = {}
+        too_large = [name for name, (size, _) in files.items() if size > MOST_BYTES.get(name, MOST_BYTES_OF_ARRAYS)]
+        if too_large:
+            raise ModelFolderError(f"{path} names {too_large[0]} as larger than any model of the zoo. Get the folder "
+                                   "again.")
         # Written anew from what was read, it must come out the same: one changed bit anywhere shows.
         if not files or not set(files) <= set(FILES) or _manifest_bytes(files) != content:
             raise ModelFolderError(f"{path} is damaged or was changed. Get the folder again.")

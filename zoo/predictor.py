@@ -5,6 +5,7 @@ Shape suffixes: N pictures, C classes, A features.
 
 import itertools
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from zoo.errors import BackendError, ModelFolderError, PictureError, ZooError
 from zoo.images import NamedPicture, Picture, decode, preprocess
 from zoo.labels import GROUPS, UNKNOWN
 from zoo.model_folder import ONNX, ONNX_INT8, ModelFolder
+from zoo.onnx_file import refuse_unsafe
+from zoo.trial import check_outputs, require_harmless
 
 Backend = Literal["onnx", "torch"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -99,13 +102,20 @@ class Predictor:
         self.groups_by: str = config["metasaug"]["groups_by"]
         self._module = None
         self._network: _Network = (_TorchNetwork(self.module, device) if backend == "torch"
-                                   else _OnnxNetwork(folder, ONNX_INT8, "cpu") if precision == "int8"
-                                   else _OnnxNetwork(folder, ONNX, device))
+                                   else self._onnx(ONNX_INT8, "cpu") if precision == "int8"
+                                   else self._onnx(ONNX, device))
         self.device = self._network.device
 
     def __repr__(self) -> str:
         precision = f" {self.precision}" if self.precision != "fp32" else ""
         return f"<{self.name}: {len(self.labels)} classes, {self.backend}{precision} on {self.device}>"
+
+    def _onnx(self, file: str, device: Device) -> "OnnxNetwork":
+        content, name = self.folder.read(file), str(self.folder.path / file)
+        if not self.folder.known:
+            refuse_unsafe(content, name)
+            require_harmless(content, self.folder.config, name)
+        return OnnxNetwork(content, self.folder.config, name, device)
 
     @property
     def module(self):
@@ -129,7 +139,10 @@ class Predictor:
         """
         _at_least_one(top_k=top_k)
         shift_C = self.prior_shift(prior, tau)
-        return self._answers([self.preprocess(picture)], [_name_of(picture, 0)], top_k, shift_C)[0]
+        answer = self._answers([self.preprocess(picture)], [_name_of(picture, 0)], top_k, shift_C)[0]
+        if answer.error is not None:
+            raise ModelFolderError(f"{self.name}: {answer.error}")
+        return answer
 
     def predict_batch(
         self, pictures: Iterable[Picture | NamedPicture], top_k: int = 5, prior: Prior | None = None, tau: float = 1.0,
@@ -220,6 +233,7 @@ class Predictor:
         return [
             Prediction(name, self._top(p_C, top_k), self._group_mass(p_C), p_C.astype(np.float32), logits_C,
                        features_A, feature_map)
+            if np.isfinite(p_C).all() else Prediction(name, error=NOT_FINITE)
             for name, p_C, logits_C, features_A, feature_map
             in zip(names, p_NC, logits_NC, features_NA, maps, strict=True)
         ]
@@ -227,8 +241,9 @@ class Predictor:
     @staticmethod
     def _probabilities(logits_NC: np.ndarray, shift_C: np.ndarray | None) -> np.ndarray:
         scores_NC = logits_NC.astype(np.float64) if shift_C is None else logits_NC + shift_C
-        e_NC = np.exp(scores_NC - scores_NC.max(1, keepdims=True))
-        return e_NC / e_NC.sum(1, keepdims=True)
+        with np.errstate(invalid="ignore"):  # infinity less infinity: nan, which `_answers` reports
+            e_NC = np.exp(scores_NC - scores_NC.max(1, keepdims=True))
+            return e_NC / e_NC.sum(1, keepdims=True)
 
     def _top(self, p_C: np.ndarray, top_k: int) -> tuple[TopClass, ...]:
         best = np.argsort(-p_C, kind="stable")[:top_k]
@@ -307,19 +322,23 @@ class _Network(Protocol):
     def __call__(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]: ...
 
 
+NOT_FINITE = "The network gave numbers that are not finite for this picture: its weights are damaged, or too large."
 OUTPUTS = ("logits", "features", "feature_map")  # the last one only where the features are its mean
 
 
-class _OnnxNetwork:
-    def __init__(self, folder: ModelFolder, file: str, device: Device):
+class OnnxNetwork:
+    """An ONNX file in ONNX Runtime.
+
+    content  bytes that zoo.onnx_file has checked    name   for messages
+    config   of the model folder                     threads  of the CPU; 0: all cores
+    """
+
+    def __init__(self, content: bytes, config: Mapping[str, Any], name: str, device: Device, threads: int = 0):
         import onnxruntime
 
-        from zoo.onnx_file import refuse_unsafe
-
-        content = folder.read(file)
-        refuse_unsafe(content, str(folder.path / file))
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors come as exceptions
+        options.intra_op_num_threads = threads
         providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
         if device == "cuda" or (device == "auto" and _has_nvidia_driver()):
             if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
@@ -329,31 +348,41 @@ class _OnnxNetwork:
                 providers.insert(0, ("CUDAExecutionProvider", options_of_cuda))
             elif device == "cuda":
                 raise BackendError("This ONNX Runtime has no CUDA: pip install onnxruntime-gpu, or use device='cpu'.")
+        self.config, self.name = config, name
         try:
             self.session = onnxruntime.InferenceSession(content, options, providers=providers)
         except Exception as error:  # ONNX Runtime has no common base class of its own
-            raise ModelFolderError(f"{folder.path / file} does not run in ONNX Runtime: {error}") from error
+            raise ModelFolderError(f"{name} does not run in ONNX Runtime: {_reason(error)}") from error
         # Without CUDA's libraries the runtime falls back to the CPU without a word.
         self.device = "cuda" if self.session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
         if device == "cuda" and self.device != "cuda":
             raise BackendError("ONNX Runtime could not start CUDA here (a driver or CUDA libraries are missing): "
                                "use device='cpu'.")
         inputs, outputs = self.session.get_inputs(), {o.name: o.shape for o in self.session.get_outputs()}
-        expected = list(folder.config["pretrained_cfg"]["input_size"])
+        expected = list(config["pretrained_cfg"]["input_size"])
         if (len(inputs) != 1 or inputs[0].type != "tensor(float)" or list(inputs[0].shape[1:]) != expected
                 or isinstance(inputs[0].shape[0], int) or not set(outputs) >= set(OUTPUTS[:2])):
-            raise ModelFolderError(f"{folder.path / file} takes and gives something else than config.json says, or a "
-                                   "fixed number of pictures.")
+            raise ModelFolderError(f"{name} takes and gives something else than config.json says, or a fixed number of "
+                                   "pictures.")
         self.input = inputs[0].name
-        if outputs["logits"][1:] != [folder.config["num_classes"]]:
-            raise ModelFolderError(f"{folder.path / file} gives logits of shape {outputs['logits']}, config.json has "
-                                   f"{folder.config['num_classes']} classes.")
-
         self.outputs = [name for name in OUTPUTS if name in outputs]
 
     def __call__(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        logits, features, *feature_map = self.session.run(self.outputs, {self.input: pictures})
-        return logits, features, *(feature_map or [None])
+        try:
+            logits, features, *feature_map = self.session.run(self.outputs, {self.input: pictures})
+        except Exception as error:
+            raise ModelFolderError(f"{self.name} failed on a batch of {len(pictures)}: {_reason(error)}") from error
+        outputs = logits, features, *(feature_map or [None])
+        check_outputs(outputs, len(pictures), self.config, finite=False)
+        return outputs
+
+
+def _reason(error: Exception) -> str:
+    """What ONNX Runtime says, without its own file names."""
+    text = next(iter(str(error).splitlines()), "") or type(error).__name__
+    if found := re.search(r"allocate memory for requested buffer of size (\d+)", text):
+        return f"it asked for {int(found[1]) / 1e9:,.1f} GB of memory, more than there is."
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src\S+ ", "", text)[:500]
 
 
 def _has_nvidia_driver() -> bool:
@@ -406,6 +435,10 @@ def torch_module(folder: ModelFolder):
     config = folder.config
     module = create(config["architecture"], config["num_classes"], config["metasaug"].get("cosine_scale"))
     weights = {name: torch.from_numpy(np.array(array)) for name, array in folder.weights().items()}
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ModelFolderError(f"{folder.path}: {broken[0]} holds numbers that are not finite (nan or infinity). "
+                               "Get the folder again, or train the model again.")
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
