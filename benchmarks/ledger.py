@@ -151,7 +151,7 @@ def _run_cell(recipe: Recipe, cell: Cell, pictures: LongTailed, runs: Path) -> d
 
     from benchmarks.measuring import machine
     from training.command_line import code_version
-    from training.run import loop
+    from training.run import loop, stages
 
     folder = runs / cell.set / str(cell.seed)
     stage1 = folder / "stage1"  # the first cell's; the others start from it
@@ -162,7 +162,7 @@ def _run_cell(recipe: Recipe, cell: Cell, pictures: LongTailed, runs: Path) -> d
     if not stage1.exists():
         (own / "stage1").rename(stage1)
     second = [line for line in map(json.loads, (own / "log.jsonl").read_text().splitlines()) if line["stage"] == 2]
-    counts = loop.data_of_stage(recipe, pictures, 2).class_counts
+    counts = stages.data_of_stage(recipe, pictures, 2).class_counts
     return {
         **asdict(cell), "data": pictures.source, "imbalance": recipe.to_dict().get("imbalance"),
         "fidelity": recipe.fidelity if recipe.augment == "metasaug" else None, "epochs": recipe.epochs,

@@ -17,8 +17,9 @@ from training.errors import TrainingError  # noqa: E402
 from training.network.derivatives import features_of  # noqa: E402
 from training.network.start_weights import find_backbone, load_backbone  # noqa: E402
 from training.recipes import Folder, ImageNetLT, INat18  # noqa: E402
-from training.run import loop  # noqa: E402
+from training.run import loop, stages  # noqa: E402
 from training.run.defaults import on_backbone  # noqa: E402
+from training.run.state import start  # noqa: E402
 from zoo import label_names  # noqa: E402
 from zoo.architectures import create  # noqa: E402
 from zoo.errors import ZooError  # noqa: E402
@@ -106,7 +107,7 @@ def test_timms_own_weights_give_timms_features(tmp_path, monkeypatch):
     file = {"backbone": str(tmp_path / "weights.pth"), "architecture": "timm:resnet18"}
     for flags in ({"backbone": "timm:resnet18"}, file):
         recipe, _ = on_backbone(INat18(**flags), DATA)
-        shown = loop.view_of(recipe, DATA).pretrained_cfg
+        shown = stages.view_of(recipe, DATA).pretrained_cfg
         assert (recipe.architecture, shown["interpolation"], shown["crop_pct"]) == ("timm:resnet18", "bicubic", 0.95)
         assert shown["mean"] == [0.485, 0.456, 0.406] != list(DATA.mean)
 
@@ -150,8 +151,8 @@ def test_a_stage_1_of_classifier_balancing_goes_on_with_its_last_layer_where_its
     assert (recipe.last_layer, recipe.epochs, recipe.stage2_epoch) == (
         ("ready", 20, 0) if classes == 3 else ("fresh", 30, 10)), reasons
     # on the data's own mean and std, as the file does not say.
-    assert loop.view_of(recipe, DATA).mean == DATA.mean
-    module = loop.start(recipe, DATA, CPU).module
+    assert stages.view_of(recipe, DATA).mean == DATA.mean
+    module = start(recipe, DATA, CPU).module
     weights = module.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in body.items())
     assert torch.equal(weights["fc.weight"], last["fc.weight"]) == (classes == 3)
@@ -163,7 +164,7 @@ def test_only_the_last_layer_moves_in_either_stage(tmp_path):
     recipe = INat18(architecture="resnet10", backbone=str(tmp_path / "stage1.pth"), input_size=16, crops="shift",
                     epochs=4, stage2_epochs=2, batch_size=16, stage2_batch_size=16)
     recipe, _ = settle(recipe, DATA, CPU, None)
-    before = loop.start(recipe, DATA, CPU).module.state_dict()
+    before = start(recipe, DATA, CPU).module.state_dict()
     # when both stages have trained, then no tensor but the last layer's has moved, batch norm's statistics neither.
     state, _ = loop.run(recipe, DATA, tmp_path / "run", CPU)
     moved = {name for name, tensor in state.module.state_dict().items() if not torch.equal(tensor, before[name])}

@@ -30,7 +30,7 @@ from training.method.heldout import HeldOut, heldout_step  # noqa: E402
 from training.method.losses import HeadLoss  # noqa: E402
 from training.method.metasaug import TrainBatch, isda_step, metasaug_step, plain_step  # noqa: E402
 from training.network.derivatives import features_of  # noqa: E402
-from training.run import checkpoints, loop  # noqa: E402
+from training.run import checkpoints, evaluation, loop, stages  # noqa: E402
 
 GPUS = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
 ON_GPUS = [pytest.param(name, marks=pytest.mark.gpu) for name in GPUS]
@@ -164,7 +164,7 @@ def test_dropout_draws_the_same_in_the_tangent_on_the_device(device):
     batch = TrainBatch(net, x, y, HeadLoss("ce"), tangents=True)
     drawn = []
     net.body.register_forward_hook(lambda _, __, out: drawn.append(torch.autograd.forward_ad.unpack_dual(out).primal))
-    following = copy.deepcopy(loop.torch.get_rng_state())
+    following = copy.deepcopy(torch.get_rng_state())
     tangent = batch.features.tangent({n: torch.zeros_like(p) for n, p in batch.body.items()})
     assert (tangent == 0).all()
     torch.testing.assert_close(drawn[0].mean(1), batch.features_NA)
@@ -256,7 +256,8 @@ def test_the_test_set_gives_the_same_result_on_the_device(tmp_path, device, exac
     recipe = dataclasses.replace(SMALL, augment="none")
     state, there = loop.run(recipe, small_data(), tmp_path, CPU)
     data = small_data()
-    here = loop.evaluate(state.module.to(device), data, loop.view_of(recipe, data), ("head", "medium", "tail"), device)
+    here = evaluation.evaluate(state.module.to(device), data, stages.view_of(recipe, data),
+                               ("head", "medium", "tail"), device)
     assert abs(here["error"] - there["error"]) <= 1 / 90 + 1e-9
 
 

@@ -27,7 +27,7 @@ from training.network import feature_cache as features  # noqa: E402
 from training.network.derivatives import features_of  # noqa: E402
 from training.network.feature_cache import VIEWS, CachedBatches, FeatureCache, Head  # noqa: E402
 from training.recipes import Cifar10LT, INat18  # noqa: E402
-from training.run import loop  # noqa: E402
+from training.run import evaluation, loop, stages  # noqa: E402
 from zoo.architectures import create  # noqa: E402
 
 from .test_datasets import write_class_folders  # noqa: E402
@@ -43,7 +43,7 @@ from .test_training import (  # noqa: E402
 )
 
 DATA = small_data()
-VIEW = loop.view_of(TINY, DATA)
+VIEW = stages.view_of(TINY, DATA)
 
 
 def a_backbone(dtype=torch.float32):
@@ -162,9 +162,9 @@ def test_the_test_set_gives_exactly_what_its_pictures_give(tmp_path):
     module = a_backbone()
     for pictures in (DATA.test, small_data().test):
         data = dataclasses.replace(DATA, test=pictures)
-        by_features = loop.evaluate(module, data, VIEW, ("head",) * 3, CPU,
+        by_features = evaluation.evaluate(module, data, VIEW, ("head",) * 3, CPU,
                                     features_KNA=a_cache(tmp_path).of("test", pictures, module))
-        assert by_features == loop.evaluate(module, data, VIEW, ("head",) * 3, CPU)
+        assert by_features == evaluation.evaluate(module, data, VIEW, ("head",) * 3, CPU)
 
 
 def test_the_cache_waits_for_stage_2_and_a_killed_run_goes_on_to_the_same_bits(tmp_path):

@@ -14,7 +14,7 @@ from training.method.covariance import RunningCovariance
 from training.method.heldout import PRIOR, HeldOut, heldout_step
 from training.method.losses import HeadLoss, class_balanced_weights
 from training.network.derivatives import features_of
-from training.run import loop
+from training.run import loop, stages, steps
 
 CPU = torch.device("cpu")
 
@@ -153,12 +153,12 @@ def test_a_fifth_of_the_meta_pictures_is_enough_to_measure_on(tmp_path):
     data = dataclasses.replace(small_data(), shared_meta_classes=(2,))
     recipe = dataclasses.replace(TINY, augment="heldout", meta_in_training="stage2")
     # when most are trained on in stage 2, then one of each class that can spare it is not, and measures alone;
-    second = loop.data_of_stage(recipe, data, 2)
+    second = stages.data_of_stage(recipe, data, 2)
     assert second.class_counts == tuple(n + extra for n, extra in zip(data.class_counts, (5, 5, 6), strict=True))
     assert second.meta.labels.tolist() == [0, 1]
     trained_on = {picture.tobytes() for picture in second.train.pictures}
     assert trained_on.isdisjoint(picture.tobytes() for picture in second.meta.pictures)
-    assert loop.data_of_stage(recipe, data, 1).class_counts == data.class_counts
+    assert stages.data_of_stage(recipe, data, 1).class_counts == data.class_counts
     state, _ = loop.run(recipe, data, tmp_path, CPU)
     assert state.learned.seen[:2].min() > 0 and state.learned.seen[2] == 0
 
@@ -167,13 +167,13 @@ def test_only_pictures_that_are_not_trained_on_are_measured(tmp_path, monkeypatc
     # Given a class too small to spare its meta pictures, which are in training as well,
     data = dataclasses.replace(small_data(), shared_meta_classes=(2,))
     measured = []
-    real = loop.heldout_step
+    real = steps.heldout_step
 
     def noted(module, pictures, labels, held_pictures, held_labels, *rest):
         measured.append(held_labels)
         return real(module, pictures, labels, held_pictures, held_labels, *rest)
 
-    monkeypatch.setattr(loop, "heldout_step", noted)
+    monkeypatch.setattr(steps, "heldout_step", noted)
     # when it trains, then that class is never looked at, and its S is what the others show.
     state, _ = loop.run(dataclasses.replace(TINY, augment="heldout"), data, tmp_path, CPU)
     assert measured and np.unique(torch.cat(measured)).tolist() == [0, 1]

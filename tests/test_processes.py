@@ -101,11 +101,12 @@ def train_in_two(rank: int, port: int, folder: str, device: str = "cpu") -> None
 def dropout_masks(processes: Processes) -> torch.Tensor:
     """What four equal pictures become under dropout, as the loop seeds it."""
     from training.recipes import Cifar10LT
-    from training.run.loop import State, _seed_of_step
+    from training.run.state import State
+    from training.run.steps import seed_of_step
 
     state = State.__new__(State)
     state.epoch, state.step = 0, 0
-    torch.manual_seed(_seed_of_step(Cifar10LT(), state, processes.rank))
+    torch.manual_seed(seed_of_step(Cifar10LT(), state, processes.rank))
     own = torch.ones(4, 50, device=processes.device)[processes.part(4)]
     return processes.gather(nn.functional.dropout(own, 0.5), 4).cpu()
 

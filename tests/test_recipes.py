@@ -18,7 +18,7 @@ from training.errors import TrainingError  # noqa: E402
 from training.method.covariance import RunningCovariance  # noqa: E402
 from training.network.start_weights import load_pretrained  # noqa: E402
 from training.recipes import Cifar10LT, Cifar100LT, Folder, ImageNetLT, INat17, INat18, Table  # noqa: E402
-from training.run import loop, run_folder  # noqa: E402
+from training.run import loop, run_folder, stages, steps  # noqa: E402
 from training.run.defaults import choose  # noqa: E402
 from zoo.architectures import create  # noqa: E402
 
@@ -327,13 +327,13 @@ def test_a_tree_that_is_not_installed_still_says_its_version(monkeypatch):
 def test_reference_fidelity_on_large_sets_takes_the_same_meta_batch_every_step(tmp_path, monkeypatch):
     # Given the quirk of the authors' code for large sets, and each meta batch that a step gets,
     seen = []
-    step = loop.frozen_head_step
+    step = steps.frozen_head_step
 
     def noted(*given, **how):
         seen.append(given[3].clone())
         return step(*given, **how)
 
-    monkeypatch.setattr(loop, "frozen_head_step", noted)
+    monkeypatch.setattr(steps, "frozen_head_step", noted)
     # when it trains with the quirks, then all are one; without them they differ.
     for fidelity in ("reference", "fixed"):
         seen.clear()
@@ -357,19 +357,19 @@ def test_data_that_cannot_be_trained_on_is_refused_by_name():
     data = small_data()
     one = dataclasses.replace(data, meta=coloured_stripes([6, 6], 0))
     with pytest.raises(TrainingError, match="no picture in the meta set, which MetaSAug learns from: c"):
-        loop.check(Cifar10LT(), one)
-    loop.check(Cifar10LT(augment="isda"), one)
+        stages.check(Cifar10LT(), one)
+    stages.check(Cifar10LT(augment="isda"), one)
     none_spared = dataclasses.replace(data, shared_meta_classes=(0, 1, 2))
-    loop.check(Cifar10LT(), none_spared)
+    stages.check(Cifar10LT(), none_spared)
     with pytest.raises(TrainingError, match="Hardly a class can spare a picture"):
-        loop.check(Cifar10LT(augment="heldout"), none_spared)
+        stages.check(Cifar10LT(augment="heldout"), none_spared)
     empty = dataclasses.replace(data, train=coloured_stripes([6, 6], 0))
     with pytest.raises(TrainingError, match="no training picture: c"):
-        loop.check(Cifar10LT(augment="none"), empty)
+        stages.check(Cifar10LT(augment="none"), empty)
     single = dataclasses.replace(data, label_names=("a",), train=dataclasses.replace(
         data.train, labels=np.zeros_like(data.train.labels)))
     with pytest.raises(TrainingError, match="one class only"):
-        loop.check(Cifar10LT(), single)
+        stages.check(Cifar10LT(), single)
 
 
 def test_fewer_pictures_than_a_batch_are_one_batch(tmp_path):

@@ -18,7 +18,7 @@ from tests.test_layout import WITHOUT_TORCH
 from training.report.metrics import Tally
 from training.report.page import page, read_log
 from training.report.sentences import Classes, advice, plain_words
-from training.run.tensorboard_log import TensorBoardLog, scalars
+from training.run.log import TensorBoardLog, scalars
 from zoo.labels import assign_groups
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -35,7 +35,8 @@ from tests.test_training import (  # noqa: E402
 from training.data.datasets import LongTailed, PictureFiles, Split  # noqa: E402
 from training.errors import DivergenceError, Interrupted, TrainingError  # noqa: E402
 from training.network.distributed import joined  # noqa: E402
-from training.run import checkpoints, loop  # noqa: E402
+from training.run import checkpoints, evaluation, log, loop, state  # noqa: E402
+from training.run.steps import Stepper  # noqa: E402
 from zoo.model_folder import ModelFolder  # noqa: E402
 
 SAVED_ALWAYS = 1e-9  # minutes
@@ -269,7 +270,7 @@ def die_at(place: str, nth: int = 1) -> None:
     elif place == "within the model folder":
         os.replace = dying(os.replace, of=lambda path, *_: "model" in Path(path).parts)
     elif place == "after the log line":
-        loop.Log.write = dying(loop.Log.write, after)
+        log.Log.write = dying(log.Log.write, after)
     else:
         assert place.endswith("stage 1 is kept"), place
         checkpoints.save = dying(checkpoints.save, after, of=lambda folder, *_: folder.name == "stage1")
@@ -322,9 +323,9 @@ def test_checkpoints_within_an_epoch_lose_no_step(tmp_path):
     steps = []
     for after in (7, 11):
         with pytest.raises(Killed):
-            loop.run(SMALL, small_data(), tmp_path / "killed", CPU, resume=True, save_every=100,
+            loop.run(SMALL, small_data(), tmp_path / "killed", CPU, resume=True,
                      save_minutes=SAVED_ALWAYS, on_progress=kill_after(after))
-    resumed, _ = loop.run(SMALL, small_data(), tmp_path / "killed", CPU, resume=True, save_every=100,
+    resumed, _ = loop.run(SMALL, small_data(), tmp_path / "killed", CPU, resume=True,
                           on_progress=lambda state: steps.append((state.epoch, state.step)))
     # then it goes on at the step that was not saved, and ends with the bits and log of an undisturbed one.
     assert steps[0] == (3, 4)  # 7 + 11 steps at 5 an epoch; the killed one is taken again
@@ -334,21 +335,22 @@ def test_checkpoints_within_an_epoch_lose_no_step(tmp_path):
 
 def test_no_minutes_save_at_the_end_of_epochs_only(tmp_path):
     with pytest.raises(Killed):
-        loop.run(TINY, small_data(), tmp_path, CPU, save_every=2, save_minutes=0, on_progress=kill_after(19))
-    assert [path.name[:18] for path in (tmp_path / "checkpoints").iterdir()] == ["step-00002-0000000"]
+        loop.run(TINY, small_data(), tmp_path, CPU, save_minutes=0, on_progress=kill_after(19))
+    assert sorted(path.name[:18] for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00002-0000000", "step-00003-0000000"]
 
 
 def test_dropout_is_drawn_again_as_it_was(tmp_path, monkeypatch):
     """Its draws once came from torch's own stream, which no checkpoint keeps."""
     # Given a network with dropout,
-    real = loop.create
+    real = state.create
 
     def with_dropout(*arguments):
         module = real(*arguments)
         module.layer1.add_module("dropout", torch.nn.Dropout(0.5))
         return module
 
-    monkeypatch.setattr(loop, "create", with_dropout)
+    monkeypatch.setattr(state, "create", with_dropout)
     recipe = dataclasses.replace(SMALL, epochs=2, stage2_epochs=1)
     # when its run is killed and goes on, then its bits are those of an undisturbed one.
     whole, _ = loop.run(recipe, small_data(), tmp_path / "whole", CPU)
@@ -458,14 +460,14 @@ def test_a_stop_signal_during_a_look_at_the_test_set_does_not_wait_for_its_end(t
     # Given a run that receives SIGTERM while it looks at the test set,
     recipe = dataclasses.replace(SMALL, epochs=2, stage2_epochs=1)
     whole, _ = loop.run(recipe, small_data(), tmp_path / "whole", CPU, evaluate_every=1)
-    real = loop.in_order
+    real = evaluation.in_order
 
     def interrupting(*arguments):
         yield from real(*arguments)
         os.kill(os.getpid(), signal.SIGTERM)
         yield from real(*arguments)
 
-    monkeypatch.setattr(loop, "in_order", interrupting)
+    monkeypatch.setattr(evaluation, "in_order", interrupting)
     # when it stops, then all steps of the epoch are saved; it goes on with the look, and takes no step twice.
     with pytest.raises(Interrupted, match="epoch 1, after step 5") as caught:
         loop.run(recipe, small_data(), tmp_path / "stopped", CPU, evaluate_every=1)
@@ -495,7 +497,7 @@ def command(folder: Path, *words: str, group: bool = False, endless: Path | None
             endless.touch()
             time.sleep(600)
 
-        loop._step = step
+        Stepper.step = step
     sys.exit(metasaug.main(["train", *words, "--out", str(folder)]))
 
 

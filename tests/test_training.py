@@ -12,10 +12,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from training.data.batches import Batches  # noqa: E402
 from training.data.datasets import LongTailed, Split  # noqa: E402
 from training.errors import DivergenceError, Interrupted, TrainingError  # noqa: E402
 from training.recipes import Cifar10LT  # noqa: E402
-from training.run import loop  # noqa: E402
+from training.run import loop, stages  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = Cifar10LT(epochs=5, batch_size=16, lr=0.05, imbalance=4, meta_per_class=4)
@@ -112,7 +113,7 @@ def test_a_run_killed_anywhere_resumes_to_the_same_bits(tmp_path, method):
     recipe = dataclasses.replace(TINY, **METHODS[method])
     whole, results = loop.run(recipe, small_data(), tmp_path / "whole", CPU)
     # when the same run is killed in stage 1 and twice in stage 2, each time going on from its last checkpoint,
-    steps = loop.Batches(small_data().train, loop.view_of(TINY, small_data()), 0, 16, CPU).steps
+    steps = Batches(small_data().train, stages.view_of(TINY, small_data()), 0, 16, CPU).steps
     for after in (steps + 2, 3 * steps - 1, steps):
         with pytest.raises(Killed):
             loop.run(recipe, small_data(), tmp_path / "killed", CPU, resume=True, on_progress=kill_after(after))

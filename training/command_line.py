@@ -59,11 +59,9 @@ class RunOptions:
     evaluate_every: int = 10
     """Epochs between looks at the test set for the log; the result is always that of the last epoch."""
 
-    save_every: int = 1
-    """Epochs between checkpoints. SIGINT (exit code 130), SIGTERM (143) and SIGHUP (129) save at once."""
-
     save_minutes: float = 10
-    """Minutes after which a checkpoint is written within an epoch, for long ones; 0: at the end of epochs only."""
+    """Minutes between checkpoints within an epoch; 0: only at the end of each epoch. SIGINT (exit code 130), SIGTERM
+    (143) and SIGHUP (129) save at once."""
 
     tensorboard: bool = False
     """Keep the log in RUN/tensorboard as well, for `tensorboard --logdir runs`."""
@@ -226,20 +224,21 @@ def _train(job: Job, processes) -> Path | None:
         print(json.dumps({**recipe.to_dict(), "run": str(folder), "class_counts": counts}, indent=1))
         return None
 
-    from training.run import loop
+    from training.run import loop, stages
 
-    loop.check(recipe, data)
+    stages.check(recipe, data)
     print(f"{run_name(job.recipe)} on {processes.device}"
           + (f" and {processes.count - 1} more" if processes.count > 1 else "") + f", into {folder}")
     with alone_in(folder) if processes.first else nullcontext():
         workers = (os.cpu_count() or 1) if options.workers is None else options.workers
-        state, results = loop.run(recipe, data, folder, processes.device, options.resume, options.stage1,
-                                  options.evaluate_every, options.save_every, options.save_minutes, workers,
-                                  options.tensorboard, options.deterministic, options.features, processes=processes)
+        state, results = loop.run(
+            recipe, data, folder, processes.device, resume=options.resume, stage1=options.stage1, processes=processes,
+            evaluate_every=options.evaluate_every, save_minutes=options.save_minutes, workers=workers,
+            tensorboard=options.tensorboard, deterministic=options.deterministic, features=options.features)
         if not processes.first:
             return None
         model = folder / "model"
-        write_model(model, options.name or run_name(job.recipe), recipe, loop.data_of_stage(recipe, data, 2), state,
+        write_model(model, options.name or run_name(job.recipe), recipe, stages.data_of_stage(recipe, data, 2), state,
                     results, processes.count)
     print(results_table(results))
     print(report_of_run(folder, results))

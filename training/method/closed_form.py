@@ -34,8 +34,9 @@ from torch import Tensor, nn
 
 from training.errors import TrainingError
 from training.method.covariance import LearnedCovariance
+from training.method.finite import check_finite
 from training.method.losses import HeadLoss
-from training.method.metasaug import Fidelity, StepResult, check_finite
+from training.method.metasaug import Fidelity, StepResult
 
 # Cross entropies of shifted logits: the shift is constant, so the closed form is the same.
 SUPPORTED_LOSSES = ("ce", "ldam", "balanced-softmax", "logit-adjustment")

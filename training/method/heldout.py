@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from training.method.covariance import RunningCovariance, as_column, load_tensors, scatter
 from training.method.losses import HeadLoss
-from training.method.metasaug import StepResult, TrainBatch, check_finite
+from training.method.metasaug import StepResult, TrainBatch
 from training.network.derivatives import BatchFeatures, Compute
 
 # Held-out pictures of its own that weigh as much as the mean over all classes.
@@ -109,7 +109,7 @@ def heldout_step(
     looks = BatchFeatures(module, held_pictures, len(held_labels), batch.compute, {}, graph=False)
     with torch.no_grad():
         held_loss = F.cross_entropy(head_loss.logits(looks.whole_NA, *batch.head), held_labels)
-    check_finite(meta_loss=[held_loss])
+    batch.compute.finite.check(meta_loss=[held_loss])
     result = batch.leave_gradient(held.rows(batch.classes_U))
     held.running.update(head_loss.augmentable_features(result.features_NA), labels_N)
     held.update(head_loss.augmentable_features(looks.whole_NA), held_labels)

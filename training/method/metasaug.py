@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.errors import DivergenceError
 from training.method.covariance import LearnedCovariance, RunningCovariance, nearest_semidefinite, precise_dtype
 from training.method.losses import HeadLoss
 from training.network.derivatives import BatchFeatures, Compute
@@ -112,7 +111,7 @@ def metasaug_step(
     fixed = fidelity == "fixed"
     S_U = learned.rows(batch.classes_U) if fixed else learned.running.covariance[batch.classes_U]
     grad_U, loss_before, meta_loss = meta_gradient(batch, S_U, meta_pictures, meta_labels, inner_rate, lookahead)
-    check_finite(loss=[loss_before], meta_loss=[meta_loss], meta_gradient=[grad_U])
+    batch.compute.finite.check(loss=[loss_before], meta_loss=[meta_loss], meta_gradient=[grad_U])
 
     new_U = S_U - meta_rate * grad_U
     if fixed:
@@ -175,7 +174,7 @@ class TrainBatch:
         head_grads = [g.contiguous() for g in grads[: len(head)]]
         self.compute.processes.level(head_grads)
         body_grads = self.body_gradient(grads[-1]) if self.body else {}
-        check_finite(loss=[loss.detach()], gradient=[*head_grads, *body_grads.values()])
+        self.compute.finite.check(loss=[loss.detach()], gradient=[*head_grads, *body_grads.values()])
         for p, g in zip([*head, *self.body.values()], [*head_grads, *body_grads.values()], strict=True):
             p.grad = g
         with torch.no_grad():
@@ -228,13 +227,3 @@ def meta_gradient(
 
 def _stepped(parameter: Tensor, gradient: Tensor, rate: float) -> Tensor:
     return (parameter.detach() - rate * gradient.detach().to(parameter.dtype)).requires_grad_()
-
-
-def check_finite(**tensors: Sequence[Tensor]) -> None:
-    """Raises DivergenceError naming the first of these that holds a NaN or an infinity; one look at the device."""
-    norms = torch.stack([torch.stack(torch._foreach_norm(list(group))).sum() for group in tensors.values()])
-    for name, norm in zip(tensors, norms.tolist(), strict=True):
-        if not abs(norm) < float("inf"):
-            raise DivergenceError(f"The {name.replace('_', ' ')} is not finite ({norm}).")
-
-

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from training.method.finite import Finite
 from training.network.distributed import ALONE, Processes
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -66,6 +67,7 @@ class Compute:
     precision    bfloat16, float16: torch's autocast; float32: in the parameters' own type
     accumulate   parts of a batch that follow each other; batch norm has the statistics of a part
     compiled     the training pass by torch.compile (look-ahead passes stay as they are)
+    finite       the checks of each step
     """
 
     processes: Processes = ALONE
@@ -73,6 +75,7 @@ class Compute:
     accumulate: int = 1
     compiled: bool = False
     scale: GradientScale = field(default_factory=GradientScale)
+    finite: Finite = field(default_factory=Finite)
     _bodies: dict[int, Callable] = field(default_factory=dict)
 
     def autocast(self, device: torch.device, cache: bool = True) -> contextlib.AbstractContextManager:

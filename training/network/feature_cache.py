@@ -208,7 +208,7 @@ class FeatureCache:
     @torch.no_grad()
     def _compute(self, store: "_Store", parts: Sequence[int], pictures: Split | PictureFiles,
                  drawn: list[np.ndarray] | None, module: nn.Module) -> Iterator[np.ndarray]:
-        """The rows of each part; batches are those in which `loop.evaluate` looks at pictures."""
+        """The rows of each part; batches are those in which `evaluate` looks at pictures."""
         of_part = [store.batches(part) for part in parts]
         at = [indices for _, batches in of_part for indices in batches]
         rows = None if drawn is None else [drawn[k][indices] for k, batches in of_part for indices in batches]

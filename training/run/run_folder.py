@@ -24,7 +24,7 @@ def write_model(model: Path, name: str, recipe: Recipe, data, state, results: di
     """The finished model folder, without ONNX: `metasaug train` adds that next, `metasaug export` at any time."""
     import torch
 
-    from training.run.loop import view_of
+    from training.run.stages import view_of
     from zoo.architectures import classifier_name
     from zoo.labels import assign_groups
     from zoo.model_folder import write_model_folder

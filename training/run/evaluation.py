@@ -1,0 +1,43 @@
+"""Test results of a network in training."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from training.data.batches import View, at_once, in_order
+from training.data.datasets import LongTailed
+from training.network.distributed import ALONE, Processes
+from training.network.feature_cache import Head
+from training.report.metrics import Tally
+
+
+def evaluate(
+    module: nn.Module, data: LongTailed, view: View, groups: tuple[str, ...], device: torch.device, workers: int = 0,
+    prior: str | None = None, before_each: Callable[[], None] = lambda: None, features_KNA: np.ndarray | None = None,
+    processes: Processes = ALONE,
+) -> dict:
+    """Test results of the module as it stands; see training.report.metrics.Tally. `before_each` batch may end it.
+
+    features_KNA   of the test pictures, where they are cached: the same results without looking at pictures
+    processes      each sees its part of every batch, and all return the same results
+    """
+    was_training = module.training
+    module.eval()
+    tally, seen = Tally(data.label_names, data.class_counts, groups, prior), 0
+    with torch.no_grad():
+        net, looks = module, in_order(data.test, view, device, workers, processes)
+        if features_KNA is not None:
+            net, size = Head(module.get_classifier()), at_once(view)  # type: ignore[operator]
+            batches = (features_KNA[0, i : i + size] for i in range(0, len(features_KNA[0]), size))
+            looks = ((torch.from_numpy(rows[processes.part(len(rows))].copy()).to(device), len(rows))
+                     for rows in batches)
+        for pictures, total in looks:
+            before_each()
+            logits = net(pictures) if len(pictures) else torch.empty(0, len(data.label_names), device=device)
+            logits = processes.gather(logits.float(), total)
+            tally.add(logits.cpu().numpy(), data.test.labels[seen : seen + total])
+            seen += total
+    module.train(was_training)
+    return tally.results()

@@ -1,0 +1,146 @@
+"""All that a run carries from one step to the next, and what it is at the beginning."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from training.data.batches import View
+from training.data.datasets import LongTailed
+from training.errors import DivergenceError, TrainingError
+from training.method.covariance import LearnedCovariance, RunningCovariance
+from training.method.finite import check_finite
+from training.method.heldout import HeldOut
+from training.network.derivatives import GradientScale
+from training.network.distributed import Processes
+from training.network.start_weights import find_backbone, load_backbone, load_pretrained
+from training.recipes import Recipe
+from zoo.architectures import create
+
+
+@dataclass
+class State:
+    """All that a run carries from one step to the next."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    covariance: RunningCovariance
+    learned: LearnedCovariance | HeldOut
+    scale: GradientScale = field(default_factory=GradientScale)  # of float16's gradients
+    epoch: int = 0  # the epoch that is running, from 0
+    step: int = 0  # the next step in it
+    seconds: float = 0.0
+    log_bytes: int = 0  # length of the log when the state was saved
+    sums: "Sums" = field(default_factory=lambda: Sums())  # of this epoch, for its log line
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.epoch, self.step = epoch, 0
+        self.sums.load({})
+
+    def check(self) -> None:
+        """DivergenceError where a number that a checkpoint would keep is NaN or infinite."""
+        momenta = _floats(one.get("momentum_buffer") for one in self.optimizer.state.values())
+        covariances = [*self.covariance.state_dict().values(), *self.learned.state_dict().values()]
+        try:
+            check_finite(weight=_floats(self.module.state_dict().values()), covariance=_floats(covariances))
+            if momenta:
+                check_finite(momentum=momenta)
+        except DivergenceError as error:
+            raise DivergenceError(f"epoch {self.epoch + 1}, step {self.step}: {error} Not saved; the last checkpoint "
+                                  "is good. Try a smaller --lr or --strength.") from error
+
+    def level(self, processes: Processes) -> None:
+        """The same bits in every process; on GPUs, what each computed alike may differ in the last ones."""
+        momenta = _floats(one.get("momentum_buffer") for one in self.optimizer.state.values())
+        processes.follow([*self.module.state_dict().values(), *momenta, *self.covariance.state_dict().values(),
+                          *self.learned.state_dict().values()])
+
+    def to_dict(self, recipe: Recipe, data: LongTailed) -> dict:
+        return {
+            "format": 1, "recipe": recipe.to_dict(), "stage1_key": recipe.stage1_key(), "data": data.identity(),
+            "module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "covariance": self.covariance.state_dict(), "learned": self.learned.state_dict(),
+            "scale": self.scale.state_dict(), "epoch": self.epoch, "step": self.step, "seconds": self.seconds,
+            "log_bytes": self.log_bytes,
+            "sums": self.sums.to_dict(),
+        }
+
+    def load_dict(self, saved: dict) -> None:
+        self.module.load_state_dict(saved["module"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.covariance.load_state_dict(saved["covariance"])
+        self.learned.load_state_dict(saved["learned"])
+        self.scale.load_state_dict(saved.get("scale", self.scale.state_dict()))  # of before there was one
+        self.sums.load(saved["sums"])
+        for name in ("epoch", "step", "seconds", "log_bytes"):
+            setattr(self, name, saved[name])
+
+
+class Sums:
+    """Figures of an epoch, summed over its pictures on the device; nothing here waits for it but `to_dict`."""
+
+    NAMES = ("loss", "wrong", "meta_loss", "shift", "effect")
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        device = torch.device(device)
+        self.values = torch.zeros(len(self.NAMES), device=device,
+                                  dtype=torch.float32 if device.type == "mps" else torch.float64)
+        self.load({})
+
+    def add(self, figures: dict[str, torch.Tensor], pictures: int) -> None:
+        """Each figure is a mean over the batch, but `wrong` a number of pictures."""
+        self.names, self.pictures = tuple(figures), self.pictures + pictures
+        places = [self.NAMES.index(name) for name in figures]
+        for place, (name, value) in zip(places, figures.items(), strict=True):
+            self.values[place] += value.to(self.values.dtype) * (1 if name == "wrong" else pictures)
+
+    def to_dict(self) -> dict[str, float]:
+        values = dict(zip(self.NAMES, self.values.tolist(), strict=True))
+        return {"pictures": self.pictures} | {name: values[name] for name in self.names} if self.pictures else {}
+
+    def load(self, saved: dict[str, float]) -> None:
+        self.pictures = saved.get("pictures", 0)
+        self.names = tuple(name for name in saved if name != "pictures")
+        self.values.copy_(torch.tensor([saved.get(name, 0.0) for name in self.NAMES], dtype=torch.float64))
+
+
+def _floats(values: Iterable[Any]) -> list[torch.Tensor]:
+    return [v for v in values if torch.is_tensor(v) and v.is_floating_point()]
+
+
+def start(recipe: Recipe, data: LongTailed, device: torch.device) -> State:
+    """data   of stage 2"""
+    torch.manual_seed(recipe.seed)
+    num_classes = len(data.label_names)
+    module = create(recipe.architecture, num_classes, recipe.cosine_scale).to(device)
+    if recipe.pretrained is not None:
+        load_pretrained(module, recipe.pretrained)
+    if recipe.backbone is not None:
+        load_backbone(module, find_backbone(recipe.backbone), recipe.last_layer == "ready")
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module.train()
+    optimizer = torch.optim.SGD(module.parameters(), recipe.lr, recipe.momentum, nesterov=recipe.momentum > 0,
+                                weight_decay=recipe.weight_decay)
+    width: int = module.get_classifier().in_features  # type: ignore[operator, union-attr]
+    kind = recipe.covariance if recipe.augment != "none" else "diagonal"  # not used then: the smaller one
+    covariance = RunningCovariance(num_classes, width, kind, device=device)
+    if recipe.augment == "heldout":
+        held = np.bincount(data.meta.labels, minlength=num_classes).tolist()
+        return State(module, optimizer, covariance, HeldOut(covariance, held), sums=Sums(device))
+    return State(module, optimizer, covariance, LearnedCovariance(covariance), sums=Sums(device))
+
+
+@torch.no_grad()
+def check_input_size(module: nn.Module, recipe: Recipe, view: View, device: torch.device) -> None:
+    """TrainingError where the network does not take pictures of this size."""
+    module.eval()
+    try:
+        module(torch.zeros(2, 3, *view.size, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise TrainingError(f"{recipe.architecture} does not take pictures of {view.size[0]} x {view.size[1]}: "
+                            f"{str(error).splitlines()[0]} Give another --input-size or --architecture.") from error
