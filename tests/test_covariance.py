@@ -63,18 +63,6 @@ def test_update_touches_only_the_classes_present(kind):
 
 
 @KINDS
-def test_merge_is_one_estimate_over_both_streams(kind):
-    f, y = a_stream()
-    whole, left, right = (RunningCovariance(6, 5, kind, torch.float64) for _ in range(3))
-    whole.update(f, y)
-    left.update(f[:300], y[:300])
-    right.update(f[300:], y[300:])
-    left.merge(right)
-    torch.testing.assert_close(left.covariance, whole.covariance, rtol=1e-9, atol=1e-11)
-    assert torch.equal(left.counts, whole.counts)
-
-
-@KINDS
 def test_saved_state_goes_on_to_the_same_bits(kind, tmp_path):
     # Given an estimate saved half way, to a file, with what was learned,
     f, y = a_stream()

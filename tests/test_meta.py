@@ -10,8 +10,9 @@ from torch import nn
 from training.errors import DivergenceError, TrainingError
 from training.method import reference as naive
 from training.method.covariance import LearnedCovariance, RunningCovariance
-from training.method.losses import HeadLoss, LossName, class_balanced_weights
+from training.method.losses import HeadLoss, class_balanced_weights
 from training.method.metasaug import TrainBatch, meta_gradient, metasaug_step
+from training.recipes import Loss
 from zoo.architectures import create
 
 LOOKAHEADS = pytest.mark.parametrize("lookahead", ["network", "classifier"])
@@ -132,7 +133,7 @@ def test_meta_step_equals_double_backward_for_resnet32(kind, lookahead):
 
 @LOOKAHEADS
 @KINDS
-@pytest.mark.parametrize("loss", get_args(LossName))
+@pytest.mark.parametrize("loss", get_args(Loss))
 def test_meta_step_equals_double_backward_for_every_loss(loss, kind, lookahead):
     # Given any loss,
     setting = a_setting(kind=kind)

@@ -61,17 +61,6 @@ class RunningCovariance:
         mean_UA = features_NA.new_zeros(len(classes_U), features_NA.shape[1])
         mean_UA.index_add_(0, index_N, features_NA).div_(counts_U[:, None])
         scatter_U = scatter(features_NA - mean_UA[index_N], index_N, counts_U, self.kind)
-        self._absorb(classes_U, counts_U, mean_UA, scatter_U)
-
-    @torch.no_grad()
-    def merge(self, other: "RunningCovariance") -> None:
-        """Takes in everything that `other` has seen: what one estimator over both streams would hold."""
-        classes_U = other.counts.nonzero()[:, 0]
-        counts_U = other.counts[classes_U]
-        n_U = as_column(counts_U, other.covariance)
-        self._absorb(classes_U, counts_U, other.mean[classes_U], other.covariance[classes_U] * n_U)
-
-    def _absorb(self, classes_U: Tensor, counts_U: Tensor, mean_UA: Tensor, scatter_U: Tensor) -> None:
         total_U = self.counts[classes_U] + counts_U
         share_U = counts_U.to(self.mean.dtype) / total_U
         away_UA = mean_UA - self.mean[classes_U]

@@ -11,16 +11,15 @@ Which combination is which published method: docs/method.md.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from training.recipes import Loss
 from zoo.architectures import cosine_logits
-
-LossName = Literal["ce", "focal", "ldam", "ldam-published", "balanced-softmax", "logit-adjustment"]
 
 # A chunk of classes may fill this many numbers, (chunk, C, A), at a time; 4 M float32 are 16 MB.
 _CHUNK_NUMBERS = 4_000_000
@@ -103,32 +102,12 @@ def less_margin(logits_NC: Tensor, labels_N: Tensor, margins_C: Tensor) -> Tenso
 # ---- the augmentation ----
 
 
-def augmented_logits(
-    logits_NC: Tensor, labels_N: Tensor, weight_CA: Tensor, covariance: Tensor, strength: float
-) -> Tensor:
-    """Logits whose cross entropy bounds the loss over endlessly many augmented features.
-
-    With features moved as a' ~ N(a, strength * S_y), the expected cross entropy is at most that of (ISDA, Wang et
-    al. 2019, eq. 6)
-
-        z'_nj = z_nj + strength / 2 * (w_j - w_y)^T S_y (w_j - w_y),    y = labels[n]
-
-    which depends on n only by its class: it is computed once for each distinct class. Memory O(NC + CA) for the
-    diagonal and O(NC + a chunk) for the full form, never (N, C, A) nor (N, C, C).
-
-    logits_NC   z, before softmax              weight_CA   w, the last layer's weight
-    labels_N    int64 in [0, C)                covariance  S, (C, A, A) or (C, A), symmetric, >= 0
-    strength    lambda >= 0; 0 returns z
-    """
-    classes_U, index_N = labels_N.unique(return_inverse=True)
-    spread_UC = class_spread(weight_CA, classes_U, covariance[classes_U])
-    return logits_NC + strength / 2 * spread_UC[index_N]
-
-
 def class_spread(weight_CA: Tensor, classes_U: Tensor, covariance_U: Tensor) -> Tensor:
-    """q_uj = (w_j - w_u)^T S_u (w_j - w_u) -> (U, C): the variance of logit j less logit u along S_u.
+    """q_uj = (w_j - w_u)^T S_u (w_j - w_u) -> (U, C): the variance of logit j minus logit u along S_u.
 
-    covariance_U  rows of S for classes_U only, (U, A, A) or (U, A)
+    Memory O(UC + CA) for the diagonal form and O(UC + a chunk) for the full one, never (N, C, A).
+
+    covariance_U  rows of S for classes_U only, (U, A, A) or (U, A), symmetric, >= 0
     """
     own_UA = weight_CA[classes_U]
     if covariance_U.ndim == 2:
@@ -167,7 +146,7 @@ class HeadLoss:
 
         loss = HeadLoss("ldam", class_counts=counts)
         loss(features_NA, weight_CA, bias_C, labels_N)                          # plain
-        loss(..., covariance=S, strength=lam)                                   # ISDA, MetaSAug
+        loss(..., S_U=S[labels_N.unique()], strength=lam)                       # ISDA, MetaSAug
         loss(..., class_weights=class_balanced_weights(counts))                 # re-weighted
         loss.logits(features_NA, weight_CA, bias_C)                             # for evaluation
 
@@ -177,7 +156,7 @@ class HeadLoss:
     gamma, max_margin, scale, tau    of focal, both ldam, ldam-published, logit-adjustment
     """
 
-    loss: LossName = "ce"
+    loss: Loss = "ce"
     class_counts: tuple[int, ...] = ()
     gamma: float = 1.0
     max_margin: float = 0.5
@@ -185,8 +164,8 @@ class HeadLoss:
     tau: float = 1.0
 
     def __post_init__(self):
-        if self.loss not in get_args(LossName):
-            raise ValueError(f"Unknown loss {self.loss!r}: one of {', '.join(get_args(LossName))}.")
+        if self.loss not in get_args(Loss):
+            raise ValueError(f"Unknown loss {self.loss!r}: one of {', '.join(get_args(Loss))}.")
         object.__setattr__(self, "class_counts", tuple(int(n) for n in self.class_counts))
         if self.loss not in ("ce", "focal"):
             _counts(self.class_counts)
@@ -197,16 +176,25 @@ class HeadLoss:
         weight_CA: Tensor,
         bias_C: Tensor | None,
         labels_N: Tensor,
-        covariance: Tensor | None = None,
+        S_U: Tensor | None = None,
         strength: float = 0.0,
         class_weights: Tensor | None = None,
+        by_class: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """The training loss, a scalar; `covariance` has a row for every class."""
+        """The training loss, a scalar. With S_U: an upper bound of its mean over endlessly many augmented features.
+
+        With features moved as a' ~ N(a, strength * S_y), the expected cross entropy is at most that of the logits
+        (ISDA, Wang et al. 2019, eq. 6)
+
+            z'_nj = z_nj + strength / 2 * (w_j - w_y)^T S_y (w_j - w_y),    y = labels[n]
+
+        S_U       covariances of the batch's distinct classes in ascending order, (U, A, A) or (U, A); None: plain loss
+        strength  lambda >= 0      by_class  labels_N.unique(return_inverse=True), where the caller has it
+        """
         logits_NC = self.logits(features_NA, weight_CA, bias_C)
-        if covariance is not None:
-            classes_U, index_N = labels_N.unique(return_inverse=True)
-            spread_UC = self.spread(weight_CA, classes_U, covariance[classes_U])
-            logits_NC = logits_NC + strength / 2 * spread_UC[index_N]
+        if S_U is not None:
+            classes_U, index_N = by_class or labels_N.unique(return_inverse=True)
+            logits_NC = logits_NC + strength / 2 * self.spread(weight_CA, classes_U, S_U)[index_N]
         return self.of_logits(logits_NC, labels_N, class_weights)
 
     def logits(self, features_NA: Tensor, weight_CA: Tensor, bias_C: Tensor | None = None) -> Tensor:

@@ -159,11 +159,9 @@ class TrainBatch:
 
     def loss(self, features_NA: Tensor, head: Sequence[Tensor], S_U: Tensor | None) -> Tensor:
         """L as a function of the features, [W, b] and the covariances of `classes_U`, None for no augmentation."""
-        logits_NC = self.head_loss.logits(features_NA, *head)
-        if S_U is not None:
-            spread_UC = self.head_loss.spread(head[0], self.classes_U, S_U)
-            logits_NC = logits_NC + self.strength / 2 * spread_UC[self.index_N]
-        return self.head_loss.of_logits(logits_NC, self.labels_N, self.class_weights)
+        weight, bias = (*head, None)[:2]
+        return self.head_loss(features_NA, weight, bias, self.labels_N, S_U, self.strength, self.class_weights,
+                              (self.classes_U, self.index_N))
 
     def leave_gradient(self, S_U: Tensor | None) -> StepResult:
         """Leaves the gradient of L(Theta, S) in `.grad`, in place of what was there."""
