@@ -251,6 +251,27 @@ def test_a_large_baseline_jpeg_is_decoded_small_and_a_progressive_one_refused():
         decode(as_bytes(picture, "JPEG", quality=30, progressive=True))
 
 
+@pytest.mark.parametrize("scale", [1, 2, 4, 8])
+def test_a_jpeg_is_decoded_at_a_fraction_of_its_upright_size(scale):
+    # Given a photograph that lies on its side, as JPEG and as PNG,
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    told = []
+    for kind in ("JPEG", "PNG"):
+        whole = decode(as_bytes(drawing(size=(208, 160)), kind, exif=exif))
+        # when a part of its resolution is enough,
+        small = decode(as_bytes(drawing(size=(208, 160)), kind, exif=exif),
+                       shrink=lambda *size: told.append(size) or scale)
+        # then the choice is made by the upright size, the JPEG has that fraction of it, and the colours stay.
+        assert told.pop() == whole.size == (160, 208)
+        assert small.size == ((160 // scale, 208 // scale) if kind == "JPEG" else whole.size)
+        greys = [np.asarray(picture.resize((20, 26)), float) for picture in (small, whole)]
+        assert np.abs(greys[0] - greys[1]).mean() < 2
+    # A huge one is told the size at which it is decoded anyway; fractions are rounded up.
+    huge = decode(as_bytes(Image.new("RGB", (6001, 5000), "red"), "JPEG"), shrink=lambda *size: told.append(size) or 2)
+    assert told == [(1501, 1250)] and huge.size == (751, 625)
+
+
 def test_a_jpeg_that_libjpeg_would_hold_whole_counts_as_progressive():
     """One scan a colour is baseline by name, yet keeps 6 bytes a pixel in memory."""
     content = as_bytes(Image.new("RGB", (6500, 4000)), "JPEG", quality=30)
