@@ -1,10 +1,10 @@
 """Does it help? Every cell of ledger.toml, run once, from one stage 1 a set and seed.
 
-    python -m benchmarks.ledger run --cifar10 DIR --plankton DIR   # goes on where it was stopped
+    python -m benchmarks.ledger run --cifar10 DIR --plankton DIR   # continues where it was stopped
     python -m benchmarks.ledger status                             # what is missing, and how long it will take
     python -m benchmarks.ledger page                               # the tables in docs/ledger.md, docs/heldout.md
 
-`run` and `status` take the cells of another list as well, with its own results: --protocol benchmarks/development.toml.
+`run` and `status` take another list of cells, with its own results: --protocol benchmarks/paper.toml.
 """
 
 import dataclasses
@@ -12,28 +12,29 @@ import io
 import json
 import statistics
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
-from training.command_line import RunOptions, TrainCifar, TrainFolder, alone_in
-from training.data.check import second_step
-from training.data.cifar import long_tail_counts
+from training.data.cifar import Pool, cut_pool, find_pool, long_tail_counts
 from training.data.datasets import LongTailed, Split
+from training.data.own_pictures import load_folder
 from training.network.derivatives import Precision
-from training.recipes import Cifar10LT, Folder, Recipe
+from training.recipes import Cifar10LT, Cifar100LT, Folder, Recipe
+from training.run.cells import Cell as Training
+from training.run.cells import Queue, Trained, train
+from training.run.run_folder import alone_in, code_version
 from zoo.files import write_atomically
 from zoo.labels import GROUPS
 
 HERE = Path(__file__).resolve().parent
 PROTOCOL, DEVELOPMENT, RESULTS = HERE / "ledger.toml", HERE / "development.toml", HERE / "results" / "ledger.json"
 PAGE, HELDOUT_PAGE = (HERE.parent / "docs" / f"{name}.md" for name in ("ledger", "heldout"))
-RECIPES: dict[str, type[Recipe]] = {recipe.dataset: recipe for recipe in (Cifar10LT, Folder)}
+RECIPES: dict[str, type[Recipe]] = {recipe.dataset: recipe for recipe in (Cifar10LT, Cifar100LT, Folder)}
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,27 @@ class Cell:
     def key(self) -> str:
         return f"{self.set}/{self.method}/{self.seed}"
 
+    @property
+    def folder(self) -> str:
+        """Of its run: cells of a set and seed share their first stage."""
+        return f"{self.set}/{self.seed}/{self.method}"
+
 
 class Protocol:
     """ledger.toml, read."""
 
     def __init__(self, path: Path = PROTOCOL):
         self._content = tomllib.loads(path.read_text(encoding="utf-8"))
+        self.results = RESULTS.with_name(f"{path.stem}.json")
         self.metric: str = self._content["metric"]
         self.methods: dict[str, dict[str, Any]] = self._content["methods"]
+        self.tests_every_epoch: bool = self._content.get("tests") == "every epoch of stage 2"
 
     @property
     def cells(self) -> list[Cell]:
-        """In the order of running: a seed of a set after the other; the first cell runs the stage 1 that all share."""
-        return [Cell(part["set"], method, seed) for part in self._content["cells"] for seed in part["seeds"]
-                for method in part["methods"]]
+        """In the order of running: a seed after the other, and in it a method after the other."""
+        return [Cell(name, method, seed) for part in self._content["cells"] for seed in part["seeds"]
+                for method in part["methods"] for name in _sets(part)]
 
     def set_of(self, cell: Cell) -> dict[str, Any]:
         return self._content["sets"][cell.set]
@@ -67,7 +75,7 @@ class Protocol:
     def precision(self, cell: Cell) -> Precision:
         """Of the backbone; a seed's cells have one, as they share a stage 1."""
         return next(part.get("precision", "float32") for part in self._content["cells"]
-                    if part["set"] == cell.set and cell.seed in part["seeds"] and cell.method in part["methods"])
+                    if cell.set in _sets(part) and cell.seed in part["seeds"] and cell.method in part["methods"])
 
     def validation(self, cell: Cell) -> int:
         """Training pictures of each class that stand in for the test set; 0: none."""
@@ -78,65 +86,92 @@ class Protocol:
         return -(-self.set_of(cell)["train_pictures"] // self.recipe(cell).batch_size)
 
     def recipe(self, cell: Cell) -> Recipe:
-        flags = dict(self.set_of(cell)["recipe"])
+        flags = {"subset_seed": cell.seed, **self.set_of(cell)["recipe"]}
         make = RECIPES[flags.pop("dataset")]
         return make(**flags, **self.methods[cell.method], precision=self.precision(cell), stage1_loss="ce",
-                    seed=cell.seed, subset_seed=cell.seed)
+                    seed=cell.seed)
+
+    def missing(self, results: Path | None = None) -> list[Cell]:
+        done = {cell_of(row) for row in rows_in(results or self.results)}
+        return [cell for cell in self.cells if cell not in done]
+
+    def queue(self, cells: Iterable[Cell], runs: Path, done: Callable[[], Iterable[Cell]],
+              may_take: Callable[[str], bool] = lambda name: True) -> Queue:
+        return Queue([Training(cell.folder, self.recipe(cell)) for cell in cells], runs,
+                     lambda: {cell.folder for cell in done()}, may_take)
+
+    def how(self, recipe: Recipe) -> dict[str, Any]:
+        """Options of training.run.loop.run: the last epoch is always tested."""
+        return {"evaluate_every": 1 if self.tests_every_epoch else recipe.epochs}
+
+
+def _sets(part: Mapping[str, Any]) -> list[str]:
+    return [part["set"]] if isinstance(part["set"], str) else part["set"]
 
 
 # ---- running ----
 
 
-def run(cifar10: Path | None = None, plankton: Path | None = None, runs: Path = Path("runs/ledger"),
-        results: Path | None = None, only: str = "", limit: int | None = None, protocol: Path = PROTOCOL) -> None:
+def run(cifar10: Path | None = None, cifar100: Path | None = None, plankton: Path | None = None,
+        runs: Path | None = None, results: Path | None = None, only: str = "", limit: int | None = None,
+        protocol: Path = PROTOCOL) -> None:
     """Run the cells that are missing, one after the other; a cell done is never run again.
+
+    Several of these commands may run beside each other: each takes what no other has.
 
     Args:
         cifar10: Folder of the CIFAR-10 pictures, as for `metasaug train cifar10-lt`; without it those cells wait.
+        cifar100: Folder of the CIFAR-100 pictures, the same.
         plankton: Folder of the plankton class folders, as for `metasaug train folder`; without it those cells wait.
-        runs: Where the runs live; a run that was stopped goes on to the same bits.
+        runs: Where the runs live, runs/NAME of NAME.toml; a run that was stopped goes on to the same bits.
         results: The file that takes each cell's figures as it ends; benchmarks/results/NAME.json of NAME.toml.
-        only: Only cells whose SET/METHOD/SEED matches, as "cifar10-lt-100/*/1". Several of these commands may run
-            beside each other where no set and seed is matched by two.
+        only: Only cells whose SET/METHOD/SEED matches, as "cifar10-lt-100/*/1".
         limit: Stop after so many cells.
         protocol: The list of cells.
     """
-    listed, results = Protocol(protocol), results or _results_of(protocol)
-    folders = {"cifar10-lt": cifar10, "folder": plankton}
-    missing = [cell for cell in _missing(listed, results)
-               if folders[listed.recipe(cell).dataset] and fnmatch(cell.key, only or "*")]
-    for number, cell in enumerate(missing[:limit], 1):
-        print(f"[{number}/{len(missing)}] {cell.key}", flush=True)
-        recipe = listed.recipe(cell)
+    listed, runs = Protocol(protocol), runs or Path("runs") / protocol.stem
+    results = results or listed.results
+    folders = {"cifar10-lt": cifar10, "cifar100-lt": cifar100, "folder": plankton}
+    wanted = {cell.folder: cell for cell in listed.cells
+              if folders[listed.recipe(cell).dataset] and fnmatch(cell.key, only or "*")}
+    queue = listed.queue(wanted.values(), runs, lambda: map(cell_of, rows_in(results)))
+    device, ended = choose_device(), 0
+    for task in queue.tasks():
+        print(f"{len(queue.left())} left: {task.name}", flush=True)
+        cell, recipe = wanted[task.cell.name], task.cell.recipe
         folder = folders[recipe.dataset]
         assert folder is not None
-        with alone_in(runs / cell.set / str(cell.seed)):
-            figures = _run_cell(recipe, cell, _load(recipe, folder, listed.validation(cell)), runs)
+        trained = train(task, _load(recipe, folder, listed.validation(cell)), device, **listed.how(recipe),
+                        features=runs / cell.set / str(cell.seed) / "features")
+        if trained is None:
+            continue
+        figures = row_of(listed, cell, trained, device)
         with alone_in(runs, wait=True):
-            done = [*_done(results), figures]
-            order = [cell.key for cell in listed.cells]
-            done.sort(key=lambda row: order.index(_cell_of(row).key))
-            write_atomically(results, _as_json(done))
+            add_rows(results, listed, [figures])
         print(f"    {listed.metric} {figures[listed.metric]:.2%}", flush=True)
-
-
-def _results_of(protocol: Path) -> Path:
-    return RESULTS.with_name(f"{protocol.stem}.json")
+        ended += 1
+        if ended == limit:
+            return
 
 
 def _load(recipe: Recipe, folder: Path, validation: int) -> LongTailed:
     """As `metasaug train` loads it. `validation`: so many training pictures a class take the test set's place; 0: none.
     """
-    options = RunOptions(data=folder)
     if isinstance(recipe, Cifar10LT):
-        return _with_validation(recipe, options, validation) if validation else TrainCifar(recipe, options).load()
+        pool = find_pool(recipe.dataset, folder)
+        return _with_validation(recipe, pool, validation) if validation else cut_as(recipe, pool)
     assert isinstance(recipe, Folder)
-    return TrainFolder(recipe, options).load()
+    return load_folder(folder, meta_per_class=recipe.meta_per_class, test_share=recipe.test_share,
+                       subset_seed=recipe.subset_seed, skip_bad=recipe.skip_bad)
 
 
-def _with_validation(recipe: Cifar10LT, options: RunOptions, per_class: int) -> LongTailed:
+def cut_as(recipe: Cifar10LT, pool: Pool) -> LongTailed:
+    return cut_pool(pool, recipe.imbalance, recipe.meta_per_class, recipe.subset_seed, recipe.subset)
+
+
+def _with_validation(recipe: Cifar10LT, pool: Pool, per_class: int) -> LongTailed:
     """The long tail is cut from what remains; the meta set is that of the whole."""
-    whole = TrainCifar(dataclasses.replace(recipe, imbalance=1), options).load()
+    whole = cut_as(dataclasses.replace(recipe, imbalance=1), pool)
     assert isinstance(whole.train, Split)
     of_class = [np.flatnonzero(whole.train.labels == c) for c in range(len(whole.label_names))]
     counts = long_tail_counts(min(map(len, of_class)) - per_class, len(of_class), recipe.imbalance)
@@ -146,25 +181,22 @@ def _with_validation(recipe: Cifar10LT, options: RunOptions, per_class: int) -> 
     return dataclasses.replace(whole, train=train, test=test, source=f"{whole.source}, validation cut")
 
 
-def _run_cell(recipe: Recipe, cell: Cell, pictures: LongTailed, runs: Path) -> dict[str, Any]:
+def choose_device():
     import torch
 
-    from benchmarks.measuring import machine
-    from training.command_line import code_version
-    from training.run import loop, stages
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    folder = runs / cell.set / str(cell.seed)
-    stage1 = folder / "stage1"  # the first cell's; the others start from it
-    own = folder / cell.method
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    state, measured = loop.run(recipe, pictures, own, device, resume=True, stage1=stage1 if stage1.exists() else None,
-                               evaluate_every=recipe.epochs, features=folder / "features")
-    if not stage1.exists():
-        (own / "stage1").rename(stage1)
-    second = [line for line in map(json.loads, (own / "log.jsonl").read_text().splitlines()) if line["stage"] == 2]
-    counts = stages.data_of_stage(recipe, pictures, 2).class_counts
-    return {
-        **asdict(cell), "data": pictures.source, "imbalance": recipe.to_dict().get("imbalance"),
+
+def row_of(protocol: Protocol, cell: Cell, trained: Trained, device) -> dict[str, Any]:
+    """What the results keep of a cell."""
+    from benchmarks.measuring import machine
+    from training.run.stages import data_of_stage
+
+    recipe, measured = trained.cell.recipe, trained.results
+    second = [line for line in trained.log if line["stage"] == 2]
+    counts = data_of_stage(recipe, trained.data, 2).class_counts
+    row = {
+        **asdict(cell), "data": trained.data.source, "imbalance": recipe.to_dict().get("imbalance"),
         "fidelity": recipe.fidelity if recipe.augment == "metasaug" else None, "epochs": recipe.epochs,
         "precision": recipe.precision, "error": measured["error"], "macro_error": measured["macro_error"],
         "worst_class_error": measured["worst_class_error"],
@@ -173,21 +205,35 @@ def _run_cell(recipe: Recipe, cell: Cell, pictures: LongTailed, runs: Path) -> d
                     for n, row in zip(counts, measured["per_class"], strict=True)],
         "stage2_log": [{name: line[name] for name in ("epoch", "loss", "shift", "effect") if name in line}
                        for line in second],
-        "seconds": round(state.seconds), "machine": machine(device), "code_version": code_version(),
+        "seconds": round(trained.state.seconds), "machine": machine(device), "code_version": code_version(),
     }
+    if protocol.tests_every_epoch:
+        tested = {line["epoch"]: line["test"]["error"] for line in second}
+        best = min(tested, key=lambda epoch: tested[epoch])
+        row |= {"best": {"epoch": best, "error": tested[best]}, "mean_of_last_10": _mean_of_last(tested, 10),
+                "tests": [round(error, 4) for error in tested.values()]}
+    return row
 
 
-def _done(results: Path) -> list[dict[str, Any]]:
+def _mean_of_last(tested: Mapping[int, float], epochs: int) -> float:
+    return statistics.mean([tested[epoch] for epoch in sorted(tested)[-epochs:]])
+
+
+def rows_in(results: Path) -> list[dict[str, Any]]:
     return json.loads(results.read_text())["cells"] if results.exists() else []
 
 
-def _cell_of(row: Mapping[str, Any]) -> Cell:
+def cell_of(row: Mapping[str, Any]) -> Cell:
     return Cell(row["set"], row["method"], row["seed"])
 
 
-def _missing(protocol: Protocol, results: Path) -> list[Cell]:
-    done = {_cell_of(row) for row in _done(results)}
-    return [cell for cell in protocol.cells if cell not in done]
+def add_rows(results: Path, protocol: Protocol, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Into the file, in the protocol's order; a cell that is there stays as it is."""
+    there = rows_in(results)
+    known = {cell_of(row) for row in there}
+    order = {cell: number for number, cell in enumerate(protocol.cells)}
+    joined = [*there, *(row for row in rows if cell_of(row) not in known)]
+    write_atomically(results, _as_json(sorted(joined, key=lambda row: order[cell_of(row)])))
 
 
 def _as_json(cells: Sequence[Mapping[str, Any]]) -> bytes:
@@ -200,8 +246,8 @@ def _as_json(cells: Sequence[Mapping[str, Any]]) -> bytes:
 
 def status(results: Path | None = None, protocol: Path = PROTOCOL) -> None:
     """What is done, what is missing, and the time left, by what like cells took."""
-    listed, results = Protocol(protocol), results or _results_of(protocol)
-    done, missing = _done(results), _missing(listed, results)
+    listed = Protocol(protocol)
+    done, missing = rows_in(results or listed.results), listed.missing(results)
     for cell in missing:
         print(f"missing  {cell.key}")
     left = _hours_left(listed, missing, done)
@@ -210,9 +256,11 @@ def status(results: Path | None = None, protocol: Path = PROTOCOL) -> None:
 
 
 def _hours_left(protocol: Protocol, missing: Sequence[Cell], done: Sequence[Mapping[str, Any]]) -> float | None:
-    plain = [row["seconds"] / (row["epochs"] * protocol.steps(_cell_of(row))) for row in done if row["method"] == "ce"]
+    plain = [row["seconds"] / (row["epochs"] * protocol.steps(cell_of(row))) for row in done if row["method"] == "ce"]
     if not plain:
         return None
+    from training.data.check import second_step
+
     steps, begun = 0.0, {(row["set"], row["seed"]) for row in done}
     for cell in missing:
         recipe = protocol.recipe(cell)
@@ -345,17 +393,17 @@ def page() -> None:
     """Write the tables into docs/ledger.md and docs/heldout.md, between their markers, and docs/shift.png."""
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
-    PAGE.with_name("shift.png").write_bytes(shift_figure(_done(RESULTS)))
+    PAGE.with_name("shift.png").write_bytes(shift_figure(rows_in(RESULTS)))
 
 
 def pages() -> dict[Path, str]:
     """The pages with their generated parts made anew."""
     from benchmarks.measuring import filled
 
-    cells, metric, made = _done(RESULTS), Protocol().metric, {}
+    cells, metric, made = rows_in(RESULTS), Protocol().metric, {}
     for path, parts in {
         PAGE: {"results": tables(cells, metric), "shift": shift_table(cells)},
-        HELDOUT_PAGE: {"development": tables(_done(_results_of(DEVELOPMENT)), metric),
+        HELDOUT_PAGE: {"development": tables(rows_in(Protocol(DEVELOPMENT).results), metric),
                        "report": comparison(cells, metric, "heldout")},
     }.items():
         made[path] = path.read_text(encoding="utf-8")
@@ -366,6 +414,8 @@ def pages() -> dict[Path, str]:
 
 
 def main() -> None:
+    import tyro  # benchmarks.on_gpu imports this module where there is none
+
     tyro.extras.subcommand_cli_from_dict({"run": run, "status": status, "page": page}, prog="benchmarks.ledger",
                                          description=__doc__)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
 from training.errors import TrainingError
 
@@ -131,6 +130,8 @@ def _peak_mb(field: str = "VmHWM") -> float:
 
 def command(prog: str, measure: Callable[[int], list[Row]]) -> None:
     """The command line of a benchmark: `measure(rounds)` gives its rows."""
+
+    import tyro  # benchmarks.on_gpu imports this module where there is none
 
     def main(json: bool = False, out: Path | None = None, rounds: int = 7, threads: int | None = None,
              device: Literal["cpu", "cuda"] = "cpu") -> None:

@@ -3,7 +3,8 @@
 import hashlib
 import io
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def long_tail_counts(largest: int, num_classes: int, imbalance: float) -> list[i
 
 
 def cut(
-    keys: Sequence[bytes], labels: np.ndarray, banned: set[bytes], num_classes: int, meta_per_class: int,
+    keys: Sequence[Hashable], labels: np.ndarray, banned: AbstractSet[Hashable], num_classes: int, meta_per_class: int,
     imbalance: float, seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Choose the meta set, then the long tail from what remains.
@@ -120,6 +121,29 @@ def load_cifar(
                files are the original ones or class folders whose names keep the original order
     Raises DataError where the pictures are not there or not whole.
     """
+    return cut_pool(find_pool(dataset, root, download), imbalance, meta_per_class, subset_seed, subset)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All pictures that may be trained on, and the test set.
+
+    labels   int64 (N,)                    pick     places -> pictures
+    keys     one a picture, equal where the content is equal
+    banned   keys of the test pictures
+    """
+
+    labels: np.ndarray
+    keys: Sequence[Hashable]
+    banned: AbstractSet[Hashable]
+    pick: Callable[[np.ndarray], Split]
+    test: Split
+    label_names: tuple[str, ...]
+    source: str
+
+
+def find_pool(dataset: str, root: Path | None, download: bool = False) -> Pool:
+    """The whole data set in `root`; see `load_cifar`."""
     about = CIFAR[dataset]
     root = Path("data") if root is None else root.expanduser()
     if download:
@@ -132,44 +156,41 @@ def load_cifar(
             raise DataError(f"{about.title} could not be downloaded into {root}: {error}") from error
     batches = root if root.name == about.folder else root / about.folder
     if batches.is_dir():
-        pool = _from_batches(about, batches)
-    elif (root / "train").is_dir() and (root / "test").is_dir():
-        pool = _from_class_folders(about, root)
-    else:
-        raise DataError(_cifar_missing(about, dataset, root))
+        return _from_batches(about, batches)
+    if (root / "train").is_dir() and (root / "test").is_dir():
+        return _from_class_folders(about, root)
+    raise DataError(_cifar_missing(about, dataset, root))
+
+
+def places_of(
+    pool: Pool, imbalance: float, meta_per_class: int, subset_seed: int, subset: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Places in the pool of the training and of the meta pictures."""
     classes = len(pool.label_names)
+    if subset == "authors":
+        return cut_as_the_authors(pool.labels, classes, meta_per_class, imbalance)
+    return cut(pool.keys, pool.labels, pool.banned, classes, meta_per_class, imbalance, subset_seed)
+
+
+def cut_pool(pool: Pool, imbalance: float, meta_per_class: int, subset_seed: int, subset: str) -> LongTailed:
+    """The long tail and the meta set cut from the pool; see `load_cifar`."""
+    train_at, meta_at = places_of(pool, imbalance, meta_per_class, subset_seed, subset)
     notes: tuple[str, ...] = ()
     if subset == "authors":
-        train_at, meta_at = cut_as_the_authors(pool.labels, classes, meta_per_class, imbalance)
         copies = sum(pool.keys[i] in pool.banned for i in (*train_at, *meta_at))
         notes = ("The authors' subset, their very pictures where the files keep the original order; "
                  f"copies of test pictures stay in, as in their code: {copies:,}.",)
-    else:
-        train_at, meta_at = cut(pool.keys, pool.labels, pool.banned, classes, meta_per_class, imbalance, subset_seed)
     return LongTailed(pool.pick(train_at), pool.pick(meta_at), pool.test, pool.label_names, pool.source, CIFAR_MEAN,
                       CIFAR_STD, notes=notes)
 
 
-@dataclass(frozen=True)
-class _Pool:
-    """All that may be trained on, and the test set. pick: places -> pictures; banned: keys of the test pictures."""
-
-    labels: np.ndarray
-    keys: list[bytes]
-    banned: set[bytes]
-    pick: Callable[[np.ndarray], Split]
-    test: Split
-    label_names: tuple[str, ...]
-    source: str
-
-
-def _from_batches(about: _Cifar, folder: Path) -> _Pool:
+def _from_batches(about: _Cifar, folder: Path) -> Pool:
     train, test, names, source = _read_cifar_batches(about, folder)
     keys, banned = ([content_key(picture.tobytes()) for picture in split.pictures] for split in (train, test))
-    return _Pool(train.labels, keys, set(banned), train.at, test, names, source)
+    return Pool(train.labels, keys, set(banned), train.at, test, names, source)
 
 
-def _from_class_folders(about: _Cifar, root: Path) -> _Pool:
+def _from_class_folders(about: _Cifar, root: Path) -> Pool:
     paths, labels, names = list_class_folders(root / "train")
     test_paths, test_labels, test_names = list_class_folders(root / "test")
     if names != test_names:
@@ -180,7 +201,7 @@ def _from_class_folders(about: _Cifar, root: Path) -> _Pool:
     keys, banned = ([content_key(_bytes_of(path)) for path in each] for each in (paths, test_paths))
     test = Split(read_pictures(test_paths, (32, 32)), test_labels)
     kinds = {path.suffix.lower().lstrip(".").replace("jpg", "jpeg").upper() for path in test_paths}
-    return _Pool(labels, keys, set(banned),
+    return Pool(labels, keys, set(banned),
                  lambda at: Split(read_pictures([paths[i] for i in at], (32, 32)), labels[at]), test, names,
                  f"{about.title} ({', '.join(sorted(kinds))})")
 

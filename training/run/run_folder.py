@@ -20,7 +20,8 @@ LOSSES_IN_WORDS = {"ce": "cross entropy", "focal": "focal loss", "ldam": "LDAM (
                    "logit-adjustment": "logit adjustment"}
 
 
-def write_model(model: Path, name: str, recipe: Recipe, data, state, results: dict, processes: int = 1) -> None:
+def write_model(model: Path, name: str, recipe: Recipe, data, state, results: dict, processes: int = 1,
+                command: str | None = None) -> None:
     """The finished model folder, without ONNX: `metasaug train` adds that next, `metasaug export` at any time."""
     import torch
 
@@ -60,7 +61,7 @@ def write_model(model: Path, name: str, recipe: Recipe, data, state, results: di
             "group_accuracy": {group: figures["accuracy"] for group, figures in results["groups"].items()},
             "seed": recipe.seed,
             "schedule": schedule_in_words(recipe),
-            "command": command_in_words(),
+            "command": command or command_in_words(),
             "code_version": code_version(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__.split("+")[0],
                          "numpy": version("numpy")},
