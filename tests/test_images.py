@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from zoo.containers import av1_sizes
 from zoo.errors import PictureError
 from zoo.images import MAX_FILE_BYTES, decode, preprocess
 
@@ -290,6 +291,52 @@ def test_a_tile_larger_than_its_picture_is_refused():
                + bytes(4) + tile)
     with pytest.raises(PictureError, match=r"256 megapixels \(16000 x 16000\)"):
         decode(content)
+
+
+def icon(picture: bytes, side: int = 16) -> bytes:
+    return b"\0\0\1\0\1\0" + struct.pack("<BBBBHHII", side, side, 0, 0, 1, 32, len(picture), 22) + picture
+
+
+def test_an_icon_is_as_large_as_the_picture_in_it(monkeypatch):
+    # Given icons that say 16 x 16 and hold 26 megapixels, as PNG and as a bitmap,
+    huge = [png(5200, 5000, 8, 2, b"no pixels"), struct.pack("<IiiHHIIiiII", 40, 5200, 2 * 5000, 1, 32, *[0] * 6)]
+    # when decoded, then their real size is the reason, and not a pixel is made.
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("pixels were made"))
+    for content in huge:
+        with pytest.raises(PictureError, match=r"26 megapixels \(5200 x 5000\)"):
+            decode(icon(content))
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp"])
+def test_of_an_icon_the_largest_picture_is_read(kind):
+    content = as_bytes(drawing("RGBA", (64, 64)), "ICO", sizes=[(16, 16), (64, 64), (32, 32)], bitmap_format=kind)
+    assert np.array_equal(pixels(content), np.asarray(drawing("RGB", (64, 64))))
+
+
+def avif_that_says(width: int, height: int, picture: Image.Image, **options) -> bytes:
+    content = bytearray(as_bytes(picture, "AVIF", **options))
+    at = content.index(b"ispe") + 8
+    content[at : at + 8] = struct.pack(">II", width, height)
+    return bytes(content)
+
+
+@pytest.mark.skipif(not (Image.init() is None and "AVIF" in Image.SAVE), reason="this Pillow has no AVIF")
+def test_an_avif_is_as_large_as_the_video_frame_in_it(monkeypatch):
+    """1,841 bytes that said 64 x 64 took 4.3 s and 300 MB, for 144 megapixels."""
+    small = Image.new("RGB", (90, 70))
+    for picture, options in ((small, {}), (small.convert("RGBA"), {}),
+                             (small, {"save_all": True, "append_images": [Image.new("RGB", (90, 70), "red")]})):
+        assert set(av1_sizes(as_bytes(picture, "AVIF", **options))) == {(90, 70)}
+    monkeypatch.setattr("zoo.images.MAX_PIXELS", 6000)
+    with pytest.raises(PictureError, match="90 x 70"):
+        decode(avif_that_says(64, 64, small))
+    # Where no frame is found, or items overlap without end, it is no picture.
+    with pytest.raises(PictureError, match="no picture"):
+        decode(avif_that_says(64, 64, small).replace(b"av01", b"av09"))
+    whole = as_bytes(small, "AVIF")
+    at = whole.index(b"iloc") + 4 + 8 + 6
+    with pytest.raises(ValueError, match="overlap"):
+        av1_sizes(whole[:at] + b"\xff\xff" + whole[at + 2 :])
 
 
 # ---- what is no picture ----

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from zoo.containers import ICON, av1_sizes, bitmap_of_icon, largest_of_icon
 from zoo.errors import PictureError
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
@@ -173,16 +174,25 @@ def _open(content: bytes, name: str, shrink: Callable[[int, int], int] | None = 
         raise PictureError(f"{name} is empty.")
     _check_size(len(content), name)
     try:
+        if content.startswith(ICON):  # which Pillow decodes on opening
+            content = largest_of_icon(content)
+            if content.startswith(ICON):
+                _check_pixels(*bitmap_of_icon(content), MAX_PIXELS, name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own, higher, bomb warning and remarks on broken metadata
             picture = Image.open(io.BytesIO(content), formats=_formats())
         cap, tile = _cap(picture, content), _tile(picture)
+        inside = av1_sizes(content) if picture.format == "AVIF" else []
+    except PictureError:
+        raise
     except Image.DecompressionBombError:
         raise PictureError(f"{name} has too many pixels (over {MAX_JPEG_PIXELS // 1_000_000} megapixels).") from None
     except Exception as error:
         raise PictureError(f"{name} {_what_it_is(content)}.") from error
     _check_pixels(picture.width, picture.height, cap, name)
     _check_pixels(*tile, MAX_PIXELS, f"A tile of {name}")
+    for size in inside:
+        _check_pixels(*size, cap, name)
     _decode_smaller(picture, shrink)
     return picture
 
