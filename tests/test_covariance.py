@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from training.errors import TrainingError
 from training.method import reference as naive
-from training.method.covariance import LearnedCovariance, RunningCovariance, nearest_semidefinite
+from training.method.covariance import LearnedCovariance, Rows, RunningCovariance, nearest_semidefinite
+from training.method.finite import Finite
 
 KINDS = pytest.mark.parametrize("kind", ["full", "diagonal"])
 
@@ -135,7 +136,8 @@ def test_learned_covariance_stays_semidefinite_as_the_estimate_moves(kind):
     running.update(f, y)
     learned = LearnedCovariance(running)
     classes = torch.tensor([0, 2])
-    learned.keep(classes, running.covariance[classes] * 0.1)
+    used_C = torch.tensor([True, False, True, False, False, False])
+    learned.keep(Rows.of(torch.arange(6), 6), used_C, running.covariance * 0.1, Finite())
     torch.testing.assert_close(learned.rows(classes), running.covariance[classes] * 0.1)
     # when the estimate shrinks under it, then what is used still has no negative variance; other classes are as they
     # were estimated.

@@ -1,19 +1,65 @@
 """Running class means and covariances of features, and the learned correction that MetaSAug adds to them.
 
-Shape suffixes: N samples, C classes, A features, U the distinct classes of a batch.
+Shapes never depend on the data, and nothing waits for the device, so that a GPU can replay a whole step as a graph
+(the projection onto positive semi-definite full matrices excepted).
+
+Shape suffixes: N samples, C classes, A features, U rows of a batch (`Rows`).
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from training.errors import TrainingError
+from training.method.finite import Finite
 
 Kind = Literal["full", "diagonal"]
 
 # A full S larger than this is a mistake on any machine: 8142 classes of 2048 features would take 137 GB.
 _LARGEST_FULL_BYTES = 16e9
+
+
+class Rows(NamedTuple):
+    """The rows that a batch's classes take: one for each class where there are at most N, else one for each sample.
+
+    A sample's row is its class or, with a row a sample, the first sample of its class; rows that no sample uses are
+    padding.
+
+    classes_U   the class of each row          index_N   the row of each sample
+    every_class row c is class c
+    """
+
+    classes_U: Tensor
+    index_N: Tensor
+    every_class: bool
+
+    @classmethod
+    def of(cls, labels_N: Tensor, num_classes: int) -> "Rows":
+        if num_classes <= len(labels_N) or not len(labels_N):
+            return cls(torch.arange(num_classes, device=labels_N.device), labels_N, True)
+        first_N = (labels_N[:, None] == labels_N).int().argmax(1)
+        return cls(labels_N, first_N, False)
+
+    def sum(self, values_N: Tensor) -> Tensor:
+        """Sums over the samples of each row, (U, ...)."""
+        sums = values_N.new_zeros(len(self.classes_U), *values_N.shape[1:])
+        return sums.index_add_(0, self.index_N, values_N)
+
+    def put(self, into_C: Tensor, values_U: Tensor) -> None:
+        """into_C[class of the row] = its values, in place."""
+        if self.every_class:
+            into_C.copy_(values_U)
+        else:
+            into_C[self.classes_U] = values_U[self.index_N]
+
+    def scatter(self, away_NA: Tensor, kind: "Kind", weight_N: Tensor) -> Tensor:
+        """Weighted sums of away away^T over the samples of each row -> (U, A, A), or their diagonals (U, A)."""
+        if kind == "diagonal":
+            return self.sum(weight_N[:, None] * away_NA * away_NA)
+        rows_U = torch.arange(len(self.classes_U), device=away_NA.device)
+        member_UN = (self.index_N == rows_U[:, None]) * weight_N
+        return (member_UN[:, :, None] * away_NA).mT @ away_NA
 
 
 class RunningCovariance:
@@ -53,24 +99,32 @@ class RunningCovariance:
         self.counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def update(self, features_NA: Tensor, labels_N: Tensor) -> None:
-        """Takes in a batch of features (any float type; detached here)."""
-        classes_U, index_N = labels_N.unique(return_inverse=True)
+    def update(self, features_NA: Tensor, labels_N: Tensor, rows: Rows | None = None,
+               finite: Finite | None = None) -> None:
+        """Takes in a batch of features (any float type; detached here), unless `finite` has failed.
+
+        rows   of these labels, where they are known
+        """
+        rows = rows or Rows.of(labels_N, len(self.counts))
         features_NA = features_NA.detach().to(self.mean.dtype)
-        counts_U = torch.bincount(index_N, minlength=len(classes_U))
-        mean_UA = features_NA.new_zeros(len(classes_U), features_NA.shape[1])
-        mean_UA.index_add_(0, index_N, features_NA).div_(counts_U[:, None])
-        scatter_U = scatter(features_NA - mean_UA[index_N], index_N, counts_U, self.kind)
+        ones_N = torch.ones_like(features_NA[:, 0])
+        if finite is not None:  # a batch that weighs nothing changes nothing
+            features_NA = finite.kept(features_NA, torch.zeros_like(features_NA))
+            ones_N = finite.kept(ones_N, torch.zeros_like(ones_N))
+        counts_U = rows.sum(ones_N.long())
+        mean_UA = rows.sum(features_NA) / counts_U.clamp_min(1)[:, None]
+        scatter_U = rows.scatter(features_NA - mean_UA[rows.index_N], self.kind, ones_N)
+        classes_U = rows.classes_U
         total_U = self.counts[classes_U] + counts_U
-        share_U = counts_U.to(self.mean.dtype) / total_U
+        share_U = counts_U.to(self.mean.dtype) / total_U.clamp_min(1)  # 0 of a class that the batch lacks
         away_UA = mean_UA - self.mean[classes_U]
         between_U = away_UA * away_UA if self.kind == "diagonal" else away_UA[:, :, None] * away_UA[:, None, :]
         w_U = as_column(share_U, self.covariance)
-        within_U = scatter_U / as_column(counts_U, self.covariance)
+        within_U = scatter_U / as_column(counts_U.clamp_min(1), self.covariance)
         old_U = self.covariance[classes_U]
-        self.covariance[classes_U] = old_U * (1 - w_U) + within_U * w_U + between_U * (w_U * (1 - w_U))
-        self.mean[classes_U] += share_U[:, None] * away_UA
-        self.counts[classes_U] = total_U
+        rows.put(self.covariance, old_U * (1 - w_U) + within_U * w_U + between_U * (w_U * (1 - w_U)))
+        rows.put(self.mean, self.mean[classes_U] + share_U[:, None] * away_UA)
+        rows.put(self.counts, total_U)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"covariance": self.covariance, "mean": self.mean, "counts": self.counts}
@@ -89,13 +143,15 @@ class LearnedCovariance:
         self.running = running
         self.delta = torch.zeros_like(running.covariance)
 
-    def rows(self, classes_U: Tensor) -> Tensor:
-        """S of these classes -> (U, A, A) or (U, A)."""
-        return nearest_semidefinite(self.running.covariance[classes_U] + self.delta[classes_U])
+    def rows(self, classes_U: Tensor, used_U: Tensor | None = None) -> Tensor:
+        """S of these classes -> (U, A, A) or (U, A). used_U: where it is needed; elsewhere it is not projected."""
+        return nearest_semidefinite(self.running.covariance[classes_U] + self.delta[classes_U], used_U)
 
-    def keep(self, classes_U: Tensor, covariance_U: Tensor) -> None:
-        """S of these classes is `covariance_U` from now on, until the running estimate moves under it."""
-        self.delta[classes_U] = covariance_U - self.running.covariance[classes_U]
+    def keep(self, rows: Rows, used_U: Tensor, covariance_U: Tensor, finite: Finite) -> None:
+        """S of the rows that are used is `covariance_U` from now on, until the running estimate moves under it."""
+        old_U = self.delta[rows.classes_U]
+        new_U = torch.where(as_column(used_U, old_U) > 0, covariance_U - self.running.covariance[rows.classes_U], old_U)
+        rows.put(self.delta, finite.kept(new_U, old_U))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"delta": self.delta}
@@ -104,9 +160,10 @@ class LearnedCovariance:
         load_tensors(self.state_dict(), state)
 
 
-def nearest_semidefinite(covariance_U: Tensor) -> Tensor:
+def nearest_semidefinite(covariance_U: Tensor, used_U: Tensor | None = None) -> Tensor:
     """The nearest positive semi-definite matrices in Frobenius norm, or variances >= 0 for the diagonal form.
 
+    used_U   bool; rows that are not used are left as they are
     Only matrices that need it are decomposed: a Cholesky factorisation, much cheaper, finds them. It is tried a
     rounding error (4 eps of the trace) above, so an eigenvalue may stay that little below zero. Decomposed in float64:
     what was learned is the small difference of S' and the estimate, and CUDA's float32 eigenvectors blur it.
@@ -118,6 +175,8 @@ def nearest_semidefinite(covariance_U: Tensor) -> Tensor:
     ridge_U = 4 * torch.finfo(covariance_U.dtype).eps * trace_U
     failed_U = torch.linalg.cholesky_ex(covariance_U + ridge_U[:, None, None] * eye).info != 0
     failed_U &= trace_U.isfinite() & covariance_U.sum((1, 2)).isfinite()  # a NaN is for `check_finite` to find
+    if used_U is not None:
+        failed_U &= used_U
     if not failed_U.any():
         return covariance_U
     values, vectors = torch.linalg.eigh(covariance_U[failed_U].to(precise_dtype(covariance_U)))
@@ -125,17 +184,6 @@ def nearest_semidefinite(covariance_U: Tensor) -> Tensor:
     covariance_U = covariance_U.clone()
     covariance_U[failed_U] = ((projected + projected.mT) / 2).to(covariance_U.dtype)
     return covariance_U
-
-
-def scatter(away_NA: Tensor, index_N: Tensor, counts_U: Tensor, kind: Kind) -> Tensor:
-    """Sums of away away^T over the rows of each class -> (U, A, A), or their diagonals (U, A).
-
-    index_N   in [0, U), the class of each row          counts_U   how often it occurs
-    """
-    if kind == "diagonal":
-        return away_NA.new_zeros(len(counts_U), away_NA.shape[1]).index_add_(0, index_N, away_NA * away_NA)
-    parts = away_NA[index_N.argsort()].split(counts_U.tolist())
-    return torch.stack([part_NA.T @ part_NA for part_NA in parts])
 
 
 def precise_dtype(tensor: Tensor) -> torch.dtype:

@@ -1,6 +1,7 @@
 """Whether every number of a step is finite, decided without waiting for the device."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -38,29 +39,56 @@ class Finite:
             self.norm = torch.zeros((), dtype=torch.float64, device=device)  # of what failed first
             self.code = torch.zeros((), dtype=torch.int64, device=device)  # its place in `names`
             self.names: list[str] = []
+            self.first_step = 0
+
+    def begin(self, step: int) -> None:
+        """The next step is this one, from 0, of its epoch."""
+        if self.on_device:
+            self.first_step = step
+            self.steps.zero_()
 
     def check(self, **tensors: Sequence[Tensor]) -> None:
         """Raises DivergenceError, or notes on the device which of these is not finite."""
         if not self.on_device:
             return check_finite(**tensors)
-        norms, first_name = _norms(tensors.values()).double(), len(self.names)
-        self.names += tensors
-        bad = ~norms.isfinite()
-        place = bad.int().argmax()  # the first one
-        now = self.ok & bad.any()
-        self.code.copy_(torch.where(now, first_name + place, self.code))
-        self.norm.copy_(torch.where(now, norms[place], self.norm))
-        self.ok.logical_and_(~bad.any())
+        for name, norm in zip(tensors, _norms(tensors.values()).double(), strict=True):
+            if name not in self.names:
+                self.names.append(name)
+            finite = norm.isfinite()
+            now = self.ok & ~finite
+            self.code.masked_fill_(now, self.names.index(name))
+            self.norm.copy_(torch.where(now, norm, self.norm))
+            self.ok.logical_and_(finite)
 
     def kept(self, new: Tensor, old: Tensor) -> Tensor:
         """`new` while every check has passed, else `old`."""
         return torch.where(self.ok, new, old) if self.on_device else new
 
+    @contextmanager
+    def keeping(self, tensors: Iterable[Tensor]) -> Iterator[None]:
+        """Undo what the block does to these where a check fails: batch norm's statistics move before any check."""
+        groups: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors if self.on_device else ():
+            groups.setdefault(tensor.dtype, []).append(tensor)
+        before = {dtype: _flat(group) for dtype, group in groups.items()}
+        yield
+        for dtype, group in groups.items():
+            parts = self.kept(_flat(group), before[dtype]).split([tensor.numel() for tensor in group])
+            torch._foreach_copy_(group, [part.view_as(t) for part, t in zip(parts, group, strict=True)])
+
     def end_step(self) -> None:
         if self.on_device:
             self.steps += self.ok
 
+    def failed_step(self) -> int:
+        """The step, from 1, that failed; 0 where none has, or where checks raise at once. Waits for the device."""
+        return self.first_step + int(self.steps) + 1 if self.on_device and not bool(self.ok) else 0
+
     def raise_if_failed(self) -> None:
-        """DivergenceError where a check has failed; waits for the device. `steps` then says how many went well."""
+        """DivergenceError where a check has failed; waits for the device."""
         if self.on_device and not bool(self.ok):
             raise _not_finite(self.names[int(self.code)], float(self.norm))
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.method.covariance import RunningCovariance, as_column, load_tensors, scatter
+from training.method.covariance import Rows, RunningCovariance, as_column, load_tensors
+from training.method.finite import Finite
 from training.method.losses import HeadLoss
 from training.method.metasaug import StepResult, TrainBatch
 from training.network.derivatives import BatchFeatures, Compute
@@ -62,20 +63,20 @@ class HeldOut:
         return self.rows(torch.arange(len(self.seen), device=self.seen.device)) - self.running.covariance
 
     @torch.no_grad()
-    def update(self, features_MA: Tensor, labels_M: Tensor) -> None:
-        """Takes in held-out features (detached here); those of classes that training has not shown yet are passed by.
-        """
+    def update(self, features_MA: Tensor, labels_M: Tensor, finite: Finite | None = None) -> None:
+        """Takes in held-out features (detached here) of classes that training has shown, unless `finite` has failed."""
+        rows = Rows.of(labels_M, len(self.seen))
         known_M = self.running.counts[labels_M] > 0
-        labels_M = labels_M[known_M]
-        classes_U, index_M = labels_M.unique(return_inverse=True)
-        if not len(classes_U):
-            return
-        looks_U = torch.bincount(index_M, minlength=len(classes_U))
-        away_MA = features_MA.detach()[known_M].to(self.moment.dtype) - self.running.mean[labels_M]
-        self.seen[classes_U] += looks_U
-        moment_U = scatter(away_MA, index_M, looks_U, self.running.kind) / as_column(looks_U, self.moment)
-        share_U = as_column(looks_U / self.seen[classes_U], self.moment)
-        self.moment[classes_U] = torch.lerp(self.moment[classes_U], moment_U, share_U)
+        away_MA = features_MA.detach().to(self.moment.dtype) - self.running.mean[labels_M]
+        if finite is not None:
+            known_M, away_MA = (finite.kept(t, torch.zeros_like(t)) for t in (known_M, away_MA))
+        looks_U, classes_U = rows.sum(known_M.long()), rows.classes_U
+        seen_U = self.seen[classes_U] + looks_U
+        moment_U = rows.scatter(away_MA, self.running.kind, known_M.to(away_MA.dtype))
+        moment_U /= as_column(looks_U.clamp_min(1), self.moment)
+        share_U = as_column(looks_U / seen_U.clamp_min(1), self.moment)
+        rows.put(self.moment, torch.lerp(self.moment[classes_U], moment_U, share_U))
+        rows.put(self.seen, seen_U)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"moment": self.moment, "seen": self.seen}
@@ -110,7 +111,8 @@ def heldout_step(
     with torch.no_grad():
         held_loss = F.cross_entropy(head_loss.logits(looks.whole_NA, *batch.head), held_labels)
     batch.compute.finite.check(meta_loss=[held_loss])
-    result = batch.leave_gradient(held.rows(batch.classes_U))
-    held.running.update(head_loss.augmentable_features(result.features_NA), labels_N)
-    held.update(head_loss.augmentable_features(looks.whole_NA), held_labels)
+    finite = batch.compute.finite
+    result = batch.leave_gradient(held.rows(batch.rows.classes_U))
+    held.running.update(head_loss.augmentable_features(result.features_NA), labels_N, batch.rows, finite)
+    held.update(head_loss.augmentable_features(looks.whole_NA), held_labels, finite)
     return dataclasses.replace(result, meta_loss=held_loss)

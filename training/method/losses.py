@@ -123,7 +123,8 @@ def class_spread(weight_CA: Tensor, classes_U: Tensor, covariance_U: Tensor) -> 
         return _full_spread(weight_CA, own_UA, covariance_U)
     # Checkpointed: what the backward passes need is made anew a chunk at a time, not kept for all U.
     return torch.cat([
-        checkpoint(_full_spread, weight_CA, own_UA[i : i + chunk], covariance_U[i : i + chunk], use_reentrant=False)
+        checkpoint(_full_spread, weight_CA, own_UA[i : i + chunk], covariance_U[i : i + chunk], use_reentrant=False,
+                   preserve_rng_state=False)
         for i in range(0, len(classes_U), chunk)
     ])  # fmt: skip
 
@@ -223,8 +224,19 @@ class HeadLoss:
     def shifted(self, logits_NC: Tensor, labels_N: Tensor) -> Tensor:
         """Logits less the margin of the true class, or plus the log prior: constants, whatever the parameters."""
         if self._margins_C is not None:
-            return less_margin(logits_NC, labels_N, self._margins_C)
-        return logits_NC if self._prior_C is None else logits_NC + _like(self._prior_C, logits_NC)
+            return less_margin(logits_NC, labels_N, self._placed(self._margins_C, logits_NC))
+        return logits_NC if self._prior_C is None else logits_NC + self._placed(self._prior_C, logits_NC)
+
+    def _placed(self, constant_C: Tensor, like: Tensor) -> Tensor:
+        """On its device, copied there once: a CUDA graph takes nothing from the host."""
+        key = (like.device, like.dtype)
+        if key not in self._on_device:
+            self._on_device[key] = _like(constant_C, like)
+        return self._on_device[key]
+
+    @cached_property
+    def _on_device(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+        return {}
 
     @cached_property
     def _margins_C(self) -> Tensor | None:

@@ -16,7 +16,8 @@ pass. What remains is a second derivative of the last layer alone. Exact, not an
     optimizer.step()
 
 `module` is any torch module with timm's interface: forward_features, forward_head(pre_logits=True) and
-get_classifier() -> nn.Linear. Shape suffixes: N samples, C classes, A features, U the distinct classes of the batch.
+get_classifier() -> nn.Linear. Shape suffixes: N samples, C classes, A features, U the rows of the batch's classes
+(`Rows`).
 """
 
 import dataclasses
@@ -28,7 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.method.covariance import LearnedCovariance, RunningCovariance, nearest_semidefinite, precise_dtype
+from training.method.covariance import (
+    LearnedCovariance,
+    Rows,
+    RunningCovariance,
+    as_column,
+    nearest_semidefinite,
+    precise_dtype,
+)
 from training.method.losses import HeadLoss
 from training.network.derivatives import BatchFeatures, Compute
 
@@ -72,8 +80,8 @@ def isda_step(
 ) -> StepResult:
     """The loss augmented by the running covariances as they stand; they then take in the batch, as MetaSAug's do."""
     batch = TrainBatch(module, pictures, labels_N, head_loss, strength, class_weights, compute)
-    result = batch.leave_gradient(running.covariance[batch.classes_U])
-    running.update(head_loss.augmentable_features(result.features_NA), labels_N)
+    result = batch.leave_gradient(running.covariance[batch.rows.classes_U])
+    running.update(head_loss.augmentable_features(result.features_NA), labels_N, batch.rows, batch.compute.finite)
     return result
 
 
@@ -108,22 +116,29 @@ def metasaug_step(
     raises         DivergenceError before anything is updated (batch norm's statistics aside)
     """
     batch = TrainBatch(module, pictures, labels_N, head_loss, strength, class_weights, compute, lookahead == "network")
-    fixed = fidelity == "fixed"
-    S_U = learned.rows(batch.classes_U) if fixed else learned.running.covariance[batch.classes_U]
+    rows, finite, fixed = batch.rows, batch.compute.finite, fidelity == "fixed"
+    used_U = rows.sum(torch.ones_like(labels_N)) > 0
+    S_U = learned.rows(rows.classes_U, used_U) if fixed else learned.running.covariance[rows.classes_U]
     grad_U, loss_before, meta_loss = meta_gradient(batch, S_U, meta_pictures, meta_labels, inner_rate, lookahead)
-    batch.compute.finite.check(loss=[loss_before], meta_loss=[meta_loss], meta_gradient=[grad_U])
+    finite.check(loss=[loss_before], meta_loss=[meta_loss], meta_gradient=[grad_U])
 
     new_U = S_U - meta_rate * grad_U
     if fixed:
-        new_U = nearest_semidefinite(new_U)
+        new_U = nearest_semidefinite(new_U, used_U)
     result = batch.leave_gradient(new_U)
     if fixed:
-        learned.keep(batch.classes_U, new_U)
-    learned.running.update(head_loss.augmentable_features(result.features_NA), labels_N)
+        learned.keep(rows, used_U, new_U, finite)
+    learned.running.update(head_loss.augmentable_features(result.features_NA), labels_N, rows, finite)
 
-    size = torch.linalg.vector_norm(S_U)
-    shift = torch.where(size > 0, torch.linalg.vector_norm(new_U - S_U) / size, 0.0)
+    shift = relative_shift(new_U, S_U, used_U)
     return dataclasses.replace(result, meta_loss=meta_loss, loss_before=loss_before, shift=shift)
+
+
+def relative_shift(new_U: Tensor, old_U: Tensor, used_U: Tensor) -> Tensor:
+    """|S' - S| / |S| over the rows that are used; 0 where S is 0."""
+    used_U = as_column(used_U, old_U)
+    size = torch.linalg.vector_norm(old_U * used_U)
+    return torch.where(size > 0, torch.linalg.vector_norm((new_U - old_U) * used_U) / size, 0.0)
 
 
 class TrainBatch:
@@ -147,8 +162,8 @@ class TrainBatch:
         self.module, self.labels_N = module, labels_N
         self.head_loss, self.strength, self.class_weights = head_loss, strength, class_weights
         self.compute = compute or Compute()
-        self.classes_U, self.index_N = labels_N.unique(return_inverse=True)
         fc: nn.Linear = module.get_classifier()  # type: ignore[operator]
+        self.rows = Rows.of(labels_N, fc.out_features)
         self.head = [p for p in (fc.weight, fc.bias) if p is not None]
         self.body = {
             n: p for n, p in module.named_parameters() if p.requires_grad and all(p is not q for q in self.head)
@@ -158,10 +173,10 @@ class TrainBatch:
         self.features_NA = self.features.whole_NA
 
     def loss(self, features_NA: Tensor, head: Sequence[Tensor], S_U: Tensor | None) -> Tensor:
-        """L as a function of the features, [W, b] and the covariances of `classes_U`, None for no augmentation."""
+        """L as a function of the features, [W, b] and the covariances of `rows`, None for no augmentation."""
         weight, bias = (*head, None)[:2]
         return self.head_loss(features_NA, weight, bias, self.labels_N, S_U, self.strength, self.class_weights,
-                              (self.classes_U, self.index_N))
+                              self.rows[:2])
 
     def leave_gradient(self, S_U: Tensor | None) -> StepResult:
         """Leaves the gradient of L(Theta, S) in `.grad`, in place of what was there."""
@@ -193,7 +208,7 @@ def meta_gradient(
     inner_rate: float,
     lookahead: Lookahead = "classifier",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps 1 to 3 -> (grad_S for the batch's classes, L(Theta, S), meta loss after the look ahead)."""
+    """Steps 1 to 3 -> (grad_S for the batch's rows, L(Theta, S), meta loss after the look ahead)."""
     # 1. The last layer's gradient, kept differentiable in S; into the backbone it goes on as a plain backward pass.
     # In float64: it costs little beside a backbone, and differences of rounded numbers are what a mixed derivative is.
     precise = precise_dtype(batch.features_NA)

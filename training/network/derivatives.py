@@ -68,6 +68,7 @@ class Compute:
     accumulate   parts of a batch that follow each other; batch norm has the statistics of a part
     compiled     the training pass by torch.compile (look-ahead passes stay as they are)
     finite       the checks of each step
+    draws        the network may draw random numbers (dropout), which a second pass must draw again
     """
 
     processes: Processes = ALONE
@@ -76,6 +77,7 @@ class Compute:
     compiled: bool = False
     scale: GradientScale = field(default_factory=GradientScale)
     finite: Finite = field(default_factory=Finite)
+    draws: bool = True
     _bodies: dict[int, Callable] = field(default_factory=dict)
 
     def autocast(self, device: torch.device, cache: bool = True) -> contextlib.AbstractContextManager:
@@ -115,10 +117,11 @@ class BatchFeatures:
         self.module, self.total, self.compute, self.parameters = module, total, compute, parameters
         self.device, self.dtype = pictures.device, module.get_classifier().weight.dtype  # type: ignore[operator, union-attr]
         self.parts = pictures.tensor_split(min(compute.accumulate, max(1, len(pictures) // 2)))
-        self.random_states, own = [], []
+        self.random_states: list[list[Tensor] | None] = []
+        again, own = compute.draws and (tangents or len(self.parts) > 1), []
         with torch.set_grad_enabled(graph and len(self.parts) == 1):
             for part in self.parts:
-                self.random_states.append(_random_state(self.device))
+                self.random_states.append(random_state(self.device) if again else None)
                 own.append(self._forward(part, first=True))
         self.own_NA = torch.cat(own) if len(own) > 1 else own[0]
         self.whole_NA = compute.processes.gather(self.own_NA, total)
@@ -253,7 +256,7 @@ class _BatchNormWithTangent(torch.autograd.Function):
         return y_dot, None, None
 
 
-def _random_state(device: torch.device) -> list[Tensor]:
+def random_state(device: torch.device) -> list[Tensor]:
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -261,8 +264,11 @@ def _random_state(device: torch.device) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _replayed(states: list[Tensor], device: torch.device) -> Iterator[None]:
-    """Dropout draws again what it drew when `states` were taken."""
+def _replayed(states: list[Tensor] | None, device: torch.device) -> Iterator[None]:
+    """Dropout draws again what it drew when `states` were taken; None: nothing is drawn."""
+    if states is None:
+        yield
+        return
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda):
         torch.set_rng_state(states[0])

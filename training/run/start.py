@@ -53,7 +53,7 @@ def find_start(
         # Only what stage 1 made is taken over; estimates of stage 2 and the log start empty.
         with _fitting(path, recipe):
             state.module.load_state_dict(saved["module"])
-            state.optimizer.load_state_dict(saved["optimizer"])
+            state.load_momenta(saved["optimizer"])
             state.scale.load_state_dict(saved.get("scale", state.scale.state_dict()))
         state.epoch, state.seconds = saved["epoch"], saved["seconds"]
 

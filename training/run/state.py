@@ -12,7 +12,7 @@ from training.data.batches import View
 from training.data.datasets import LongTailed
 from training.errors import DivergenceError, TrainingError
 from training.method.covariance import LearnedCovariance, RunningCovariance
-from training.method.finite import check_finite
+from training.method.finite import Finite, check_finite
 from training.method.heldout import HeldOut
 from training.network.derivatives import GradientScale
 from training.network.distributed import Processes
@@ -59,18 +59,25 @@ class State:
                           *self.learned.state_dict().values()])
 
     def to_dict(self, recipe: Recipe, data: LongTailed) -> dict:
+        optimizer = self.optimizer.state_dict()
+        for group in optimizer["param_groups"]:
+            group["lr"] = float(group["lr"])
         return {
             "format": 1, "recipe": recipe.to_dict(), "stage1_key": recipe.stage1_key(), "data": data.identity(),
-            "module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "module": self.module.state_dict(), "optimizer": optimizer,
             "covariance": self.covariance.state_dict(), "learned": self.learned.state_dict(),
             "scale": self.scale.state_dict(), "epoch": self.epoch, "step": self.step, "seconds": self.seconds,
             "log_bytes": self.log_bytes,
             "sums": self.sums.to_dict(),
         }
 
+    def load_momenta(self, saved: dict) -> None:
+        """saved: an optimizer's state_dict; its rates and its implementation stay this run's own."""
+        self.optimizer.load_state_dict({**saved, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
     def load_dict(self, saved: dict) -> None:
         self.module.load_state_dict(saved["module"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.load_momenta(saved["optimizer"])
         self.covariance.load_state_dict(saved["covariance"])
         self.learned.load_state_dict(saved["learned"])
         self.scale.load_state_dict(saved.get("scale", self.scale.state_dict()))  # of before there was one
@@ -88,14 +95,16 @@ class Sums:
         device = torch.device(device)
         self.values = torch.zeros(len(self.NAMES), device=device,
                                   dtype=torch.float32 if device.type == "mps" else torch.float64)
-        self.load({})
+        self.names: tuple[str, ...] = ()
+        self.pictures = 0
 
-    def add(self, figures: dict[str, torch.Tensor], pictures: int) -> None:
-        """Each figure is a mean over the batch, but `wrong` a number of pictures."""
-        self.names, self.pictures = tuple(figures), self.pictures + pictures
-        places = [self.NAMES.index(name) for name in figures]
-        for place, (name, value) in zip(places, figures.items(), strict=True):
-            self.values[place] += value.to(self.values.dtype) * (1 if name == "wrong" else pictures)
+    def add(self, figures: dict[str, torch.Tensor], pictures: int, finite: Finite) -> None:
+        """Each figure is a mean over the batch, but `wrong` a number of pictures. `pictures` is counted elsewhere."""
+        self.names = tuple(figures)
+        for name, value in figures.items():
+            place, value = self.NAMES.index(name), value.to(self.values.dtype)
+            added = value if name == "wrong" else value * pictures
+            self.values[place] += finite.kept(added, torch.zeros_like(added))
 
     def to_dict(self) -> dict[str, float]:
         values = dict(zip(self.NAMES, self.values.tolist(), strict=True))
@@ -103,7 +112,7 @@ class Sums:
 
     def load(self, saved: dict[str, float]) -> None:
         self.pictures = saved.get("pictures", 0)
-        self.names = tuple(name for name in saved if name != "pictures")
+        self.names = tuple(name for name in saved if name != "pictures") or self.names
         self.values.copy_(torch.tensor([saved.get(name, 0.0) for name in self.NAMES], dtype=torch.float64))
 
 
@@ -123,7 +132,7 @@ def start(recipe: Recipe, data: LongTailed, device: torch.device) -> State:
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     module.train()
     optimizer = torch.optim.SGD(module.parameters(), recipe.lr, recipe.momentum, nesterov=recipe.momentum > 0,
-                                weight_decay=recipe.weight_decay)
+                                weight_decay=recipe.weight_decay, fused=device.type == "cuda")
     width: int = module.get_classifier().in_features  # type: ignore[operator, union-attr]
     kind = recipe.covariance if recipe.augment != "none" else "diagonal"  # not used then: the smaller one
     covariance = RunningCovariance(num_classes, width, kind, device=device)

@@ -1,56 +1,130 @@
 """One training step of a recipe, optimizer included: run eagerly or, on a GPU, as a CUDA graph."""
 
+from collections import Counter
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from training.method.closed_form import SUPPORTED_LOSSES, frozen_head_step
 from training.method.heldout import HeldOut, heldout_step
 from training.method.metasaug import StepResult, isda_step, metasaug_step, plain_step
-from training.network.derivatives import BatchFeatures, Compute
+from training.network.derivatives import BatchFeatures, Compute, random_state
 from training.recipes import Recipe
 from training.run.stages import Stage
 from training.run.state import State
+
+# Steps that a graph's memory and kernels settle in before it is captured.
+WARM_UP = 3
 
 
 class Stepper:
     """Steps of a run. `begin_epoch` first, then `step` for each batch.
 
-    graphs   on CUDA: capture steps where their shapes and the method allow it; `eager_because` says why not
+    On CUDA a step is captured as a CUDA graph, optimizer included, after WARM_UP eager ones, and then replayed; one
+    graph a stage and batch size.
+
+    graphs   False: never capture          say   takes the sentence that says why a stage is not captured
     """
 
-    def __init__(self, recipe: Recipe, state: State, compute: Compute, device: torch.device, graphs: bool = True):
-        self.recipe, self.state, self.compute, self.device = recipe, state, compute, device
-        self.rates = Rates(device)
+    def __init__(self, recipe: Recipe, state: State, compute: Compute, device: torch.device, graphs: bool = True,
+                 say: Callable[[str], object] = tqdm.write):
+        self.recipe, self.state, self.compute, self.device, self.say = recipe, state, compute, device, say
+        self.rates, self.stage = Rates(device), None
+        self.graphs: dict[Hashable, CapturedStep] = {}
+        self.warm: Counter[Hashable] = Counter()
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.with_graphs, self.said = graphs and self.stream is not None, set[str]()
 
     def begin_epoch(self, stage: Stage) -> None:
         """stage   what this epoch trains on"""
-        self.stage = stage
+        if stage is not self.stage:
+            self.compute.draws = True  # until a step shows otherwise
+        self.stage, self.in_stage2 = stage, self.state.epoch >= self.recipe.stage2_epoch
         self.rates.set(self.recipe, self.state.epoch)
         for group in self.state.optimizer.param_groups:
             group["lr"] = self.rates.lr
+        self.compute.finite.begin(self.state.step)
 
     def step(self, pictures: Tensor, labels: Tensor, meta_batch: tuple[Tensor, Tensor] | None) -> None:
-        """Train on a batch. Raises DivergenceError before anything is updated, on a GPU within STEPS_UNSEEN steps."""
-        torch.manual_seed(seed_of_step(self.recipe, self.state, self.compute.processes.rank))
-        self._step(pictures, labels, meta_batch)
+        """Train on a batch. Raises DivergenceError before anything is updated; on CUDA, `compute.finite` knows."""
+        if self.compute.draws:
+            torch.manual_seed(seed_of_step(self.recipe, self.state, self.compute.processes.rank))
+        batch = (pictures, labels, *(meta_batch or ()))
+        if self.stream is None:
+            self._step(batch)
+        else:
+            self._step_on_cuda(batch)
+        self.state.sums.pictures += len(labels)
 
-    def _step(self, pictures: Tensor, labels: Tensor, meta_batch: tuple[Tensor, Tensor] | None) -> None:
-        result = self.gradient(pictures, labels, meta_batch)
-        figures = figures_of(result, labels)  # before the optimizer's step, which a GPU then takes meanwhile
-        self.state.optimizer.step()
-        self.state.sums.add(figures, len(labels))
+    def _step_on_cuda(self, batch: tuple[Tensor, ...]) -> None:
+        key = (self.in_stage2, *(tensor.shape for tensor in batch))
+        if key in self.graphs:
+            return self.graphs[key].replay(batch)
+        assert self.stream is not None
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            before = random_state(self.device)
+            self._step(batch)
+            drawn = not torch.equal(before[-1], random_state(self.device)[-1])
+        torch.cuda.current_stream().wait_stream(self.stream)
+        self.warm[key] += 1
+        self.compute.draws = drawn
+        if self.with_graphs and self.warm[key] >= WARM_UP and not self.why_eager():
+            try:
+                self.graphs[key] = CapturedStep(self._step, batch, self.stream)
+            except RuntimeError as error:
+                self.with_graphs = False
+                self.say_eager(f"the capture failed ({str(error).splitlines()[0]})")
+
+    def why_eager(self) -> str:
+        """Why this stage's steps cannot be captured, also said once; "" where they can."""
+        recipe, compute = self.recipe, self.compute
+        projected = (self.in_stage2 and recipe.augment == "metasaug" and recipe.fidelity == "fixed"
+                     and recipe.covariance == "full")
+        reasons = {
+            "several processes share each step": compute.processes.count > 1,
+            "float16's gradient scale is chosen by looking at the gradients": compute.precision == "float16",
+            "--compile makes kernels of its own": compute.compiled,
+            "the projection of full covariances looks at them (--fidelity reference and --covariance diagonal do not)":
+                projected,
+            "dropout must be drawn twice alike":
+                compute.draws and (compute.accumulate > 1 or (self.in_stage2 and recipe.lookahead == "network")),
+        }
+        because = next((reason for reason, holds in reasons.items() if holds), "")
+        if because:
+            self.say_eager(because)
+        return because
+
+    def say_eager(self, because: str) -> None:
+        if because not in self.said:
+            self.said.add(because)
+            self.say(f"Stage {1 + self.in_stage2} runs without CUDA graphs, several times slower: {because}.")
+
+    def _step(self, batch: tuple[Tensor, ...]) -> None:
+        """All of a step that happens on the device."""
+        pictures, labels, *meta_batch = batch
+        finite, optimizer = self.compute.finite, self.state.optimizer
+        with finite.keeping(self.state.module.buffers()):
+            result = self.gradient(pictures, labels, tuple(meta_batch) or None)
+        figures = figures_of(result, labels)
+        if finite.on_device:
+            optimizer.found_inf = (~finite.ok).float()  # the fused optimizer then leaves weights and momenta alone
+        optimizer.step()
+        self.state.sums.add(figures, len(labels), finite)
+        finite.end_step()
 
     def gradient(
         self, pictures: Tensor, labels: Tensor, meta_batch: tuple[Tensor, Tensor] | None
     ) -> StepResult:
         """One step but for the optimizer's: its gradients are left in `.grad`."""
         recipe, state, stage, rates, compute = self.recipe, self.state, self.stage, self.rates, self.compute
+        assert stage is not None
         module = stage.head or state.module
-        in_stage2 = state.epoch >= recipe.stage2_epoch
-        if in_stage2 and recipe.augment == "isda":
+        if self.in_stage2 and recipe.augment == "isda":
             return isda_step(module, pictures, labels, state.covariance, stage.loss, rates.strength, stage.weights,
                              compute)
         if meta_batch is None:
@@ -69,24 +143,52 @@ class Stepper:
                              lookahead=recipe.lookahead, compute=compute, **how)
 
     def failed_step(self) -> int:
-        """The step, from 1, that raised DivergenceError."""
-        return self.state.step + 1
+        """The step, from 1, whose numbers were not finite."""
+        return self.compute.finite.failed_step() or self.state.step + 1
+
+
+class CapturedStep:
+    """A step as a CUDA graph.
+
+    step     works in place, on tensors that stay where they are, and has run before on this stream
+    batch    the tensors that it takes: an example of each shape
+    """
+
+    def __init__(self, step: Callable[[tuple[Tensor, ...]], None], batch: tuple[Tensor, ...],
+                 stream: torch.cuda.Stream):
+        self.inputs = tuple(tensor.clone() for tensor in batch)
+        self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self.graph, stream=stream):
+            step(self.inputs)
+
+    def replay(self, batch: tuple[Tensor, ...]) -> None:
+        for mine, given in zip(self.inputs, batch, strict=True):
+            mine.copy_(given, non_blocking=True)
+        self.graph.replay()
 
 
 class Rates:
-    """What changes from epoch to epoch: numbers on the CPU, 0-dimensional tensors on a GPU, so that graphs see them."""
+    """What changes from epoch to epoch: numbers on the CPU, on CUDA tensors without dimensions, which graphs read."""
 
     lr: Any
     strength: Any
     inner: Any
 
     def __init__(self, device: torch.device):
-        pass
+        self.on_device = device.type == "cuda"
+        if self.on_device:
+            self.lr = torch.zeros((), device=device)  # the fused optimizer takes float32
+            self.strength, self.inner = torch.zeros(2, dtype=torch.float64, device=device)
 
     def set(self, recipe: Recipe, epoch: int) -> None:
         """inner: alpha is the current learning rate; in the authors' code it lags the schedule by one epoch."""
-        self.lr, self.strength = recipe.lr_at(epoch), recipe.strength_at(epoch)
-        self.inner = recipe.lr_at(max(epoch - 1, 0) if recipe.fidelity == "reference" else epoch)
+        inner = recipe.lr_at(max(epoch - 1, 0) if recipe.fidelity == "reference" else epoch)
+        for name, value in (("lr", recipe.lr_at(epoch)), ("strength", recipe.strength_at(epoch)), ("inner", inner)):
+            if self.on_device:
+                getattr(self, name).fill_(value)
+            else:
+                setattr(self, name, value)
 
 
 def seed_of_step(recipe: Recipe, state: State, rank: int) -> int:
