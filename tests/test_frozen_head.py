@@ -45,10 +45,9 @@ def test_closed_form_equals_double_backward(classes, features, n, m, loss, weigh
     w = class_balanced_weights(counts) if weighted else None
     S = learned.running.covariance.add_(0.1).clone()  # a step this small makes no variance negative
     shift = head_loss.shifted(torch.zeros(n, classes, dtype=f.dtype), y)
-    b = torch.zeros(classes, dtype=f.dtype) if layer.bias is None else layer.bias
     # when stepped by autograd over the (N, C, A) differences, and in closed form,
-    grad_S, new_S, g_W, g_b = naive.autograd_frozen_head_step(
-        *data, layer.weight, b, S, 0.5, 0.1, 0.3, w, shift, naive.spread
+    grad_S, new_S, *grads = naive.autograd_frozen_head_step(
+        *data, layer.weight, layer.bias, S, 0.5, 0.1, 0.3, w, shift, naive.spread
     )
     frozen_head._CHUNK_NUMBERS, usual = 3 * features, frozen_head._CHUNK_NUMBERS
     try:
@@ -60,9 +59,9 @@ def test_closed_form_equals_double_backward(classes, features, n, m, loss, weigh
     present = torch.zeros(classes, dtype=torch.bool)
     present[y] = True
     assert (learned.delta[~present] == 0).all()
-    for ours, twin in [(learned.delta, -0.3 * grad_S), (result.shift * S[present].norm(), (new_S - S).norm()),
-                       (layer.weight.grad, g_W), (layer.bias.grad, g_b) if bias else (g_b, g_b)]:
-        assert (ours - twin).norm() <= 1e-9 * twin.norm() + 1e-14
+    ours = [learned.delta, result.shift * S[present].norm(), *(p.grad for p in layer.parameters())]
+    for one, twin in zip(ours, [-0.3 * grad_S, (new_S - S).norm(), *grads], strict=True):
+        assert (one - twin).norm() <= 1e-12 * max(twin.norm(), 1e-2)
 
 
 class Cached(nn.Module):
@@ -82,13 +81,15 @@ class Cached(nn.Module):
         return self.fc
 
 
-@pytest.mark.parametrize("fidelity", ["fixed", "reference"])
-@pytest.mark.parametrize("loss", SUPPORTED_LOSSES)
-def test_five_steps_are_those_of_the_general_meta_step(loss, fidelity):
+@pytest.mark.parametrize(("loss", "fidelity", "bias"), [
+    *((loss, fidelity, True) for loss in SUPPORTED_LOSSES for fidelity in ("fixed", "reference")),
+    ("ce", "fixed", False),
+])  # fmt: skip
+def test_five_steps_are_those_of_the_general_meta_step(loss, fidelity, bias):
     # Given the same start, when five whole steps are taken by either way, with a meta rate that drives variances to 0,
     runs = []
     for closed in (True, False):
-        layer, data, learned, counts = a_setting()
+        layer, data, learned, counts = a_setting(bias=bias)
         step = (lambda layer: layer) if closed else Cached
         function = frozen_head_step if closed else metasaug_step
         optimizer = torch.optim.SGD(layer.parameters(), 0.5, momentum=0.9)
@@ -96,17 +97,15 @@ def test_five_steps_are_those_of_the_general_meta_step(loss, fidelity):
             result = function(step(layer), *data, learned, HeadLoss(loss, counts), strength=0.5, inner_rate=0.5,
                               meta_rate=50.0, fidelity=fidelity, class_weights=class_balanced_weights(counts))
             optimizer.step()
-        runs.append([layer.weight, layer.bias, learned.delta, learned.running.covariance, result.loss,
-                     result.loss_before, result.meta_loss, result.shift, result.logits_NC])
+        runs.append([*layer.parameters(), learned.delta, learned.running.covariance, result.loss, result.loss_before,
+                     result.meta_loss, result.shift, result.logits_NC[:2]])  # in closed form of an eighth of the batch
     # then weights, what was learned, estimates and figures are the same.
     for ours, general in zip(*runs, strict=True):
         torch.testing.assert_close(ours, general, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("onednn", [True, False])
-def test_float32_errs_as_little_as_autograd(monkeypatch, onednn):
-    # Given a layer large enough for oneDNN's products, in float32, and the truth in float64,
-    monkeypatch.setattr(frozen_head, "USE_ONEDNN", onednn and torch.backends.mkldnn.is_available())
+def test_float32_errs_as_little_as_autograd():
+    # Given a large layer in float32, and the truth in float64,
     layer, data, learned, _ = a_setting(classes=600, features=300, n=64, m=64, dtype=torch.float32)
     S = learned.running.covariance.clone()
     at = (*data, layer.weight, layer.bias, S)

@@ -20,13 +20,15 @@ K the classes of one chunk. With c_n the weight of a sample (they sum to 1), y i
     z and g again, with S'                                                                              5
 
 19 products of N C A multiplications, where plain cross entropy has 2. Three of them go (the counts in brackets): g
-and V are of low rank where a product follows, as in f_meta (G^T h)^T = (f_meta h^T) G, which costs M N (A + C), an
-eighth of N C A at N = 256, A = 2048. Of the 16 that stay 12 have a row a distinct class instead of a row a sample. All
-go over the classes in chunks: W*W, W V and G^T s are never whole in memory, and only the batch's rows of S are read.
+and V have low rank where a product follows, as in f_meta (G^T h)^T = (f_meta h^T) G, which costs M N (A + C), an
+eighth of N C A at N = 256, A = 2048. Of the 16 that stay, 12 have a row for each distinct class instead of one for
+each sample. What is constant in a row of z drops out of every softmax.
+
+Six passes over the classes, in chunks that stay in the cache: W*W, W V and G^T s are never whole in memory, and only
+the batch's rows of S are read. A chunk sees one elementwise operation in each pass; the products add up the rest.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,9 @@ from training.method.metasaug import Fidelity, StepResult
 
 # Cross entropies of shifted logits: the shift is constant, so the closed form is the same.
 SUPPORTED_LOSSES = ("ce", "ldam", "balanced-softmax", "logit-adjustment")
+
+# One in so many samples gets plain logits: only the log's train_error reads them, and for all they are a 17th product.
+LOGGED = 8
 
 # Numbers in one chunk of classes, (K, A): 4 MB of float32, which stay in a core's share of the last cache. A GPU would
 # wait for the launches of so many small products: 67 MB there, iNaturalist 2018 in one.
@@ -93,7 +98,8 @@ def frozen_head_step(
 
     size = torch.linalg.vector_norm(S_UA)
     shift = torch.where(size > 0, torch.linalg.vector_norm(new_UA - S_UA) / size, 0.0)
-    return StepResult(head.loss, features_NA, head.plain_logits(), meta_loss, loss_before, shift)
+    logged = head.plain_logits(-(-len(labels_N) // LOGGED))
+    return StepResult(head.loss, features_NA, logged, meta_loss, loss_before, shift)
 
 
 def check_supported(head_loss: HeadLoss, learned: LearnedCovariance) -> None:
@@ -110,14 +116,6 @@ def check_supported(head_loss: HeadLoss, learned: LearnedCovariance) -> None:
         )
 
 
-class Softmax(NamedTuple):
-    """Cross entropy at some logits."""
-
-    loss: Tensor
-    probability_NC: Tensor
-    grad_NC: Tensor  # G = c (P - one-hot)
-
-
 class ClosedFormHead:
     """The formulas at the top of this file; each method is a line or two of them."""
 
@@ -131,7 +129,8 @@ class ClosedFormHead:
         class_weights: Tensor | None,
     ):
         self.W, self.f_NA, self.labels_N = layer.weight.detach(), features_NA, labels_N
-        self.b_C = self.W.new_zeros(len(self.W)) if layer.bias is None else layer.bias.detach()
+        self.biased = layer.bias is not None
+        self.b_C = layer.bias.detach() if self.biased else self.W.new_zeros(len(self.W))
         self.head_loss, self.strength = head_loss, strength
         self.classes_U, self.index_N = labels_N.unique(return_inverse=True)
         self.w_UA = self.W[self.classes_U]
@@ -139,49 +138,57 @@ class ClosedFormHead:
         if class_weights is not None:
             weights_N = class_weights.to(weights_N)[labels_N]
         self.c_N1 = (weights_N / weights_N.sum())[:, None]
-
-    @property
-    def loss(self) -> Tensor:
-        """L at the S that was last used."""
-        return self.at.loss
+        on_gpu = self.W.device.type != "cpu"
+        self.chunk = max(1, (_CHUNK_NUMBERS_GPU if on_gpu else _CHUNK_NUMBERS) // self.W.shape[1])
+        self.scratch_KA = self.W.new_empty(min(self.chunk, len(self.W)), self.W.shape[1])
 
     def meta_gradient(
         self, S_UA: Tensor, meta_features_MA: Tensor, meta_labels_M: Tensor, inner_rate: float
     ) -> tuple[Tensor, Tensor]:
         """-> (grad_S for the batch's classes, meta loss after the look ahead)."""
-        lam, f_MA = self.strength, meta_features_MA
-        h_NA = self._centred(S_UA)
-        self.z_NC = self._forward(h_NA, S_UA)
-        self.at = self._softmax(self.z_NC)
-        _, P_NC, G_NC = self.at
+        lam, f_MA, h_NA = self.strength, meta_features_MA, self._centred(S_UA)
+        self.z_NC, spread_UC, half_UA = self._logits(len(h_NA)), self._logits(len(S_UA)), lam / 2 * S_UA
+        for k, W_KA, scratch_KA in self._chunks():
+            torch.addmm(self.b_C[k], h_NA, W_KA.T, out=self.z_NC[:, k])
+            torch.mm(half_UA, torch.mul(W_KA, W_KA, out=scratch_KA).T, out=spread_UC[:, k])
+        self.z_NC.add_(spread_UC[self.index_N])
+        self.loss, cP_NC = self._softmax(self.z_NC)
+        G_NC = cP_NC.scatter_add(1, self.labels_N[:, None], -self.c_N1)
         G_UC = self._by_class(G_NC)
 
         # The look ahead: (W - alpha g) only as what it makes of the meta features.
-        z_MC, GW_UA = f_MA.new_empty(len(f_MA), len(self.W)), torch.zeros_like(S_UA)
-        for k, W_KA in self._chunks():
-            moved_KA = _times(G_UC[:, k].T, S_UA.T).mul_(-inner_rate * lam).add_(1).mul_(W_KA)
-            z_MC[:, k] = _times(f_MA, moved_KA)
-            GW_UA += _times(G_UC[:, k], W_KA.T)
-        z_MC.addmm_(f_MA @ h_NA.T, G_NC, alpha=-inner_rate).add_(self.b_C - inner_rate * G_NC.sum(0))
+        z_MC, GW_UA = self._logits(len(f_MA)), torch.zeros_like(S_UA)
+        moved_UA = -inner_rate * lam * S_UA
+        for k, W_KA, scratch_KA in self._chunks():
+            torch.mm(G_UC[:, k].T, moved_UA, out=scratch_KA)
+            torch.addmm(self.b_C[k], f_MA, torch.addcmul(W_KA, scratch_KA, W_KA, out=scratch_KA).T, out=z_MC[:, k])
+            GW_UA.addmm_(G_UC[:, k], W_KA)
+        fh_MN = f_MA @ h_NA.T
+        if self.biased:
+            fh_MN += 1  # what the bias is multiplied by
+        z_MC.addmm_(-inner_rate * fh_MN, G_NC)
         z_MC[:, self.classes_U] += inner_rate * lam * (f_MA @ (S_UA * GW_UA).T)
-        meta_loss, _, Gv_MC = _softmax_at(z_MC, meta_labels_M, f_MA.new_full((len(f_MA), 1), 1 / len(f_MA)))
+        c_M1 = f_MA.new_full((len(f_MA), 1), 1 / len(f_MA))
+        meta_loss, cP_MC = _softmax_at(z_MC, meta_labels_M, c_M1)
+        Gv_MC = cP_MC.scatter_add_(1, meta_labels_M[:, None], -c_M1)
 
         # The tangent of z along V.
         v_UA = Gv_MC[:, self.classes_U].T @ f_MA
-        back_UA = -lam * S_UA * v_UA
-        z_dot_UC, GWV_UA = torch.empty_like(G_UC), torch.zeros_like(S_UA)
-        for k, W_KA in self._chunks():
-            WV_KA = _times(Gv_MC[:, k].T, f_MA.T).mul_(W_KA)
-            GWV_UA += _times(G_UC[:, k], WV_KA.T)
-            z_dot_UC[:, k] = _times(S_UA, WV_KA).mul_(lam).add_(_times(back_UA, W_KA))
-        z_dot_NC = torch.addmm(Gv_MC.sum(0), h_NA @ f_MA.T, Gv_MC).add_(z_dot_UC[self.index_N])
-        z_dot_NC -= (P_NC * z_dot_NC).sum(1, keepdim=True)
-        H_UC = self._by_class(z_dot_NC.mul_(P_NC).mul_(self.c_N1))
+        to_dot_UA, back_UA = lam * S_UA, -lam * S_UA * v_UA
+        z_dot_UC, GWV_UA = spread_UC, torch.zeros_like(S_UA)
+        for k, W_KA, scratch_KA in self._chunks():
+            WV_KA = torch.mm(Gv_MC[:, k].T, f_MA, out=scratch_KA).mul_(W_KA)
+            GWV_UA.addmm_(G_UC[:, k], WV_KA)
+            torch.mm(to_dot_UA, WV_KA.T, out=z_dot_UC[:, k])
+            z_dot_UC[:, k].addmm_(back_UA, W_KA.T)
+        z_dot_NC = torch.mm(fh_MN.T, Gv_MC).add_(z_dot_UC[self.index_N])
+        mean_N11 = torch.bmm(cP_NC[:, None], z_dot_NC[..., None]) / self.c_N1[..., None]
+        H_UC = self._by_class(z_dot_NC.sub_(mean_N11[:, 0]).mul_(cP_NC))
 
         HW_UA, HW2_UA = torch.zeros_like(S_UA), torch.zeros_like(S_UA)
-        for k, W_KA in self._chunks():
-            HW_UA += _times(H_UC[:, k], W_KA.T)
-            HW2_UA += _times(H_UC[:, k], (W_KA * W_KA).T)
+        for k, W_KA, scratch_KA in self._chunks():
+            HW_UA.addmm_(H_UC[:, k], W_KA)
+            HW2_UA.addmm_(H_UC[:, k], torch.mul(W_KA, W_KA, out=scratch_KA))
         GV_UA = (G_UC @ Gv_MC.T) @ f_MA
         d_UA = lam / 2 * (HW2_UA - 2 * self.w_UA * HW_UA)
         d_UA += lam * (GWV_UA - self.w_UA * GV_UA - v_UA * GW_UA)
@@ -189,71 +196,50 @@ class ClosedFormHead:
 
     def gradient_after_move(self, move_UA: Tensor, S_UA: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of L in W and b once S has moved by `move_UA`, to `S_UA`."""
-        lam = self.strength
-        move_UC, back_UA = move_UA.new_empty(len(move_UA), len(self.W)), -2 * move_UA * self.w_UA
-        for k, W_KA in self._chunks():
-            move_UC[:, k] = _times(move_UA, W_KA * W_KA).add_(_times(back_UA, W_KA))
-        move_UC += (move_UA * self.w_UA * self.w_UA).sum(1, keepdim=True)
-        self.z_NC.add_(move_UC[self.index_N], alpha=lam / 2)
-        self.at = self._softmax(self.z_NC)
-        G_NC, h_NA = self.at.grad_NC, self._centred(S_UA)
-        G_UC = self._by_class(G_NC)
+        half_UA, move_UC = self.strength / 2 * move_UA, self._logits(len(move_UA))
+        back_UA = -2 * half_UA * self.w_UA
+        for k, W_KA, scratch_KA in self._chunks():
+            torch.mm(half_UA, torch.mul(W_KA, W_KA, out=scratch_KA).T, out=move_UC[:, k])
+            move_UC[:, k].addmm_(back_UA, W_KA.T)
+        self.z_NC.add_(move_UC[self.index_N])
+        self.loss, G_NC = self._softmax(self.z_NC)
+        G_NC.scatter_add_(1, self.labels_N[:, None], -self.c_N1)
+        G_UC, h_NA, spread_UA = self._by_class(G_NC), self._centred(S_UA), self.strength * S_UA
 
         grad_CA, GW_UA = torch.empty_like(self.W), torch.zeros_like(S_UA)
-        for k, W_KA in self._chunks():
-            grad_CA[k] = _times(G_UC[:, k].T, S_UA.T).mul_(W_KA).mul_(lam).add_(_times(G_NC[:, k].T, h_NA.T))
-            GW_UA += _times(G_UC[:, k], W_KA.T)
-        grad_CA[self.classes_U] -= lam * S_UA * GW_UA
+        for k, W_KA, _ in self._chunks():
+            torch.mm(G_UC[:, k].T, spread_UA, out=grad_CA[k]).mul_(W_KA).addmm_(G_NC[:, k].T, h_NA)
+            GW_UA.addmm_(G_UC[:, k], W_KA)
+        grad_CA[self.classes_U] -= spread_UA * GW_UA
         return grad_CA, G_NC.sum(0)
 
-    def plain_logits(self) -> Tensor:
-        """Evaluation logits, (N, C)."""
-        return F.linear(self.f_NA, self.W, self.b_C)
+    def plain_logits(self, samples: int) -> Tensor:
+        """Evaluation logits of the first `samples` of the batch."""
+        return F.linear(self.f_NA[:samples], self.W, self.b_C)
 
-    def _forward(self, h_NA: Tensor, S_UA: Tensor) -> Tensor:
-        z_NC, spread_UC = h_NA.new_empty(len(h_NA), len(self.W)), S_UA.new_empty(len(S_UA), len(self.W))
-        for k, W_KA in self._chunks():
-            z_NC[:, k] = _times(h_NA, W_KA)
-            spread_UC[:, k] = _times(S_UA, W_KA * W_KA)
-        spread_UC += (S_UA * self.w_UA * self.w_UA).sum(1, keepdim=True)
-        return z_NC.add_(self.b_C).add_(spread_UC[self.index_N], alpha=self.strength / 2)
+    def _logits(self, rows: int) -> Tensor:
+        return self.W.new_empty(rows, len(self.W))
 
     def _centred(self, S_UA: Tensor) -> Tensor:
         """h = f - lambda s_y w_y."""
         return self.f_NA - (self.strength * S_UA * self.w_UA)[self.index_N]
 
-    def _softmax(self, z_NC: Tensor) -> Softmax:
+    def _softmax(self, z_NC: Tensor) -> tuple[Tensor, Tensor]:
         return _softmax_at(self.head_loss.shifted(z_NC, self.labels_N), self.labels_N, self.c_N1)
 
     def _by_class(self, x_NC: Tensor) -> Tensor:
         """Rows of the same class summed -> (U, C)."""
         return x_NC.new_zeros(len(self.classes_U), x_NC.shape[1]).index_add_(0, self.index_N, x_NC)
 
-    def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        classes, features = self.W.shape
-        chunk = max(1, (_CHUNK_NUMBERS if self.W.device.type == "cpu" else _CHUNK_NUMBERS_GPU) // features)
-        for first in range(0, classes, chunk):
-            k = slice(first, min(first + chunk, classes))
-            yield k, self.W[k]
+    def _chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Slices of classes, their rows of W, and memory of that size."""
+        for first in range(0, len(self.W), self.chunk):
+            k = slice(first, min(first + self.chunk, len(self.W)))
+            yield k, self.W[k], self.scratch_KA[: k.stop - first]
 
 
-def _softmax_at(z_NC: Tensor, labels_N: Tensor, c_N1: Tensor) -> Softmax:
+def _softmax_at(z_NC: Tensor, labels_N: Tensor, c_N1: Tensor) -> tuple[Tensor, Tensor]:
+    """-> (weighted cross entropy, c P (N, C)); G = c (P - one-hot)."""
     log_P_NC = z_NC.log_softmax(1)
     loss = -(c_N1 * log_P_NC.gather(1, labels_N[:, None])).sum()
-    P_NC = log_P_NC.exp_()
-    G_NC = P_NC.scatter_add(1, labels_N[:, None], -torch.ones_like(c_N1)).mul_(c_N1)
-    return Softmax(loss, P_NC, G_NC)
-
-
-# oneDNN's float32 product is up to twice as fast as the BLAS of torch.mm where that is MKL and the processor AMD's.
-USE_ONEDNN = torch.backends.mkldnn.is_available()
-# Below this many multiplications its copies cost more than it gains.
-_ONEDNN_FROM = 10_000_000
-
-
-def _times(x_RK: Tensor, w_SK: Tensor) -> Tensor:
-    """x w^T."""
-    large = x_RK.numel() * w_SK.shape[0] >= _ONEDNN_FROM
-    if USE_ONEDNN and large and x_RK.device.type == "cpu" and x_RK.dtype == torch.float32:
-        return F.linear(x_RK.to_mkldnn(), w_SK.to_mkldnn()).to_dense()
-    return x_RK @ w_SK.T
+    return loss, log_P_NC.exp_().mul_(c_N1)

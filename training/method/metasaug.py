@@ -50,7 +50,7 @@ class StepResult:
 
     loss: Tensor  # the loss whose gradient is in .grad: L(Theta, S')
     features_NA: Tensor
-    logits_NC: Tensor  # plain evaluation logits of the training batch, before the update
+    logits_NC: Tensor  # plain evaluation logits of the batch before the update; in closed form of its first samples
     meta_loss: Tensor | None = None  # plain cross entropy of the meta batch after the look ahead
     loss_before: Tensor | None = None  # L(Theta, S): loss - loss_before is what the change of S did
     shift: Tensor | None = None  # |S' - S| / |S| over the classes of the batch; 0 where S is 0

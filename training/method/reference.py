@@ -100,17 +100,19 @@ def autograd_frozen_head_step(
 ):
     """One step of a last layer on fixed features by double backward -> (grad_S, S', gradients in W and b at S').
 
+    b      or None, of a layer without a bias; there is then no gradient of it
     shift  (N, C) constants added to the logits: margins or priors
     """
-    W, b, S = (t.detach().clone().requires_grad_() for t in (W, b, S))
+    W, S, *b = (t.detach().clone().requires_grad_() for t in (W, S, b) if t is not None)
 
     def loss(S):
-        return F.cross_entropy(F.linear(f, W, b) + strength / 2 * spread(W, y, S) + shift, y, weight=w)
+        return F.cross_entropy(F.linear(f, W, *b) + strength / 2 * spread(W, y, S) + shift, y, weight=w)
 
-    g_W, g_b = torch.autograd.grad(loss(S), (W, b), create_graph=True)
-    (grad_S,) = torch.autograd.grad(F.cross_entropy(F.linear(f_meta, W - alpha * g_W, b - alpha * g_b), y_meta), S)
+    steps = torch.autograd.grad(loss(S), (W, *b), create_graph=True)
+    ahead = [p - alpha * g for p, g in zip((W, *b), steps, strict=True)]
+    (grad_S,) = torch.autograd.grad(F.cross_entropy(F.linear(f_meta, *ahead), y_meta), S)
     new_S = (S - eta * grad_S).detach()
-    return grad_S, new_S, *torch.autograd.grad(loss(new_S), (W, b))
+    return grad_S, new_S, *torch.autograd.grad(loss(new_S), (W, *b))
 
 
 class EstimatorCV:

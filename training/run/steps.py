@@ -214,7 +214,9 @@ def set_trained(module: nn.Module, recipe: Recipe, in_stage2: bool) -> None:
 
 def figures_of(result: StepResult, labels: Tensor) -> dict[str, Tensor]:
     """What a step says for the log. `shift` is |S' - S| / |S|, `effect` what that change did to the loss."""
-    figures = {"loss": result.loss, "wrong": (result.logits_NC.argmax(1) != labels).sum()}
+    looked_at = len(result.logits_NC)
+    wrong = (result.logits_NC.argmax(1) != labels[:looked_at]).sum() * (len(labels) / looked_at)
+    figures = {"loss": result.loss, "wrong": wrong}
     if result.meta_loss is not None:
         figures["meta_loss"] = result.meta_loss
     if result.loss_before is not None and result.shift is not None:
