@@ -7,7 +7,7 @@ The large-scale setting of the paper: features are computed once, only W and b a
                               strength=..., inner_rate=...)
     optimizer.step()
 
-Shape suffixes: N samples, M samples of the meta batch, C classes, A features, U the distinct classes of the batch,
+Shape suffixes: N samples, M samples of the meta batch, C classes, A features, U the rows of the batch's classes,
 K the classes of one chunk. With c_n the weight of a sample (they sum to 1), y its class, G = c (softmax - one-hot):
 
                                                                                                 matrix products
@@ -35,10 +35,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.errors import TrainingError
-from training.method.covariance import LearnedCovariance
-from training.method.finite import check_finite
+from training.method.covariance import LearnedCovariance, Rows
 from training.method.losses import HeadLoss
-from training.method.metasaug import Fidelity, StepResult
+from training.method.metasaug import Fidelity, StepResult, relative_shift
+from training.network.derivatives import Compute
 
 # Cross entropies of shifted logits: the shift is constant, so the closed form is the same.
 SUPPORTED_LOSSES = ("ce", "ldam", "balanced-softmax", "logit-adjustment")
@@ -66,6 +66,7 @@ def frozen_head_step(
     meta_rate: float = 0.1,
     fidelity: Fidelity = "fixed",
     class_weights: Tensor | None = None,
+    compute: Compute | None = None,
 ) -> StepResult:
     """`metasaug_step(lookahead="classifier")` where the features do not depend on what is trained.
 
@@ -79,25 +80,26 @@ def frozen_head_step(
     check_supported(head_loss, learned)
     fixed = fidelity == "fixed"
     head = ClosedFormHead(layer, features_NA, labels_N, head_loss, strength, class_weights)
-    S_UA = learned.rows(head.classes_U) if fixed else learned.running.covariance[head.classes_U]
+    rows, finite = head.rows, (compute or Compute()).finite
+    used_U = rows.sum(torch.ones_like(labels_N)) > 0
+    S_UA = learned.rows(rows.classes_U) if fixed else learned.running.covariance[rows.classes_U]
     grad_UA, meta_loss = head.meta_gradient(S_UA, meta_features_MA, meta_labels_M, inner_rate)
     loss_before = head.loss
-    check_finite(loss=[loss_before], meta_loss=[meta_loss], meta_gradient=[grad_UA])
+    finite.check(loss=[loss_before], meta_loss=[meta_loss], meta_gradient=[grad_UA])
 
     new_UA = S_UA - meta_rate * grad_UA
     if fixed:
         new_UA.clamp_min_(0)
     grad_CA, grad_C = head.gradient_after_move(new_UA - S_UA, new_UA)
-    check_finite(loss=[head.loss], gradient=[grad_CA, grad_C])
+    finite.check(loss=[head.loss], gradient=[grad_CA, grad_C])
     layer.weight.grad = grad_CA
     if layer.bias is not None:
         layer.bias.grad = grad_C
     if fixed:
-        learned.keep(head.classes_U, new_UA)
-    learned.running.update(features_NA, labels_N)
+        learned.keep(rows, used_U, new_UA, finite)
+    learned.running.update(features_NA, labels_N, rows, finite)
 
-    size = torch.linalg.vector_norm(S_UA)
-    shift = torch.where(size > 0, torch.linalg.vector_norm(new_UA - S_UA) / size, 0.0)
+    shift = relative_shift(new_UA, S_UA, used_U)
     logged = head.plain_logits(-(-len(labels_N) // LOGGED))
     return StepResult(head.loss, features_NA, logged, meta_loss, loss_before, shift)
 
@@ -132,8 +134,8 @@ class ClosedFormHead:
         self.biased = layer.bias is not None
         self.b_C = layer.bias.detach() if self.biased else self.W.new_zeros(len(self.W))
         self.head_loss, self.strength = head_loss, strength
-        self.classes_U, self.index_N = labels_N.unique(return_inverse=True)
-        self.w_UA = self.W[self.classes_U]
+        self.rows = Rows.of(labels_N, len(self.W))
+        self.w_UA = self.W[self.rows.classes_U]
         weights_N = torch.ones_like(features_NA[:, 0])
         if class_weights is not None:
             weights_N = class_weights.to(weights_N)[labels_N]
@@ -151,7 +153,7 @@ class ClosedFormHead:
         for k, W_KA, scratch_KA in self._chunks():
             torch.addmm(self.b_C[k], h_NA, W_KA.T, out=self.z_NC[:, k])
             torch.mm(half_UA, torch.mul(W_KA, W_KA, out=scratch_KA).T, out=spread_UC[:, k])
-        self.z_NC.add_(spread_UC[self.index_N])
+        self.z_NC.add_(spread_UC[self.rows.index_N])
         self.loss, cP_NC = self._softmax(self.z_NC)
         G_NC = cP_NC.scatter_add(1, self.labels_N[:, None], -self.c_N1)
         G_UC = self._by_class(G_NC)
@@ -167,13 +169,13 @@ class ClosedFormHead:
         if self.biased:
             fh_MN += 1  # what the bias is multiplied by
         z_MC.addmm_(-inner_rate * fh_MN, G_NC)
-        z_MC[:, self.classes_U] += inner_rate * lam * (f_MA @ (S_UA * GW_UA).T)
+        z_MC.index_add_(1, self.rows.classes_U, inner_rate * lam * (f_MA @ (S_UA * GW_UA).T))
         c_M1 = f_MA.new_full((len(f_MA), 1), 1 / len(f_MA))
         meta_loss, cP_MC = _softmax_at(z_MC, meta_labels_M, c_M1)
         Gv_MC = cP_MC.scatter_add_(1, meta_labels_M[:, None], -c_M1)
 
         # The tangent of z along V.
-        v_UA = Gv_MC[:, self.classes_U].T @ f_MA
+        v_UA = Gv_MC[:, self.rows.classes_U].T @ f_MA
         to_dot_UA, back_UA = lam * S_UA, -lam * S_UA * v_UA
         z_dot_UC, GWV_UA = spread_UC, torch.zeros_like(S_UA)
         for k, W_KA, scratch_KA in self._chunks():
@@ -181,7 +183,7 @@ class ClosedFormHead:
             GWV_UA.addmm_(G_UC[:, k], WV_KA)
             torch.mm(to_dot_UA, WV_KA.T, out=z_dot_UC[:, k])
             z_dot_UC[:, k].addmm_(back_UA, W_KA.T)
-        z_dot_NC = torch.mm(fh_MN.T, Gv_MC).add_(z_dot_UC[self.index_N])
+        z_dot_NC = torch.mm(fh_MN.T, Gv_MC).add_(z_dot_UC[self.rows.index_N])
         mean_N11 = torch.bmm(cP_NC[:, None], z_dot_NC[..., None]) / self.c_N1[..., None]
         H_UC = self._by_class(z_dot_NC.sub_(mean_N11[:, 0]).mul_(cP_NC))
 
@@ -201,7 +203,7 @@ class ClosedFormHead:
         for k, W_KA, scratch_KA in self._chunks():
             torch.mm(half_UA, torch.mul(W_KA, W_KA, out=scratch_KA).T, out=move_UC[:, k])
             move_UC[:, k].addmm_(back_UA, W_KA.T)
-        self.z_NC.add_(move_UC[self.index_N])
+        self.z_NC.add_(move_UC[self.rows.index_N])
         self.loss, G_NC = self._softmax(self.z_NC)
         G_NC.scatter_add_(1, self.labels_N[:, None], -self.c_N1)
         G_UC, h_NA, spread_UA = self._by_class(G_NC), self._centred(S_UA), self.strength * S_UA
@@ -210,7 +212,7 @@ class ClosedFormHead:
         for k, W_KA, _ in self._chunks():
             torch.mm(G_UC[:, k].T, spread_UA, out=grad_CA[k]).mul_(W_KA).addmm_(G_NC[:, k].T, h_NA)
             GW_UA.addmm_(G_UC[:, k], W_KA)
-        grad_CA[self.classes_U] -= spread_UA * GW_UA
+        grad_CA.index_add_(0, self.rows.classes_U, -spread_UA * GW_UA)
         return grad_CA, G_NC.sum(0)
 
     def plain_logits(self, samples: int) -> Tensor:
@@ -222,14 +224,14 @@ class ClosedFormHead:
 
     def _centred(self, S_UA: Tensor) -> Tensor:
         """h = f - lambda s_y w_y."""
-        return self.f_NA - (self.strength * S_UA * self.w_UA)[self.index_N]
+        return self.f_NA - (self.strength * S_UA * self.w_UA)[self.rows.index_N]
 
     def _softmax(self, z_NC: Tensor) -> tuple[Tensor, Tensor]:
         return _softmax_at(self.head_loss.shifted(z_NC, self.labels_N), self.labels_N, self.c_N1)
 
     def _by_class(self, x_NC: Tensor) -> Tensor:
         """Rows of the same class summed -> (U, C)."""
-        return x_NC.new_zeros(len(self.classes_U), x_NC.shape[1]).index_add_(0, self.index_N, x_NC)
+        return self.rows.sum(x_NC)
 
     def _chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Slices of classes, their rows of W, and memory of that size."""

@@ -138,7 +138,8 @@ class Stepper:
             features, meta_features = (BatchFeatures(module, x, len(y), compute, graph=False).whole_NA
                                        for x, y in ((pictures, labels), meta_batch))
             return frozen_head_step(module.get_classifier(), features, labels,  # type: ignore[operator]
-                                    meta_features, meta_batch[1], state.learned, stage.loss, **how)
+                                    meta_features, meta_batch[1], state.learned, stage.loss, compute=compute,
+                                    **how)
         return metasaug_step(module, pictures, labels, *meta_batch, state.learned, stage.loss,
                              lookahead=recipe.lookahead, compute=compute, **how)
 
