@@ -1,4 +1,4 @@
-"""What a CUDA graph of a step needs, as far as a CPU can show it: fixed shapes, no look at the device, gated updates."""
+"""What a CUDA graph of a step needs, as far as a CPU can show it: fixed shapes, no look at the device, gated steps."""
 
 import copy
 import dataclasses
