@@ -1,4 +1,4 @@
-"""`python -m benchmarks.step_gpu --device cuda`: whole training steps as CUDA graphs against the same steps run eagerly.
+"""`python -m benchmarks.step_gpu --device cuda`: whole training steps as CUDA graphs against the same steps, eager.
 
 ResNet-32, 32 x 32, batch 100, full covariances, optimizer included; and the last layer alone at iNaturalist 2018's
 size (8142 x 2048, batch 256, diagonal covariances). Each ratio is of steps taken in turn in one process.

@@ -222,6 +222,19 @@ def test_a_run_killed_on_the_gpu_resumes_to_the_same_bits(tmp_path, device, meth
     assert again == results
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_captured_steps_are_the_eager_ones_to_the_bit(tmp_path, device, method, capsys):
+    # Given a run whose steps are CUDA graphs, and one whose steps are eager,
+    recipe = dataclasses.replace(TINY, **METHODS[method], epochs=4, stage2_epochs=2)
+    captured, results = loop.run(recipe, small_data(), tmp_path / "captured", device)
+    eager, expected = loop.run(recipe, small_data(), tmp_path / "eager", device, graphs=False)
+    # then they end on the same bits, and no capture failed.
+    assert "capture failed" not in capsys.readouterr().err
+    assert_same_bits(captured, eager)
+    assert results == expected
+
+
 # Flags, and how the loss of the first epoch may differ from float32's.
 WAYS = {
     "bfloat16": ({"precision": "bfloat16"}, 0.1), "float16": ({"precision": "float16"}, 0.05),
