@@ -150,7 +150,6 @@ def command(prog: str, measure: Callable[[int], list[Row]]) -> None:
             torch.set_num_threads(threads)
         report(measure(rounds), json, out)
 
-    import tyro  # not everywhere that a benchmark runs
 
     tyro.cli(main, prog=prog)
 
