@@ -194,7 +194,7 @@ class Session:
 
     def _watch(self, children: dict[int, subprocess.Popen], told: set[str]) -> None:
         """One worker that failed is replaced; each cell is told as it ends."""
-        told |= _rows_by_name(self.protocol, self.runs).keys()
+        told.update(_rows_by_name(self.protocol, self.runs))
         to_start, started, looked = self.workers, 0, time.monotonic()
         while self.left > 0 and (children or to_start):
             for _ in range(to_start):
