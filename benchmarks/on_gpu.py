@@ -16,6 +16,7 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -380,7 +381,16 @@ def step_benchmarks(runs: Path) -> int:
     device = ledger.choose_device()
     if device.type == "cuda":
         torch.set_default_device(device)
-    rows = step_gpu.measure(7)
+    measured = step_gpu.side_by_side
+
+    def told(steps: Any, rounds: int) -> Any:
+        """Shown as it comes: the time may end before the last row."""
+        times = measured(steps, rounds)
+        print(", ".join(f"{name} {1e3 * statistics.median(times[name]):.1f} ms" for name in times), flush=True)
+        return times
+
+    step_gpu.side_by_side = told
+    rows = step_gpu.measure(3)
     write_atomically(runs / STEPS, "\n".join(json.dumps(asdict(row)) for row in rows).encode())
     for row in rows:
         print(f"{row.name}: {row.ratio:g} {row.unit} ({row.low:g} to {row.high:g}; to reach {row.target}); {row.note}")
