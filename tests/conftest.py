@@ -83,7 +83,7 @@ def tiny_model_folder(tmp_path_factory) -> Path:
 
     by_group = {group: share(group) for group in ("head", "medium", "tail")}
     config = {
-        "architecture": "resnet32", "num_classes": 10, "num_features": 64, "label_names": names,
+        "architecture": "resnet8", "num_classes": 10, "num_features": 64, "label_names": names,
         "pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.49, 0.48, 0.45], "std": [0.25, 0.24, 0.26],
                            "interpolation": "bilinear", "crop_pct": 1.0, "num_classes": 10, "classifier": "fc"},
         "metasaug": {
@@ -102,7 +102,7 @@ def tiny_model_folder(tmp_path_factory) -> Path:
         },
     }
     torch.manual_seed(0)
-    weights = {name: tensor.numpy() for name, tensor in create("resnet32", 10).state_dict().items()}
+    weights = {name: tensor.numpy() for name, tensor in create("resnet8", 10).state_dict().items()}
     rng = np.random.default_rng(0)
     spread = rng.normal(size=(10, 64, 64)).astype(np.float32) / 8
     covariance = {"running": spread @ spread.transpose(0, 2, 1), "learned": np.zeros((10, 64, 64), np.float32)}

@@ -197,7 +197,7 @@ def test_what_flags_say_stands_and_what_they_leave_open_is_the_backbones(tiny_mo
     # when nothing is said, then that is how pictures are shown, each with its reason;
     recipe, reasons = settle(Folder(backbone=source), DATA, CPU, None)
     assert (recipe.architecture, recipe.input_size, recipe.mean, recipe.stage2_trains) == (
-        "resnet32", 32, (0.49, 0.48, 0.45), "classifier")
+        "resnet8", 32, (0.49, 0.48, 0.45), "classifier")
     assert any(reason.startswith("--mean 0.49 0.48 0.45: ") for reason in reasons)
     # what is said stands.
     said = Folder(backbone=source, input_size=48, mean=(0.5,) * 3, epochs=7, last_layer="fresh")

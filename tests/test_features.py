@@ -49,7 +49,7 @@ VIEW = stages.view_of(TINY, DATA)
 def a_backbone(dtype=torch.float32):
     """ResNet-32 that has seen some stripes, so that its features are of a usual size."""
     torch.manual_seed(0)
-    module = create("resnet32", 3)
+    module = create("resnet8", 3)
     with torch.no_grad():
         for _ in range(30):
             module(torch.randn(50, 3, 16, 16))
@@ -169,7 +169,7 @@ def test_the_test_set_gives_exactly_what_its_pictures_give(tmp_path):
 
 def test_the_cache_waits_for_stage_2_and_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     # Given a large set's recipe: stage 1 trains the network, stage 2 the last layer,
-    recipe = INat18(architecture="resnet32", epochs=4, stage2_epochs=2, batch_size=16, stage2_batch_size=16, lr=0.05,
+    recipe = INat18(architecture="resnet8", epochs=4, stage2_epochs=2, batch_size=16, stage2_batch_size=16, lr=0.05,
                     stage2_lr=0.01, input_size=16, crops="shift", cache_features=2)
     seen = []
     whole, results = loop.run(recipe, DATA, tmp_path / "whole", CPU, on_progress=lambda state: seen.append(

@@ -27,7 +27,7 @@ from .test_training import Killed, assert_same_bits, coloured_stripes, kill_afte
 
 CPU = torch.device("cpu")
 COUNTS = [40, 20, 10]
-SHORT = {"architecture": "resnet32", "input_size": 16, "batch_size": 16, "lr": 0.02, "meta_per_class": 4}
+SHORT = {"architecture": "resnet8", "input_size": 16, "batch_size": 16, "lr": 0.02, "meta_per_class": 4}
 
 
 def redraw(paths_by_class, seed, shuffled):

@@ -29,7 +29,7 @@ from zoo.model_folder import CONFIG, MANIFEST, ModelFolder, manifest_of
 from zoo.registry import ENTRIES, find
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = ("--epochs", "4", "--stage2-epochs", "2", "--architecture", "resnet32", "--input-size", "32", "--batch-size",
+SHORT = ("--epochs", "4", "--stage2-epochs", "2", "--architecture", "resnet8", "--input-size", "32", "--batch-size",
          "8", "--stage2-batch-size", "8", "--lr", "0.01", "--workers", "0")
 PAIR = "metasaug-imagenet-lt,ce-imagenet-lt"  # cells that share their first stage
 
@@ -418,7 +418,7 @@ def published_elsewhere(files, recipe):
 
 def test_what_another_machine_published_is_out_unless_it_was_trained_otherwise(
         hub, files, tmp_path, capsys, monkeypatch):
-    recipe = ImageNetLT(augment="none", epochs=4, stage2_epochs=2, architecture="resnet32", input_size=32,
+    recipe = ImageNetLT(augment="none", epochs=4, stage2_epochs=2, architecture="resnet8", input_size=32,
                         batch_size=8, stage2_batch_size=8, lr=0.01).to_dict()
     begun = []
     monkeypatch.setattr(releasing.Children, "run", lambda _self, words, *_: begun.append(words))

@@ -191,7 +191,7 @@ def test_fifty_kills_at_random_and_the_same_bits(tmp_path, on_disk, method):
 
 
 CIFAR = ["cifar10-lt", "--imbalance", "4", "--meta-per-class", "4", "--epochs", "30"]
-FOLDER = ["folder", "--epochs", "60", "--batch-size", "8", "--architecture", "resnet32", "--input-size", "16",
+FOLDER = ["folder", "--epochs", "60", "--batch-size", "8", "--architecture", "resnet8", "--input-size", "16",
           "--crops", "resized", "--save-minutes", "0.001"]
 
 
@@ -503,7 +503,7 @@ def command(folder: Path, *words: str, group: bool = False, endless: Path | None
 
 def words(class_folders: Path, epochs: int = 40) -> list[str]:
     return ["folder", "--data", str(class_folders), "--epochs", str(epochs), "--batch-size", "8", "--input-size", "16",
-            "--architecture", "resnet32", "--crops", "resized", "--workers", "2", "--device", "cpu", "--resume"]
+            "--architecture", "resnet8", "--crops", "resized", "--workers", "2", "--device", "cpu", "--resume"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])

@@ -19,7 +19,7 @@ from training.recipes import Cifar10LT  # noqa: E402
 from training.run import loop, stages  # noqa: E402
 
 CPU = torch.device("cpu")
-TINY = Cifar10LT(epochs=5, batch_size=16, lr=0.05, imbalance=4, meta_per_class=4)
+TINY = Cifar10LT(architecture="resnet8", epochs=5, batch_size=16, lr=0.05, imbalance=4, meta_per_class=4)
 
 
 def coloured_stripes(n_per_class: list[int], seed: int, shuffled=False) -> Split:

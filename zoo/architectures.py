@@ -9,6 +9,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -261,7 +262,7 @@ _RESNETS = {
 }
 
 ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
-    "resnet32": lambda num_classes: CifarResNet(num_classes, 5),
+    **{f"resnet{6 * n + 2}": partial(CifarResNet, blocks_per_stage=n) for n in (5, 3, 1)},
     **{name: _torchvision_resnet(block, layers, False, **options)
        for name, (block, layers, options) in _RESNETS.items()},
     **{f"{name}-small": _torchvision_resnet(block, layers, True, **options)
