@@ -21,6 +21,7 @@ import tyro
 import zoo
 from zoo.demo import answers, directions, long_tail, model_page, models, pictures
 from zoo.demo.theme import ACT, ANNOUNCE, CHOOSE, CSS, HEAD, theme
+from zoo.registry import citation
 
 QUEUE: dict[str, Any] = {"max_size": 64, "default_concurrency_limit": 2}
 # Gradio keeps 110 kB for an hour of every session, and each call of the API is one: by default of 10,000, over a GB.
@@ -143,7 +144,7 @@ def _models_tab(names: list[str]) -> None:
     shown = gr.HTML(facts, elem_id="facts")
     lines = gr.Code(code, language=None, label="In three lines of Python", lines=3, interactive=False)
     text = gr.Markdown(card, elem_id="card")
-    gr.Code(model_page.CITATION, language=None, label="To cite the method", interactive=False, elem_id="cite")
+    gr.Code(citation().rstrip(), language=None, label="To cite the method", interactive=False, elem_id="cite")
     which.change(model_page.page, which, [shown, lines, text], preprocess=False, **PAGE)
 
 

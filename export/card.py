@@ -9,15 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from export.figure import accuracy_figure
 from zoo.labels import GROUPS, UNKNOWN
 from zoo.model_folder import CARD, FIGURE, ModelFolder, add_files
-
-CITATION = """```bibtex
-@inproceedings{li2021metasaug,
-  title     = {{MetaSAug}: Meta Semantic Augmentation for Long-Tailed Visual Recognition},
-  author    = {Li, Shuang and Gong, Kaixiong and Liu, Chi Harold and Wang, Yulin and Qiao, Feng and Cheng, Xinjing},
-  booktitle = {CVPR},
-  year      = {2021}
-}
-```"""
+from zoo.registry import citation
 
 METHODS = {
     "metasaug": "MetaSAug: in the second stage each class's features are augmented along directions whose covariance "
@@ -55,7 +47,7 @@ def card(config: Mapping[str, Any], repo: str | None = None, figure: bool = Fals
         *_variants(ours),
         _origin(ours) if ours.get("imported") else _training(ours),
         _limits(config),
-        "## Citation\n\n" + CITATION,
+        f"## Citation\n\n```bibtex\n{citation()}```",
     ]
     return "\n\n".join(parts) + "\n"
 

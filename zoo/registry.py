@@ -181,6 +181,11 @@ ENTRIES: tuple[Entry, ...] = tuple(
     sorted(_IN_ORDER, key=lambda entry: ("bundled", "hub", "unpublished").index(entry.weights)))
 
 
+def citation() -> str:
+    """The paper, as BibTeX."""
+    return (HERE / "citation.bib").read_text(encoding="utf-8")
+
+
 def list_models() -> list[Entry]:
     """Every model of the zoo, usable ones first."""
     return list(ENTRIES)

@@ -8,12 +8,6 @@ from zoo.demo import models
 from zoo.demo.html import closed, escape, percent, ways
 
 LONG_CARD = 60_000  # characters, from which the list of all classes is left out
-CITATION = """@inproceedings{li2021metasaug,
-  title     = {{MetaSAug}: Meta Semantic Augmentation for Long-Tailed Visual Recognition},
-  author    = {Li, Shuang and Gong, Kaixiong and Liu, Chi Harold and Wang, Yulin and Qiao, Feng and Cheng, Xinjing},
-  booktitle = {CVPR},
-  year      = {2021}
-}"""
 
 
 def page(name: str) -> tuple[str, str, str]:
