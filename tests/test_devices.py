@@ -239,6 +239,7 @@ def test_captured_steps_are_the_eager_ones_to_the_bit(tmp_path, device, method, 
 WAYS = {
     "bfloat16": ({"precision": "bfloat16"}, 0.1), "float16": ({"precision": "float16"}, 0.05),
     "in parts": ({"accumulate": 2}, 0.5),  # batch norm sees halves
+    "bfloat16, network": ({"precision": "bfloat16", "lookahead": "network"}, 0.1),
     "compiled": ({"compile": True}, 0.05), "compiled, bfloat16": ({"compile": True, "precision": "bfloat16"}, 0.1),
 }
 

@@ -253,7 +253,7 @@ class _BatchNormWithTangent(torch.autograd.Function):
         y_dot += torch.ops.aten.native_batch_norm_backward(
             x_dot, x, gamma, None, None, mean, inverse_std, True, ctx.eps, [True, False, False]
         )[0]
-        return y_dot, None, None
+        return y_dot.to(x.dtype), None, None  # under autocast CUDA's kernels may give float32
 
 
 def random_state(device: torch.device) -> list[Tensor]:
