@@ -143,7 +143,7 @@ def test_a_whole_run_on_features_ends_where_one_on_the_same_views_ends(tmp_path,
         monkeypatch.setattr(loop, "FeatureCache", lambda *a, dtype=dtype, **k: FeatureCache(*a, **k, dtype=dtype))
         ends[dtype] = loop.run(frozen(), DATA, tmp_path / np.dtype(dtype).name, CPU)
     # and on pictures in the same views,
-    monkeypatch.setattr(loop, "_on_features", lambda stage, *_: dataclasses.replace(
+    monkeypatch.setattr(loop, "on_features", lambda stage, *_: dataclasses.replace(
         stage, batches=OfViews(DATA.train, 2, "train", 16), meta=OfViews(DATA.meta, 2, "meta", 16)))
     state, results = loop.run(frozen(), DATA, tmp_path / "pictures", CPU)
     truth = state.module.fc.weight.detach()

@@ -162,7 +162,7 @@ def test_the_closed_form_trains_as_the_meta_step_does(tmp_path, monkeypatch, los
     recipe = dataclasses.replace(FROZEN, loss=loss)
     fast, _ = loop.run(recipe, small_data(), tmp_path / "fast", CPU)
     # when the same steps are taken by the general meta step, then the weights and covariances come out the same.
-    monkeypatch.setattr(loop, "_in_closed_form", lambda recipe: False)
+    monkeypatch.setattr(steps, "_in_closed_form", lambda recipe: False)
     slow, _ = loop.run(recipe, small_data(), tmp_path / "slow", CPU)
     torch.testing.assert_close(fast.module.fc.weight, slow.module.fc.weight, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(fast.learned.delta, slow.learned.delta, atol=1e-6, rtol=1e-3)
