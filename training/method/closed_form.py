@@ -21,8 +21,8 @@ K the classes of one chunk. With c_n the weight of a sample (they sum to 1), y i
 
 19 products of N C A multiplications, where plain cross entropy has 2. Three of them go (the counts in brackets): g
 and V have low rank where a product follows, as in f_meta (G^T h)^T = (f_meta h^T) G, which costs M N (A + C), an
-eighth of N C A at N = 256, A = 2048. Of the 16 that stay, 12 have a row for each distinct class instead of one for
-each sample. What is constant in a row of z drops out of every softmax.
+eighth of N C A at N = 256, A = 2048. Of the 16 that stay, 12 have a row for each class where classes are fewer than
+samples. What is constant in a row of z drops out of every softmax.
 
 Six passes over the classes, in chunks that stay in the cache: W*W, W V and G^T s are never whole in memory, and only
 the batch's rows of S are read. A chunk sees one elementwise operation in each pass; the products add up the rest.
@@ -83,6 +83,8 @@ def frozen_head_step(
     rows, finite = head.rows, (compute or Compute()).finite
     used_U = rows.sum(torch.ones_like(labels_N)) > 0
     S_UA = learned.rows(rows.classes_U) if fixed else learned.running.covariance[rows.classes_U]
+    if rows.every_class:
+        S_UA = torch.where(used_U[:, None], S_UA, 0)  # of a class that the batch lacks nothing is read
     grad_UA, meta_loss = head.meta_gradient(S_UA, meta_features_MA, meta_labels_M, inner_rate)
     loss_before = head.loss
     finite.check(loss=[loss_before], meta_loss=[meta_loss], meta_gradient=[grad_UA])
@@ -149,14 +151,13 @@ class ClosedFormHead:
     ) -> tuple[Tensor, Tensor]:
         """-> (grad_S for the batch's classes, meta loss after the look ahead)."""
         lam, f_MA, h_NA = self.strength, meta_features_MA, self._centred(S_UA)
-        self.z_NC, spread_UC, half_UA = self._logits(len(h_NA)), self._logits(len(S_UA)), lam / 2 * S_UA
+        self.z_NC, half_UA = self._logits(len(h_NA)), lam / 2 * S_UA
         for k, W_KA, scratch_KA in self._chunks():
             torch.addmm(self.b_C[k], h_NA, W_KA.T, out=self.z_NC[:, k])
-            torch.mm(half_UA, torch.mul(W_KA, W_KA, out=scratch_KA).T, out=spread_UC[:, k])
-        self.z_NC.add_(spread_UC[self.rows.index_N])
+            self._add(self.z_NC[:, k], half_UA, torch.mul(W_KA, W_KA, out=scratch_KA))
         self.loss, cP_NC = self._softmax(self.z_NC)
         G_NC = cP_NC.scatter_add(1, self.labels_N[:, None], -self.c_N1)
-        G_UC = self._by_class(G_NC)
+        G_UC = self._by_row(G_NC)
 
         # The look ahead: (W - alpha g) only as what it makes of the meta features.
         z_MC, GW_UA = self._logits(len(f_MA)), torch.zeros_like(S_UA)
@@ -177,15 +178,14 @@ class ClosedFormHead:
         # The tangent of z along V.
         v_UA = Gv_MC[:, self.rows.classes_U].T @ f_MA
         to_dot_UA, back_UA = lam * S_UA, -lam * S_UA * v_UA
-        z_dot_UC, GWV_UA = spread_UC, torch.zeros_like(S_UA)
+        z_dot_NC, GWV_UA = torch.mm(fh_MN.T, Gv_MC), torch.zeros_like(S_UA)
         for k, W_KA, scratch_KA in self._chunks():
             WV_KA = torch.mm(Gv_MC[:, k].T, f_MA, out=scratch_KA).mul_(W_KA)
             GWV_UA.addmm_(G_UC[:, k], WV_KA)
-            torch.mm(to_dot_UA, WV_KA.T, out=z_dot_UC[:, k])
-            z_dot_UC[:, k].addmm_(back_UA, W_KA.T)
-        z_dot_NC = torch.mm(fh_MN.T, Gv_MC).add_(z_dot_UC[self.rows.index_N])
+            self._add(z_dot_NC[:, k], to_dot_UA, WV_KA)
+            self._add(z_dot_NC[:, k], back_UA, W_KA)
         mean_N11 = torch.bmm(cP_NC[:, None], z_dot_NC[..., None]) / self.c_N1[..., None]
-        H_UC = self._by_class(z_dot_NC.sub_(mean_N11[:, 0]).mul_(cP_NC))
+        H_UC = self._by_row(z_dot_NC.sub_(mean_N11[:, 0]).mul_(cP_NC))
 
         HW_UA, HW2_UA = torch.zeros_like(S_UA), torch.zeros_like(S_UA)
         for k, W_KA, scratch_KA in self._chunks():
@@ -194,19 +194,19 @@ class ClosedFormHead:
         GV_UA = (G_UC @ Gv_MC.T) @ f_MA
         d_UA = lam / 2 * (HW2_UA - 2 * self.w_UA * HW_UA)
         d_UA += lam * (GWV_UA - self.w_UA * GV_UA - v_UA * GW_UA)
+        if not self.rows.every_class:
+            d_UA = self.rows.sum(d_UA)[self.rows.index_N]
         return -inner_rate * d_UA, meta_loss
 
     def gradient_after_move(self, move_UA: Tensor, S_UA: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of L in W and b once S has moved by `move_UA`, to `S_UA`."""
-        half_UA, move_UC = self.strength / 2 * move_UA, self._logits(len(move_UA))
-        back_UA = -2 * half_UA * self.w_UA
+        half_UA, back_UA = self.strength / 2 * move_UA, -self.strength * move_UA * self.w_UA
         for k, W_KA, scratch_KA in self._chunks():
-            torch.mm(half_UA, torch.mul(W_KA, W_KA, out=scratch_KA).T, out=move_UC[:, k])
-            move_UC[:, k].addmm_(back_UA, W_KA.T)
-        self.z_NC.add_(move_UC[self.rows.index_N])
+            self._add(self.z_NC[:, k], half_UA, torch.mul(W_KA, W_KA, out=scratch_KA))
+            self._add(self.z_NC[:, k], back_UA, W_KA)
         self.loss, G_NC = self._softmax(self.z_NC)
         G_NC.scatter_add_(1, self.labels_N[:, None], -self.c_N1)
-        G_UC, h_NA, spread_UA = self._by_class(G_NC), self._centred(S_UA), self.strength * S_UA
+        G_UC, h_NA, spread_UA = self._by_row(G_NC), self._centred(S_UA), self.strength * S_UA
 
         grad_CA, GW_UA = torch.empty_like(self.W), torch.zeros_like(S_UA)
         for k, W_KA, _ in self._chunks():
@@ -224,14 +224,22 @@ class ClosedFormHead:
 
     def _centred(self, S_UA: Tensor) -> Tensor:
         """h = f - lambda s_y w_y."""
-        return self.f_NA - (self.strength * S_UA * self.w_UA)[self.rows.index_N]
+        away_UA = self.strength * S_UA * self.w_UA
+        return self.f_NA - (away_UA[self.rows.index_N] if self.rows.every_class else away_UA)
 
     def _softmax(self, z_NC: Tensor) -> tuple[Tensor, Tensor]:
         return _softmax_at(self.head_loss.shifted(z_NC, self.labels_N), self.labels_N, self.c_N1)
 
-    def _by_class(self, x_NC: Tensor) -> Tensor:
-        """Rows of the same class summed -> (U, C)."""
-        return self.rows.sum(x_NC)
+    def _add(self, z_NK: Tensor, x_UA: Tensor, y_KA: Tensor) -> None:
+        """z_n += x_u y^T, u the row of the sample."""
+        if self.rows.every_class:
+            z_NK += (x_UA @ y_KA.T)[self.rows.index_N]
+        else:
+            z_NK.addmm_(x_UA, y_KA.T)
+
+    def _by_row(self, x_NC: Tensor) -> Tensor:
+        """Samples of the same row summed -> (U, C)."""
+        return self.rows.sum(x_NC) if self.rows.every_class else x_NC
 
     def _chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Slices of classes, their rows of W, and memory of that size."""
