@@ -2,7 +2,7 @@
 
     python -m benchmarks.ledger run --cifar10 DIR --plankton DIR   # continues where it was stopped
     python -m benchmarks.ledger status                             # what is missing, and how long it will take
-    python -m benchmarks.ledger page                               # the tables in docs/ledger.md, docs/heldout.md
+    python -m benchmarks.ledger page                               # the tables in docs: ledger, paper, heldout
 
 `run` and `status` take another list of cells, with its own results: --protocol benchmarks/paper.toml.
 """
@@ -32,8 +32,9 @@ from zoo.files import write_atomically
 from zoo.labels import GROUPS
 
 HERE = Path(__file__).resolve().parent
-PROTOCOL, DEVELOPMENT, RESULTS = HERE / "ledger.toml", HERE / "development.toml", HERE / "results" / "ledger.json"
-PAGE, HELDOUT_PAGE = (HERE.parent / "docs" / f"{name}.md" for name in ("ledger", "heldout"))
+PROTOCOL, DEVELOPMENT, PAPER = (HERE / f"{name}.toml" for name in ("ledger", "development", "paper"))
+RESULTS = HERE / "results" / "ledger.json"
+PAGE, PAPER_PAGE, HELDOUT_PAGE = (HERE.parent / "docs" / f"{name}.md" for name in ("ledger", "paper", "heldout"))
 RECIPES: dict[str, type[Recipe]] = {recipe.dataset: recipe for recipe in (Cifar10LT, Cifar100LT, Folder)}
 
 
@@ -352,6 +353,27 @@ def comparison(cells: Sequence[Mapping[str, Any]], metric: str, method: str) -> 
     return "\n".join(lines)
 
 
+def paper_table(cells: Sequence[Mapping[str, Any]]) -> str:
+    """A line a cell of the paper's table: three ways to read its second stage, beside what the paper has."""
+    from zoo.registry import PUBLISHED
+
+    lines = ["| set | method | seeds | last epoch, % | mean of last ten, % | best test epoch, % | paper, % | "
+             "best − paper |",
+             "|---|---|---|---|---|---|---|---|"]
+    for name in dict.fromkeys(cell["set"] for cell in cells):
+        for method, mine in _by_method(cells, name).items():
+            rows = list(mine.values())
+            loss = {"metasaug": "ce", "metasaug-ldam": "ldam"}.get(method, "")
+            paper = PUBLISHED.get((name.rpartition("-")[0], loss), {}).get(round(rows[0]["imbalance"]))
+            best = [row["best"]["error"] for row in rows]
+            beside = "– | –" if paper is None else (
+                f"{paper:.2f} | {100 * statistics.mean(best) - paper:+.2f}")
+            lines.append(" | ".join([
+                f"| {name}", f"`{method}`", str(len(rows)), _spread([row["error"] for row in rows]),
+                _spread([row["mean_of_last_10"] for row in rows]), _spread(best), f"{beside} |"]))
+    return "\n".join(lines)
+
+
 def shift_table(cells: Sequence[Mapping[str, Any]]) -> str:
     """How far the meta step moved S, and what that did to the loss, an epoch a line: means over the steps."""
     shown = [cell for cell in cells if cell["method"].startswith("metasaug") and cell["seed"] == 0
@@ -390,7 +412,7 @@ def shift_figure(cells: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def page() -> None:
-    """Write the tables into docs/ledger.md and docs/heldout.md, between their markers, and docs/shift.png."""
+    """Write the tables into docs/ledger.md, paper.md and heldout.md, and docs/shift.png."""
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
     PAGE.with_name("shift.png").write_bytes(shift_figure(rows_in(RESULTS)))
@@ -403,6 +425,7 @@ def pages() -> dict[Path, str]:
     cells, metric, made = rows_in(RESULTS), Protocol().metric, {}
     for path, parts in {
         PAGE: {"results": tables(cells, metric), "shift": shift_table(cells)},
+        PAPER_PAGE: {"paper": paper_table(rows_in(Protocol(PAPER).results))},
         HELDOUT_PAGE: {"development": tables(rows_in(Protocol(DEVELOPMENT).results), metric),
                        "report": comparison(cells, metric, "heldout")},
     }.items():
