@@ -81,8 +81,8 @@ def rows_at_full_size(rounds: int) -> list[Row]:
     # the gradient is written once.
     counted = (f"16 products of {product / 1e9:.1f} GFLOP, plain has 2; {8 * W / 1e6:.0f} MB of W and its gradient "
                f"moved; {rate:.0f} GFLOP/s, plain {plain_rate:.0f}")
-    memory, memory_autograd = added_memory(ours, CLASSES), added_memory(autograd, CLASSES)
-    memory_authors = added_memory(authors, CLASSES)
+    memory, memory_autograd = added_memory(ours(CLASSES)), added_memory(autograd(CLASSES))
+    memory_authors = added_memory(authors(CLASSES))
     return [
         ratio_row("MetaSAug step / plain step", times["ours"], times["plain"], 8.5, counted),
         ratio_row("MetaSAug step / autograd over the matmul form", times["ours"], times["autograd"]),

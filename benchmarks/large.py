@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import tyro
 from torch import nn
 
-from benchmarks.measuring import Row, added_memory, figure_row, filled, machine, report, side_by_side
+from benchmarks.measuring import Row, figure_row, filled, machine, process_memory, report, side_by_side
 from training.data.batches import View
 from training.data.datasets import PictureFiles
 from training.data.imagenet_inat import IMAGENET_LT, INAT
@@ -183,8 +183,8 @@ def measure(rounds: int, folder: Path) -> list[Row]:
     made_up = (f"made-up features in an exponential tail, {class_counts()[0]} to 2 pictures a class; batch {BATCH}, "
                f"{STEPS} steps an epoch, {EPOCHS} epochs")
     rows = [row for name, seconds in times.items() for row in time_rows(name, seconds, made_up)]
-    rows += [figure_row(f"memory of a process that takes MetaSAug steps, {said}", added_memory(
-        step_of, "MetaSAug", folder, what=what) / 1e3, "GB", note=note)
+    rows += [figure_row(f"memory of a process that takes MetaSAug steps, {said}", process_memory(
+        what, step_of, "MetaSAug", folder) / 1e3, "GB", note=note)
         for what, said, note in (
             ("own", "its own", "after two steps (RssAnon)"),
             ("peak", "with mapped features", "VmHWM: the system maps around what is read as far as memory is free"))]

@@ -1,10 +1,11 @@
-"""Timing side by side, peak memory in a process of its own, and the rows that every benchmark prints and writes."""
+"""Timing side by side, memory by torch's own account, and the rows that every benchmark prints and writes."""
 
+import itertools
 import json
 import multiprocessing
 import platform
-import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -81,16 +82,34 @@ def figure_row(name: str, figure: float, unit: str, target: float | None = None,
                None if target is None else figure <= target, unit, note, machine())
 
 
-def added_memory(prepare: Callable[..., Callable[[], object]], *arguments, what: str = "added") -> float:
-    """MB of two steps, in a process of their own; on a GPU: in its memory, here.
+def added_memory(step: Callable[[], object]) -> float:
+    """MB that torch allocates at most at once within a step, above what it held before; the second step counts.
 
-    what   added: by which they raise its peak above what its data take; peak: VmHWM, mapped files among it; own:
-           without mapped files, which the system takes back when it needs the memory (Linux only)
+    By torch's own account of its allocations, which is the same on every machine. What a library takes beside torch,
+    as MKL's and cuDNN's buffers, is not in it.
+    """
+    step()
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        profiled.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    return max(itertools.accumulate((size for _, size in changes), initial=0)) / 1e6
+
+
+def process_memory(what: Literal["peak", "own"], prepare: Callable[..., Callable[[], object]], *arguments) -> float:
+    """MB of a process that prepares and takes two steps, by Linux's account.
+
+    what   peak: VmHWM, mapped files included; own: RssAnon, without them
 
     prepare(*arguments) makes the data and returns the step; a function of a module, so that the process finds it
     """
-    if torch.get_default_device().type == "cuda":
-        return _added_on_gpu(prepare(*arguments))
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_watched, args=(sender, prepare, arguments, torch.get_num_threads(), what))
@@ -102,30 +121,14 @@ def added_memory(prepare: Callable[..., Callable[[], object]], *arguments, what:
         process.join()
 
 
-def _added_on_gpu(step: Callable[[], object]) -> float:
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    step()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
-
-
 def _watched(sender, prepare, arguments, threads: int, what: str) -> None:
     torch.set_num_threads(threads)
     step = prepare(*arguments)
-    before = _peak_mb() if what == "added" else 0.0
     step()
     step()
-    sender.send(_peak_mb("RssAnon" if what == "own" else "VmHWM") - before)
-
-
-def _peak_mb(field: str = "VmHWM") -> float:
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux hands the parent's ru_maxrss on to the child
-        line = next(line for line in status.read_text().splitlines() if line.startswith(field))
-        return int(line.split()[1]) * 1024 / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6  # bytes on macOS
+    field = "RssAnon" if what == "own" else "VmHWM"
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    sender.send(int(line.split()[1]) * 1024 / 1e6)
 
 
 def command(prog: str, measure: Callable[[int], list[Row]]) -> None:
