@@ -72,10 +72,8 @@ class OfViews(Batches):
     def draw(self, rng, n):
         return rng.integers(0, len(self.drawn), n)
 
-    def _batches(self, batches, views):
-        drawn = [self.drawn[k, at] for k, at in zip(views, batches, strict=True)]
-        for pictures, labels in super()._batches(batches, drawn):
-            yield pictures.to(self.dtype), labels
+    def _shown(self, at, views, parts):
+        return (pictures.to(self.dtype) for pictures in super()._shown(at, self.drawn[views, at], parts))
 
 
 def closed_form(head, x, y, x_meta, y_meta, learned, loss, **how):

@@ -133,15 +133,17 @@ class LongTailed:
         return dataclasses.replace(joined, meta=self.meta.at(np.flatnonzero(last)), shared_meta_classes=())
 
     def with_meta_in_training(self) -> "LongTailed":
-        """The same, its training set joined by those meta pictures that are not in it."""
+        """The same, with those meta pictures that are not in the training set appended to it."""
         train, meta = self.train, self.meta
-        labels = np.concatenate([train.labels, meta.labels])
         if isinstance(train, Split) and isinstance(meta, Split):
-            return dataclasses.replace(self, train=Split(np.concatenate([train.pictures, meta.pictures]), labels))
-        assert isinstance(train, PictureFiles) and isinstance(meta, PictureFiles)
-        joined = PictureFiles(train.root, train.names + meta.names, labels)
-        first_of_name = {name: i for i, name in reversed([*enumerate(joined.names)])}
-        return dataclasses.replace(self, train=joined.at(sorted(first_of_name.values())))
+            joined: Split | PictureFiles = Split(np.concatenate([train.pictures, meta.pictures]),
+                                                 np.concatenate([train.labels, meta.labels]))
+        else:
+            assert isinstance(train, PictureFiles) and isinstance(meta, PictureFiles)
+            known = set(train.names)
+            added = meta.at([i for i, name in enumerate(meta.names) if name not in known])
+            joined = PictureFiles(train.root, train.names + added.names, np.concatenate([train.labels, added.labels]))
+        return dataclasses.replace(self, train=joined)
 
 
 def content_key(content: bytes) -> bytes:

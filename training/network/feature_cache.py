@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.data.batches import Batches, View, at_once, normalised, read
+from training.data.batches import Batches, View, at_once, batch_sizes, moved, on_device, own, shown, slices
 from training.data.datasets import PictureFiles, Split
 from training.errors import DataError, TrainingError
 from training.network.derivatives import Compute, features_of
@@ -86,11 +86,28 @@ class CachedBatches(Batches):
     def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
         return rng.integers(0, len(self.features_KNA), n)
 
-    def _batches(self, batches: list[np.ndarray], drawn: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-        for at, views in zip(batches, drawn, strict=True):
-            own = self.processes.part(len(at))
-            rows_NA = torch.from_numpy(self.features_KNA[views[own], at[own]]).to(self.device)
-            yield rows_NA.to(self.dtype), torch.from_numpy(self.labels[at]).to(self.device)
+    def _shown(self, at: np.ndarray, drawn: np.ndarray, parts: list[slice]) -> Iterator[Tensor]:
+        rows = drawn * self.features_KNA.shape[1] + at
+        return (rows_NA.to(self.dtype) for rows_NA in _rows(self.features_KNA, rows, parts, self.device))
+
+
+def features_in_order(
+    features_1NA: np.ndarray, view: View, device: torch.device, processes: Processes = ALONE
+) -> Iterator[tuple[Tensor, int]]:
+    """The features of what training.data.batches.in_order shows, in the same batches."""
+    sizes = batch_sizes(features_1NA.shape[1], at_once(view))
+    parts = own(slices(sizes), processes)
+    return zip(_rows(features_1NA, np.arange(features_1NA.shape[1]), parts, device), sizes, strict=True)
+
+
+def _rows(features_KNA: np.ndarray, rows: np.ndarray, parts: list[slice], device: torch.device) -> Iterator[Tensor]:
+    """Rows of all K * N, on the device, where the features stay if they fit there."""
+    whole, index, width = on_device(features_KNA, device), moved(rows, device), features_KNA.shape[2]
+    for part in parts:
+        if whole is None:
+            yield moved(features_KNA.reshape(-1, width)[rows[part]], device)
+        else:
+            yield whole.view(-1, width).index_select(0, index[part])
 
 
 @dataclass(frozen=True)
@@ -114,6 +131,7 @@ class FeatureCache:
     dtype: type = np.float16
     say: Callable[[str], object] = tqdm.write
     _keys: dict[int, tuple[Any, str]] = field(default_factory=dict)
+    _mapped: dict[Path, np.ndarray] = field(default_factory=dict)  # one for both stages: they share its copy on a GPU
 
     def check_disk(self, sets: Sequence[tuple[Kind, Split | PictureFiles]], module: nn.Module, trained: bool) -> None:
         """Says what the features of these sets will take; TrainingError where the disk has not so much left.
@@ -176,7 +194,9 @@ class FeatureCache:
             with _Store(file, self._shape(kind, pictures, module), at_once(self.view)) as store:
                 if not store.whole():
                     self._build(store, kind, pictures, module, before_each)
-            return store.mapped()
+            if file not in self._mapped:
+                self._mapped[file] = store.mapped()
+            return self._mapped[file]
 
     def _build(self, store: "_Store", kind: Kind, pictures: Split | PictureFiles, module: nn.Module,
                before_each: Callable[[], None]) -> None:
@@ -211,13 +231,13 @@ class FeatureCache:
         """The rows of each part; batches are those in which `evaluate` looks at pictures."""
         of_part = [store.batches(part) for part in parts]
         at = [indices for _, batches in of_part for indices in batches]
-        rows = None if drawn is None else [drawn[k][indices] for k, batches in of_part for indices in batches]
-        arrays = read(pictures, self.view, at, rows, self.workers)
+        rows = None if drawn is None else np.concatenate(
+            [drawn[k][indices] for k, batches in of_part for indices in batches])
+        looks = shown(pictures, self.view, np.concatenate(at), rows, slices(map(len, at)), self.device, self.workers)
         dtype = next(module.parameters()).dtype
         for _, batches in of_part:
             with self.compute.autocast(self.device) if drawn is not None else contextlib.nullcontext():
-                features = [features_of(module, normalised(next(arrays), self.view, self.device).to(dtype))
-                            for _ in batches]
+                features = [features_of(module, next(looks).to(dtype)) for _ in batches]
             yield torch.cat(features).to(dtype).cpu().numpy()
 
 

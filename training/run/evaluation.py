@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from training.data.batches import View, at_once, in_order
+from training.data.batches import View, in_order
 from training.data.datasets import LongTailed
 from training.network.distributed import ALONE, Processes
-from training.network.feature_cache import Head
+from training.network.feature_cache import Head, features_in_order
 from training.report.metrics import Tally
 
 
@@ -27,12 +27,11 @@ def evaluate(
     module.eval()
     tally, seen = Tally(data.label_names, data.class_counts, groups, prior), 0
     with torch.no_grad():
-        net, looks = module, in_order(data.test, view, device, workers, processes)
-        if features_KNA is not None:
-            net, size = Head(module.get_classifier()), at_once(view)  # type: ignore[operator]
-            batches = (features_KNA[0, i : i + size] for i in range(0, len(features_KNA[0]), size))
-            looks = ((torch.from_numpy(rows[processes.part(len(rows))].copy()).to(device), len(rows))
-                     for rows in batches)
+        if features_KNA is None:
+            net, looks = module, in_order(data.test, view, device, workers, processes)
+        else:
+            net = Head(module.get_classifier())  # type: ignore[operator]
+            looks = features_in_order(features_KNA, view, device, processes)
         for pictures, total in looks:
             before_each()
             logits = net(pictures) if len(pictures) else torch.empty(0, len(data.label_names), device=device)

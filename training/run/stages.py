@@ -59,21 +59,21 @@ def make_stages(
     cached = recipe.cache_features and recipe.stands_still(in_stage2=False)
     in_memory = not cached and fits_in_memory(view, len(data.train) + len(data.meta))
     first, second = (data_of_stage(recipe, data, number) for number in (1, 2))
-    train, meta, second_train = first.train, second.meta, second.train
+    train, meta = second.train, second.meta
     if in_memory:
-        train, meta = (hold(pictures, view, workers) for pictures in (first.train, second.meta))
-        second_train = train if second.train is first.train else hold(second.train, view, workers)
+        train, meta = (hold(pictures, view, workers) for pictures in (train, meta))
 
-    def stage(pictures: Split | PictureFiles, counts: tuple[int, ...], loss: Loss, size: int, weighted: bool) -> Stage:
+    def stage(counts: tuple[int, ...], loss: Loss, size: int, weighted: bool) -> Stage:
+        # Meta pictures that join the second stage's come after the first one's: one copy serves both.
         return Stage(
-            Batches(pictures, view, recipe.seed, size, device, workers, processes),
+            Batches(train, view, recipe.seed, size, device, workers, processes, sum(counts)),
             Batches(meta, view, recipe.seed, size, device, workers, processes),
             HeadLoss(loss, counts, gamma=recipe.gamma, max_margin=recipe.max_margin, scale=recipe.scale,
                      tau=recipe.tau),
             _placed(class_balanced_weights(counts, recipe.beta), device) if weighted else None)
 
-    return (stage(train, first.class_counts, recipe.first_loss, recipe.batch_size, False),
-            stage(second_train, second.class_counts, recipe.loss, recipe.stage2_batch_size or recipe.batch_size,
+    return (stage(first.class_counts, recipe.first_loss, recipe.batch_size, False),
+            stage(second.class_counts, recipe.loss, recipe.stage2_batch_size or recipe.batch_size,
                   recipe.weighted))
 
 
