@@ -291,7 +291,7 @@ def test_a_step_that_does_not_fit_is_told_in_a_sentence(tmp_path, device, monkey
         def full(*_):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-        monkeypatch.setattr(loop, "_step", full)
+        monkeypatch.setattr(loop.Stepper, "step", full)
     try:
         with pytest.raises(TrainingError, match=r"64 pictures of 128 x 128 does not fit .*--batch-size"):
             loop.run(recipe, small_data(), tmp_path, device)
