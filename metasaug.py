@@ -77,7 +77,12 @@ def _call(name: str, arguments: list[str]) -> int:
     import tyro
 
     command = COMMANDS[name]
-    result = tyro.cli(_found(command.function), prog=f"metasaug {name}", args=arguments)
+    try:
+        result = tyro.cli(_found(command.function), prog=f"metasaug {name}", args=arguments)
+    except Exception as error:
+        if command.then is not None and (left := getattr(error, "model", None)) is not None:
+            _found(command.then)(left)  # a run that was stopped, with a model of before
+        raise
     if command.then is not None:
         _found(command.then)(result)
     sys.stdout.flush()

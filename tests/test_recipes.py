@@ -199,22 +199,23 @@ def of_sizes(sizes, counts=(900, 300, 60)) -> LongTailed:
 
 def test_choices_follow_the_pictures_and_the_machine():
     # Given small pictures, of which many are long,
-    recipe, reasons = choose(Folder(), of_sizes([(55, 53), (30, 90), (60, 50)]), "cpu", 2)
+    recipe, reasons = choose(Folder(start="none"), of_sizes([(55, 53), (30, 90), (60, 50)]), "cpu", 2)
     # then the small network, and no part is cut off; every choice is a line with a flag and a reason.
     assert (recipe.architecture, recipe.crop_mode, recipe.crops) == ("resnet32", "squash", "shift")
     assert recipe.input_size == 48
     assert all(line.startswith("--") and ": " in line for line in reasons)
     assert {line.split()[0] for line in reasons} == {
-        "--batch-size", "--epochs", "--input-size", "--architecture", "--crop-mode", "--crops", "--covariance"}
+        "--augment", "--batch-size", "--epochs", "--input-size", "--architecture", "--crop-mode", "--crops",
+        "--covariance"}
     # Photographs on a GPU are seen larger than on a CPU, where an hour must do.
     large = [(4000, 3000)]
-    cpu, _ = choose(Folder(), of_sizes(large, (9000, 3000, 600)), "cpu", 2)
-    gpu, _ = choose(Folder(), of_sizes(large, (9000, 3000, 600)), "cuda", 8)
+    cpu, _ = choose(Folder(start="none"), of_sizes(large, (9000, 3000, 600)), "cpu", 2)
+    gpu, _ = choose(Folder(start="none"), of_sizes(large, (9000, 3000, 600)), "cuda", 8)
     assert gpu.input_size == 224 and gpu.architecture == "resnet18" and gpu.crops == "resized"
     assert cpu.input_size < 100
     assert gpu.covariance == "full" or gpu.covariance == "diagonal"
     # Many classes and features: full covariances would be large.
-    many, _ = choose(Folder(architecture="resnet18"), of_sizes(large, (20,) * 500), "cuda", 8)
+    many, _ = choose(Folder(start="none", architecture="resnet18"), of_sizes(large, (20,) * 500), "cuda", 8)
     assert many.covariance == "diagonal"
 
 
@@ -223,9 +224,62 @@ def test_choices_follow_the_pictures_and_the_machine():
 def test_what_is_said_is_not_chosen(flag):
     said = {"architecture": "resnet50", "epochs": 7, "batch_size": 33, "input_size": 40, "crop_mode": "border",
             "crops": "resized", "covariance": "diagonal"}
-    recipe, reasons = choose(Folder(**{flag: said[flag]}), of_sizes([(55, 53)]), "cpu", 2)
+    recipe, reasons = choose(Folder(start="none", **{flag: said[flag]}), of_sizes([(55, 53)]), "cpu", 2)
     assert getattr(recipe, flag) == said[flag]
     assert not any(line.startswith(f"--{flag.replace('_', '-')} ") for line in reasons)
+
+
+def test_a_start_brings_its_own_recipe(monkeypatch):
+    # Given a start at hand, on a machine that trains 25 pictures a second at 224 pixels and 50 minutes by default,
+    monkeypatch.setattr("training.network.starts.choose_start", lambda device: ("small", "at hand"))
+
+    def step(architecture, size, batch, device):
+        return (size / 224) ** 2 / 25
+
+    monkeypatch.setattr("training.run.defaults.measure_step", step)
+    # when photographs are to be learned, then the recipe is the start's, with as many epochs as the time allows,
+    recipe, reasons = choose(Folder(), of_sizes([(400, 500)], (2000, 900, 100)), "cpu", 2)
+    assert (recipe.start, recipe.architecture) == ("small", "timm:tf_efficientnet_lite0.in1k")
+    assert (recipe.mean, recipe.interpolation, recipe.input_size) == ((0.5,) * 3, "bicubic", 224)
+    assert (recipe.loss, recipe.augment, recipe.meta_in_training) == ("logit-adjustment", "none", "stage2")
+    assert recipe.lr <= 0.03
+    passes = recipe.epochs * 3000 * 1.2
+    assert 0.6 * 50 * 60 * 25 < passes < 50 * 60 * 25
+    assert [flag for flag in recipe.CHOSEN if getattr(recipe, flag) in ("auto", 0, None)] == ["flips"]
+    assert any(line.startswith("--start small: at hand") for line in reasons)
+    # many of them are seen smaller, a few for a short time, small ones larger than they are;
+    many, _ = choose(Folder(), of_sizes([(400, 500)], (15_000, 5_000, 100)), "cpu", 2)
+    assert many.input_size < 224 and many.epochs >= 5
+    few, reasons = choose(Folder(), of_sizes([(400, 500)], (20,) * 8), "cpu", 2)
+    assert few.epochs * 160 / 25 < 60
+    tiny, _ = choose(Folder(), of_sizes([(30, 30)]), "cpu", 2)
+    assert tiny.input_size == 128
+    # --minutes gives more or less, and what is said stands.
+    longer, _ = choose(Folder(minutes=20), of_sizes([(400, 500)], (20,) * 8), "cpu", 2)
+    assert longer.epochs > few.epochs
+    said, _ = choose(Folder(augment="metasaug", lr=0.005, epochs=3, input_size=96), of_sizes([(400, 500)]), "cpu", 2)
+    assert (said.augment, said.lr, said.epochs, said.input_size) == ("metasaug", 0.005, 3, 96)
+    assert said.meta_in_training == "never"
+
+
+def test_without_a_start_at_hand_training_begins_from_nothing_and_says_so(monkeypatch):
+    monkeypatch.setattr("training.network.starts.choose_start", lambda device: None)
+    recipe, reasons = choose(Folder(), of_sizes([(55, 53)]), "cpu", 2)
+    assert (recipe.start, recipe.architecture, recipe.lr, recipe.loss) == ("none", "resnet32", 0.1, "ce")
+    assert "pip install" in reasons[0]
+
+
+def test_pretrained_weights_are_not_trained_at_a_rate_that_destroys_them():
+    recipe, _ = choose(Folder(pretrained="weights.pth"), of_sizes([(55, 53)]), "cpu", 2)
+    assert (recipe.start, recipe.lr) == ("none", 0.01)
+
+
+def test_one_cycle_rises_for_a_tenth_of_the_run_and_ends_at_zero():
+    recipe = Cifar10LT(schedule="one-cycle", epochs=10, lr=0.1)
+    rates = [recipe.lr_at(step / 100) for step in range(1000)]
+    assert max(rates) == pytest.approx(0.1, rel=0.05) and 80 <= rates.index(max(rates)) <= 110
+    assert rates[0] < 0.005 and rates[-1] < 1e-5
+    assert rates[100:] == sorted(rates[100:], reverse=True)
 
 
 @pytest.fixture(scope="module")
@@ -240,9 +294,9 @@ def own_pictures(tmp_path_factory):
 
 
 def test_own_pictures_become_a_model_without_another_flag(own_pictures, tmp_path, capsys, monkeypatch):
-    # Given class folders, when the only flag is where they are (and the run is cut short),
+    # Given class folders and no pretrained network, when no other flag is given (and the run is cut short),
     monkeypatch.chdir(tmp_path)
-    assert metasaug.main(["train", "folder", "--data", str(own_pictures), "--epochs", "3"]) == 0
+    assert metasaug.main(["train", "folder", "--data", str(own_pictures), "--start", "none", "--epochs", "3"]) == 0
     shown = capsys.readouterr().out
     # then it says what it chose and why,
     assert "--crop-mode squash: 100% of the pictures are over 1.5 times as long as wide" in shown
@@ -261,7 +315,7 @@ def test_own_pictures_become_a_model_without_another_flag(own_pictures, tmp_path
 
 def test_a_resumed_run_keeps_its_choices(own_pictures, tmp_path):
     # Given a run of own pictures that chose its settings, and was stopped after an epoch,
-    job = TrainFolder(Folder(epochs=2), RunOptions(data=own_pictures))
+    job = TrainFolder(Folder(start="none", epochs=2), RunOptions(data=own_pictures))
     data = job.load()
     recipe, _ = command_line.settle(job.recipe, data, CPU, None)
     with pytest.raises(Killed):
@@ -278,7 +332,8 @@ def test_a_resumed_run_keeps_its_choices(own_pictures, tmp_path):
 
 def test_dry_run_prints_the_resolved_recipe_and_trains_nothing(own_pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert metasaug.main(["train", "folder", "--data", str(own_pictures), "--dry-run", "--loss", "ldam"]) == 0
+    assert metasaug.main(["train", "folder", "--data", str(own_pictures), "--start", "none", "--dry-run", "--loss",
+                          "ldam"]) == 0
     shown = capsys.readouterr().out
     resolved = json.loads(shown[shown.index("{\n"):])
     assert resolved["loss"] == "ldam" and resolved["epochs"] == 200 and resolved["architecture"] == "resnet32"

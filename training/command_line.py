@@ -231,15 +231,20 @@ def _train(job: Job, processes) -> Path | None:
           + (f" and {processes.count - 1} more" if processes.count > 1 else "") + f", into {folder}")
     with alone_in(folder) if processes.first else nullcontext():
         workers = (os.cpu_count() or 1) if options.workers is None else options.workers
-        state, results = loop.run(
-            recipe, data, folder, processes.device, resume=options.resume, stage1=options.stage1, processes=processes,
-            evaluate_every=options.evaluate_every, save_minutes=options.save_minutes, workers=workers,
-            tensorboard=options.tensorboard, deterministic=options.deterministic, features=options.features)
-        if not processes.first:
-            return None
-        model = folder / "model"
-        write_model(model, options.name or run_name(job.recipe), recipe, stages.data_of_stage(recipe, data, 2), state,
-                    results, processes.count)
+        how: dict[str, Any] = {
+            "resume": options.resume, "stage1": options.stage1, "processes": processes,
+            "evaluate_every": options.evaluate_every, "save_minutes": options.save_minutes, "workers": workers,
+            "tensorboard": options.tensorboard, "deterministic": options.deterministic, "features": options.features}
+        model, name = folder / "model", options.name or run_name(job.recipe)
+        if isinstance(recipe, OwnPictures) and recipe.starts_pretrained and processes.count == 1:
+            from training.run.own_pictures_run import OwnPicturesRun
+
+            results = OwnPicturesRun(recipe, data, folder, processes.device, name, how).train()
+        else:
+            state, results = loop.run(recipe, data, folder, processes.device, **how)
+            if not processes.first:
+                return None
+            write_model(model, name, recipe, stages.data_of_stage(recipe, data, 2), state, results, processes.count)
     print(results_table(results))
     print(report_of_run(folder, results))
     return model
@@ -257,7 +262,7 @@ def settle(recipe: Recipe, data: LongTailed, device, resumed: Path | None) -> tu
 
         newest = load_newest(resumed / "checkpoints") if resumed is not None else None
         if newest is not None:
-            recipe = recipe.with_choices(newest[1]["recipe"])
+            recipe, _ = choose(recipe.with_choices(newest[1]["recipe"]), data, device.type, os.cpu_count() or 1)
             reasons = [f"{resumed} goes on with what was chosen at its start."]
         else:
             recipe, chosen = choose(recipe, data, device.type, os.cpu_count() or 1)

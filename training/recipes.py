@@ -18,12 +18,15 @@ Augment = Literal["none", "isda", "metasaug", "heldout"]
 Crops = Literal["shift", "resized"]
 Flips = Literal["none", "mirror", "all"]
 CropMode = Literal["center", "squash", "border"]
+Schedule = Literal["steps", "cosine", "one-cycle"]
+
+WARM_UP = 0.1  # share of a one-cycle run in which the learning rate rises
 
 # What a flag may be, both ends included.
 RANGES = {"beta": (0, 1 - 1e-9), "strength": (0, 1e6), "meta_rate": (0, 1e6), "lr_drop": (0, 1),
-          "momentum": (0, 1 - 1e-9), "weight_decay": (0, 1e6), "crop_pct": (0.01, 1), "color_jitter": (0, 1),
-          "seed": (0, 2**63 - 1), "subset_seed": (0, 2**32 - 1), "gamma": (0, 1e6), "max_margin": (0, 1e6),
-          "scale": (1e-6, 1e6)}
+          "momentum": (0, 1 - 1e-9), "weight_decay": (0, 1e6), "crop_pct": (0.01, 1), "crop_area": (0.01, 1),
+          "color_jitter": (0, 1), "seed": (0, 2**63 - 1), "subset_seed": (0, 2**32 - 1), "gamma": (0, 1e6),
+          "max_margin": (0, 1e6), "scale": (1e-6, 1e6)}
 
 
 def without_place(source: str) -> str:
@@ -125,9 +128,10 @@ class Recipe:
     lr_drop: float = 0.01
     """Factor of each of the two drops."""
 
-    schedule: Literal["steps", "cosine"] = "steps"
+    schedule: Schedule = "steps"
     """steps: a drop at the start of stage 2 and one in its middle; cosine: stage 1 falls to 0 along half a cosine,
-    stage 2 is at one rate."""
+    stage 2 is at one rate; one-cycle: at each step, up for the first tenth of the run, then along half a cosine to 0
+    at its end, whatever the stage."""
 
     stage2_epochs: int | None = None
     """Epochs of stage 2, the last ones of the run; without it the last fifth."""
@@ -167,8 +171,11 @@ class Recipe:
     """center: the crop's share of the shorter side; 0.875 is 224 of 256."""
 
     crops: Crops = "shift"
-    """Training pictures. shift: moved by up to an eighth at random (the CIFAR papers'); resized: a random part of
-    8 to 100 %, resized (ImageNet's)."""
+    """Training pictures. shift: moved by up to an eighth at random (the CIFAR papers'); resized: a random part,
+    resized (ImageNet's)."""
+
+    crop_area: float = 0.08
+    """Smallest share of a picture that --crops resized takes. 0.08 is ImageNet's; more for short runs."""
 
     flips: Flips = "mirror"
     """Training pictures at random mirrored; all: upside down and turned by a quarter too, for things that have no
@@ -203,7 +210,7 @@ class Recipe:
             raise TrainingError("--batch-size 1: batch norm needs at least 2 pictures a step.")
         for flag, (low, high) in RANGES.items():
             value = getattr(self, flag)
-            if not low <= value <= high:
+            if not low <= value <= high and not (value == 0 and flag in self.CHOSEN):
                 raise TrainingError(f"--{flag.replace('_', '-')} {value}: must be from {low:g} to {high:g}.")
         if self.input_size is not None and not self.input_size <= 4096:
             raise TrainingError(f"--input-size {self.input_size}: at most 4096.")
@@ -247,7 +254,11 @@ class Recipe:
             return self.epochs - self.stage2_epochs
         return min(math.ceil(0.8 * self.epochs), self.epochs - 1)
 
-    def lr_at(self, epoch: int) -> float:
+    def lr_at(self, epoch: float) -> float:
+        """epoch   from 0; with a part of an epoch where the schedule goes by steps"""
+        if self.schedule == "one-cycle":
+            done = epoch / max(self.epochs, 1)
+            return self.lr * min(1.0, done / WARM_UP + 0.01) * (1 + math.cos(math.pi * done)) / 2
         second = self.lr * self.lr_drop if self.stage2_lr is None else self.stage2_lr
         if self.schedule == "cosine":
             falling = self.lr * (1 + math.cos(math.pi * epoch / max(self.stage2_epoch, 1))) / 2
@@ -257,7 +268,7 @@ class Recipe:
         last = math.ceil((self.stage2_epoch + self.epochs) / 2)  # 90 % where stage 2 is the last fifth
         return second * self.lr_drop if epoch >= last else second
 
-    def strength_at(self, epoch: int) -> float:
+    def strength_at(self, epoch: float) -> float:
         return self.strength * max(epoch, 1) / self.epochs  # a run of a single epoch has its strength too
 
     @property
@@ -463,31 +474,67 @@ class INat18(INat17):
 
 @dataclass(frozen=True)
 class OwnPictures(Recipe):
-    """Your own pictures. What is 0 or auto is chosen from the pictures and the machine (training.run.defaults)."""
+    """Your own pictures. Whatever is 0 or auto is chosen from the pictures and the machine (training.run.defaults)."""
 
-    CHOSEN: ClassVar[tuple[str, ...]] = ("architecture", "epochs", "batch_size", "input_size", "crop_mode", "crops",
-                                         "covariance")
+    CHOSEN: ClassVar[tuple[str, ...]] = (
+        "start", "architecture", "loss", "augment", "meta_in_training", "epochs", "batch_size", "lr", "schedule",
+        "input_size", "mean", "std", "interpolation", "crop_mode", "crops", "crop_area", "flips", "covariance")
+
+    start: str = "auto"
+    """Pretrained network to start from: small, medium, large (`training.network.starts`), timm:NAME, torchvision:NAME,
+    a file of weights; none: train from nothing; auto: the best one that this machine has or can fetch in time."""
+
+    minutes: float = 0
+    """With a start: minutes that the whole run may take. It sets --epochs and --input-size, once, by steps that are
+    timed at the beginning; 0: at most 50, less where there are few pictures."""
 
     architecture: str = "auto"
-    """Network: resnet32, resnet18, resnet18-small …, torchvision:NAME, timm:NAME; auto: resnet32 up to 64 pixels,
-    resnet18 above, resnet50 on a GPU with many pictures."""
+    """Network: resnet32, resnet18, resnet18-small …, torchvision:NAME, timm:NAME; auto: the start's; from nothing,
+    resnet32 up to 64 pixels, resnet18 above, resnet50 on a GPU with many pictures."""
+
+    loss: Loss | Literal["auto"] = "auto"  # type: ignore[assignment]
+    """Loss; auto: logit-adjustment with a start, cross entropy otherwise."""
+
+    augment: Augment | Literal["auto"] = "auto"  # type: ignore[assignment]
+    """Stage 2: none, isda, metasaug (the paper's) or heldout; auto: none with a start, isda otherwise."""
+
+    meta_in_training: Literal["never", "stage2", "always", "auto"] = "auto"  # type: ignore[assignment]
+    """Train on the meta pictures as well; auto: in stage 2, unless --augment or --backbone needs them apart."""
 
     epochs: int = 0
-    """Length of the run, stage 2 being the last fifth; 0: as many as the number of pictures asks for."""
+    """Length of the run, stage 2 being the last fifth; 0: as many as --minutes allow or the number of pictures asks
+    for."""
 
     batch_size: int = 0
-    """Pictures a step; 0: 100, fewer where there are fewer than 1,000."""
+    """Pictures a step; 0: 32 with a start, else 100, fewer where there are few pictures."""
+
+    lr: float = 0
+    """Learning rate; 0: 0.02 with a start, 0.01 with --pretrained, 0.1 from nothing."""
+
+    schedule: Schedule | Literal["auto"] = "auto"  # type: ignore[assignment]
+    """steps: a drop at the start of stage 2 and one in its middle; cosine: stage 1 falls to 0, stage 2 is at one rate;
+    one-cycle: at each step, up for a tenth of the run, then down to 0; auto: one-cycle with a start, else steps."""
 
     input_size: int | None = None
     """Height and width of the network's input; without it from the pictures' sizes and what the machine can do."""
+
+    interpolation: Literal["bilinear", "bicubic", "auto"] = "auto"  # type: ignore[assignment]
+    """How pictures are resized; auto: as the start was trained, else bilinear."""
 
     crop_mode: CropMode | Literal["auto"] = "auto"  # type: ignore[assignment]
     """How a picture comes to that size. center: shorter side resized, centre crop; squash: both sides resized,
     whatever the shape; border: the longer side resized, the rest filled; auto: squash where shapes differ much."""
 
     crops: Crops | Literal["auto"] = "auto"  # type: ignore[assignment]
-    """Training pictures. shift: moved by up to an eighth at random; resized: a random part of 8 to 100 %, resized;
-    auto: shift up to 96 pixels."""
+    """Training pictures. shift: moved by up to an eighth at random; resized: a random part, resized; auto: resized
+    with a start or above 96 pixels."""
+
+    crop_area: float = 0
+    """Smallest share of a picture that --crops resized takes; 0: 0.35 with a start, else 0.08."""
+
+    flips: Flips | Literal["auto"] = "auto"  # type: ignore[assignment]
+    """Training pictures at random mirrored; all: upside down and turned by a quarter too; none: left as they are; auto:
+    with a start, what the first answer is not confused by, else mirror."""
 
     covariance: Literal["full", "diagonal", "auto"] = "auto"  # type: ignore[assignment]
     """Form of the class covariances: (A, A) a class, or only the variances; auto: full where they take under 64 MB."""
@@ -499,10 +546,32 @@ class OwnPictures(Recipe):
     """Share of each class to test on, cut by file name, where no test set is given."""
 
     skip_bad: bool = False
-    """Leave out pictures that cannot be read and classes too small to use (all named), instead of stopping."""
+    """Leave out pictures that cannot be read and classes without any (all named), instead of stopping."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.minutes < 0:
+            raise TrainingError(f"--minutes {self.minutes:g}: how long the run may take, more than 0.")
+        if self.start not in ("auto", "none") and (self.backbone or self.pretrained):
+            raise TrainingError("--start is a network to train on from, as --pretrained, and --backbone one that is "
+                                "not trained: name one of the three.")
+
+    @property
+    def starts_pretrained(self) -> bool:
+        """Whether a first answer on the start's frozen features comes before training."""
+        return self.start not in ("auto", "none")
+
+    def to_dict(self) -> dict:
+        return {**super().to_dict(), "start": without_place(self.start)}
+
+    @classmethod
+    def completed(cls, saved: dict) -> dict:
+        """As for every recipe; before there were starts, everything was trained from nothing."""
+        return cls(start="none", crop_area=0.08, interpolation="bilinear").to_dict() | saved
 
     def with_choices(self, saved: dict) -> Self:
         """What is open here, as an earlier run chose it."""
+        saved = self.completed(saved)
         left_open = [flag for flag in self.CHOSEN if getattr(self, flag) in ("auto", 0, None)]
         return dataclasses.replace(self, **{flag: saved[flag] for flag in left_open if flag in saved})
 
@@ -511,9 +580,11 @@ class OwnPictures(Recipe):
 class Folder(OwnPictures):
     """Your own pictures in class folders: DATA/CLASS/picture.jpg, or DATA/train/CLASS with test/ and val/ beside it.
 
-    No other flag is needed: what is 0 or auto is chosen from the pictures and the machine, said with its reason, and
-    stored with the model. A test set (a fifth of each class) and a meta set are cut by file name where none is given.
-    Cost: at most about an hour on a CPU, as chosen; less on a GPU. The run ends with a page on head, medium and tail.
+    No other flag is needed. The run starts from a pretrained network: a first model and report after minutes, then
+    fine-tuning for as long as --minutes allow, then the better of the two by pictures that neither was trained on.
+    Whatever is 0 or auto is chosen from the pictures and the machine, printed with its reason, and stored with the
+    model. A test set (a fifth of each class) and a meta set are cut by file name where none is given.
+    Cost: under an hour on a CPU, as printed before it starts; less on a GPU. Ctrl-C leaves the best model so far.
     """
 
     dataset: ClassVar[str] = "folder"
@@ -523,9 +594,9 @@ class Folder(OwnPictures):
 class Table(OwnPictures):
     """Your own pictures in a CSV table: path and label and, where you have them, split and group.
 
-    Pictures of one group (an animal, a track, a camera) are never parted. What is 0 or auto is chosen from the pictures
-    and the machine, said with its reason, and stored with the model; what the table does not split is cut by name.
-    Cost: at most about an hour on a CPU, as chosen; less on a GPU. The run ends with a page on head, medium and tail.
+    Pictures of one group (an animal, a track, a camera) are never parted. What the table does not split is cut by file
+    name. All else is as for `metasaug train folder`.
+    Cost: under an hour on a CPU, as printed before it starts; less on a GPU. Ctrl-C leaves the best model so far.
     """
 
     dataset: ClassVar[str] = "table"

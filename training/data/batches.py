@@ -48,10 +48,11 @@ class View:
     size         height and width          mean, std   per channel, in [0, 1]
     crop_mode, crop_pct   how it is fitted into `size` in tests, and for `shift`: zoo.images.fitted
     crops        shift: fitted, reflect-padded by an eighth and cropped at random (the CIFAR papers); resized: a part of
-                 8 to 100 % of the picture, 3:4 to 4:3, at random (torchvision's RandomResizedCrop)
+                 `crop_area` to 100 % of the picture, 3:4 to 4:3, at random (torchvision's RandomResizedCrop)
     flips        none; mirror: left and right; all: also upside down and a quarter turn, for things without an up
     color_jitter brightness, contrast and saturation times 1 ± this, in random order; `resized` only
     interpolation   bilinear or bicubic: how pictures are resized
+    crop_area    the smallest part that `resized` takes
     """
 
     size: tuple[int, int]
@@ -63,6 +64,7 @@ class View:
     flips: Flips = "mirror"
     color_jitter: float = 0.0
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    crop_area: float = 0.08
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
@@ -111,7 +113,7 @@ class View:
             return self.shifted(self.padded(self.fit(picture)), drawn)
         rng = np.random.default_rng(drawn[0])
         how = Image.Resampling.BICUBIC if self.interpolation == "bicubic" else Image.Resampling.BILINEAR
-        part = picture.resize(self.size[::-1], how, box=_part(rng, *picture.size))
+        part = picture.resize(self.size[::-1], how, box=_part(rng, *picture.size, self.crop_area))
         return _flipped(np.asarray(_jittered(rng, part, self.color_jitter)), drawn[2:])
 
 
@@ -123,10 +125,10 @@ def _flipped(picture: np.ndarray, flips: Sequence[int] | np.ndarray) -> np.ndarr
     return picture[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
 
 
-def _part(rng: np.random.Generator, width: int, height: int) -> tuple[float, float, float, float]:
-    """RandomResizedCrop's box: ten tries at 8 to 100 % of the area and 3:4 to 4:3, then the middle."""
+def _part(rng: np.random.Generator, width: int, height: int, least: float = 0.08) -> tuple[float, float, float, float]:
+    """RandomResizedCrop's box: ten tries at `least` to 100 % of the area and 3:4 to 4:3, then the middle."""
     for _ in range(10):
-        area = rng.uniform(0.08, 1) * width * height
+        area = rng.uniform(least, 1) * width * height
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

@@ -1,10 +1,13 @@
-"""What nobody said about their own pictures, chosen from the pictures and the machine, with a reason for each."""
+"""Defaults for your own pictures, chosen from the data and the machine, with a reason for each."""
 
 import dataclasses
 import math
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from training.data.datasets import LongTailed, PictureFiles, Split
 from training.errors import TrainingError
@@ -28,6 +31,131 @@ FEATURES = {"resnet32": 64, "resnet10": 512, "resnet18": 512, "resnet34": 512}
 PLAIN_HEAD_EPOCHS = 10
 HEAD_STEPS = 3_000
 SMALL_HEAD = 64  # features, up to which full covariances cost little
+
+
+# ---- with a pretrained start ----
+
+START_SIZES = (128, 160, 192, 224)
+# Passes that a picture is worth while fine-tuning, and below which a smaller input size serves better.
+MOST_EPOCHS, FEW_EPOCHS = 25, 5
+# Minutes of a run by default: at most, and the least; a picture is worth 2 seconds of fine-tuning.
+MOST_MINUTES, LEAST_MINUTES, SECONDS_A_PICTURE = 50.0, 1.0, 2.0
+# Share of a training step that other passes take: forward only, or reading pictures from disk beside it.
+FORWARD, SPARE = 1 / 3, 1.2
+TESTS = 5  # tests in the course of a run, each of which may leave a better model
+
+
+def with_start(
+    recipe: OwnPictures, data: LongTailed, device: str, cores: int,
+    seconds_a_picture: Callable[[str, int, int, str], float] | None = None,
+) -> tuple[OwnPictures, list[str]]:
+    """The recipe for fine-tuning from a start, chosen where it is auto; unchanged where none is wanted or at hand.
+
+    seconds_a_picture   of training, by (architecture, input size, batch size, device); measured by default
+    """
+    from training.network.starts import REMEDY, choose_start, find_start
+
+    reasons: list[str] = []
+
+    def take(flag: str, value: Any, reason: str) -> None:
+        nonlocal recipe
+        if getattr(recipe, flag) in (None, 0, "auto"):
+            recipe = dataclasses.replace(recipe, **{flag: value})
+            reasons.append(f"--{flag.replace('_', '-')} {_words(value)}: {reason}")
+
+    if recipe.start == "auto":
+        if recipe.backbone or recipe.pretrained or recipe.architecture != "auto":
+            return dataclasses.replace(recipe, start="none"), []
+        found = choose_start(device)
+        if found is None:
+            take("start", "none", f"no pretrained weights are at hand, so the run starts from nothing, which needs "
+                                  f"hours and many pictures. {REMEDY}.")
+        else:
+            take("start", *found)
+    if recipe.start == "none":
+        return recipe, reasons
+    start = find_start(recipe.start)
+    if recipe.architecture == "auto" and start.architecture is None:
+        raise TrainingError(f"--start {recipe.start}: the file does not say which network it holds. Add "
+                            "--architecture timm:NAME or torchvision:NAME.")
+    take("architecture", start.architecture, "the start's network")
+    shown = start.cfg
+    if not shown and recipe.architecture.startswith(("timm:", "torchvision:")):
+        from training.network.start_weights import find_backbone
+
+        shown = find_backbone(recipe.architecture).cfg
+    if shown:
+        for flag in ("mean", "std", "interpolation"):
+            value = shown.get(flag)
+            take(flag, tuple(value) if isinstance(value, (list, tuple)) else value, "the start was trained so")
+    count = len(data.train)
+    take("batch_size", min(32, max(8, count // 8)), f"{count:,} training pictures")
+    take("lr", 0.02, "fine-tuning: more would destroy what the start has learned")
+    take("schedule", "one-cycle", "falls to 0 at the end of the run, however long that is")
+    take("loss", "logit-adjustment", "the model answers as if all classes were equally frequent")
+    take("augment", "none", "logit adjustment alone; the paper's method: --augment metasaug")
+    take("meta_in_training", "stage2" if recipe.augment in ("none", "isda") else "never",
+         "the meta set decides between first answer and fine-tuning, then is trained on too"
+         if recipe.augment in ("none", "isda") else f"--augment {recipe.augment} measures on the meta set")
+    take("crops", "resized", "as the start was trained")
+    take("crop_area", 0.35, "milder than the start's 0.08, for a shorter run")
+    if recipe.input_size and recipe.epochs:
+        return recipe, reasons
+    usual_size = (shown or {}).get("input_size", [3, 224, 224])[1]
+    recipe, of_time = _length_and_size(recipe, data, usual_size, device, seconds_a_picture or measure_step)
+    return recipe, reasons + of_time
+
+
+def _length_and_size(
+    recipe: OwnPictures, data: LongTailed, usual_size: int, device: str, measure: Callable[[str, int, int, str], float]
+) -> tuple[OwnPictures, list[str]]:
+    """Epochs and input size that the minutes allow; both stay as they are for the whole run, and when it resumes."""
+    count, others, reasons = len(data.train), len(data.meta) + len(data.test), []
+    minutes = recipe.minutes or min(
+        MOST_MINUTES, max(LEAST_MINUTES, LEAST_MINUTES + (count - 200) * SECONDS_A_PICTURE / 60))
+    typical = float(np.median(np.sqrt(_sizes(data.train).prod(1))))
+    # Small pictures are enlarged: a start sees little in less than 128 pixels.
+    filled = [size for size in START_SIZES if size <= min(usual_size, max(typical * 1.5, START_SIZES[0]))]
+    sizes = [recipe.input_size] if recipe.input_size else filled or [usual_size]
+    each, at = measure(recipe.architecture, sizes[-1], recipe.batch_size, device), sizes[-1]
+
+    def epochs_in(size: int) -> float:
+        """Once through the frozen start, and the tests, come off the time."""
+        pixel_seconds = each * (size / at) ** 2 * SPARE
+        frozen = (count + others) * FORWARD * pixel_seconds
+        tests = TESTS * len(data.test) * FORWARD * pixel_seconds
+        return (minutes * 60 - frozen - tests) / (count * pixel_seconds)
+
+    size = next((size for size in reversed(sizes) if epochs_in(size) >= FEW_EPOCHS), sizes[0])
+    if recipe.input_size is None:
+        recipe = dataclasses.replace(recipe, input_size=size)
+        reasons.append(f"--input-size {size}: a typical picture has {typical:.0f} x {typical:.0f} pixels"
+                       + (f", and {sizes[-1]} would leave {max(epochs_in(sizes[-1]), 0):.1f} epochs"
+                          if size < sizes[-1] else ""))
+    if not recipe.epochs:
+        epochs = min(MOST_EPOCHS, max(2, int(epochs_in(size))))
+        takes = minutes - (epochs_in(size) - epochs) * count * each * (size / at) ** 2 * SPARE / 60
+        recipe = dataclasses.replace(recipe, epochs=epochs)
+        reasons.append(f"--epochs {epochs}: about {max(1, round(takes))} minutes for the whole run, at "
+                       f"{1 / (each * (size / at) ** 2):.0f} pictures a second in training"
+                       + ("; --minutes sets another length" if not recipe.minutes else ""))
+    return recipe, reasons
+
+
+def measure_step(architecture: str, size: int, batch: int, device: str) -> float:
+    """Seconds that a training step takes for a picture on this machine: the median of three, after one to warm up."""
+    from zoo.architectures import create
+
+    module = create(architecture, 2).to(device).train().to(memory_format=torch.channels_last)
+    pictures = torch.zeros(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    took = []
+    for _ in range(4):
+        began = time.perf_counter()
+        module(pictures).sum().backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - began)
+    return float(np.median(took[1:])) / batch
 
 
 def on_backbone(recipe: Recipe, data: LongTailed) -> tuple[Recipe, list[str]]:
@@ -92,7 +220,8 @@ def choose(recipe: OwnPictures, data: LongTailed, device: str, cores: int) -> tu
 
     device   cpu, cuda or mps          cores   of the processor
     """
-    count, reasons = len(data.train), []
+    recipe, reasons = with_start(recipe, data, device, cores)
+    count = len(data.train)
     sizes = _sizes(data.train)
 
     def take(flag: str, value: Any, reason: str) -> None:
@@ -100,6 +229,19 @@ def choose(recipe: OwnPictures, data: LongTailed, device: str, cores: int) -> tu
         recipe = dataclasses.replace(recipe, **{flag: value})
         reasons.append(f"--{flag.replace('_', '-')} {value}: {reason}")
 
+    quiet = {"interpolation": "bilinear", "schedule": "steps", "flips": "mirror" if recipe.start == "none" else "auto",
+             "loss": "ce", "crop_area": 0.08}  # as ever
+    recipe = dataclasses.replace(recipe, **{flag: value for flag, value in quiet.items()
+                                            if getattr(recipe, flag) in ("auto", 0)})
+    if not recipe.lr:
+        recipe = dataclasses.replace(recipe, lr=0.01 if recipe.pretrained else 0.1)
+    if recipe.augment == "auto":
+        take("augment", "isda" if recipe.backbone is None else "metasaug",
+             "the best measured on a natural tail (docs/ledger.md); the paper's method: --augment metasaug"
+             if recipe.backbone is None else "the paper's method for a last layer")
+    if recipe.meta_in_training == "auto":
+        joined = recipe.augment in ("none", "isda") and recipe.backbone is None
+        recipe = dataclasses.replace(recipe, meta_in_training="stage2" if joined else "never")
     if not recipe.batch_size:
         batch = min(100, max(16, count // 10))
         take("batch_size", batch, f"{math.ceil(count / batch):,} steps an epoch for {count:,} training pictures")

@@ -7,11 +7,12 @@ was stopped anywhere therefore continues to the same bits.
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -69,6 +70,8 @@ def run(
     stage1: Path | None = None,
     processes: Processes = ALONE,
     on_progress: Callable[[State], None] | None = None,
+    on_test: Callable[[State, dict, np.ndarray], None] | None = None,
+    last_layer: Mapping[str, torch.Tensor] | None = None,
     **options,
 ) -> tuple[State, dict]:
     """Train from the newest checkpoint in `folder` (resume), from another run's stage 1, or from the beginning.
@@ -76,11 +79,15 @@ def run(
     folder       run folder: log.jsonl, checkpoints/, stage1/
     processes    those that train together: rank 0 writes, all return the same
     on_progress  called after each step
+    on_test      called with the results of each test and the predictions (N,)
+    last_layer   its weights at the beginning, by their names in the network; None: random
     options      fields of `Options`
     Returns the state after the last epoch and its test results. Raises TrainingError, DivergenceError before an
     update that would spread NaN, Interrupted once the state is saved. SIGINT, SIGTERM and SIGHUP save at once.
     """
-    run_ = Run(recipe, data, folder, device, Options(**options), processes, on_progress)
+    run_ = Run(recipe, data, folder, device, Options(**options), processes, on_progress, on_test)
+    if last_layer is not None:
+        run_.state.module.load_state_dict(last_layer, strict=False)
     find_start(recipe, data, run_.state, folder, resume, stage1, processes)
     run_.prepare()
     return run_.state, run_.train()
@@ -90,9 +97,10 @@ class Run:
     """What the parts of a training run share; see `run`."""
 
     def __init__(self, recipe: Recipe, data: LongTailed, folder: Path, device: torch.device, options: Options,
-                 processes: Processes, on_progress: Callable[[State], None] | None):
+                 processes: Processes, on_progress: Callable[[State], None] | None,
+                 on_test: Callable[[State, dict, np.ndarray], None] | None = None):
         self.recipe, self.data, self.folder, self.device = recipe, data, folder, device
-        self.options, self.processes, self.on_progress = options, processes, on_progress
+        self.options, self.processes, self.on_progress, self.on_test = options, processes, on_progress, on_test
         if options.deterministic and device.type == "cuda":
             _same_bits_each_time()
         self.final = data_of_stage(recipe, data, 2)
@@ -135,6 +143,8 @@ class Run:
                 if (state.epoch + 1) % self.options.evaluate_every == 0 or state.epoch + 1 == recipe.epochs:
                     results = self.test()
                     line["test"] = {k: v for k, v in results.items() if k not in DETAILS}
+                    if self.on_test is not None:
+                        self.on_test(state, results, np.concatenate(self.predicted))
                 state.begin_epoch(state.epoch + 1)
                 state.log_bytes = log.write(line)
                 if state.epoch == recipe.stage2_epoch and self.processes.first:
@@ -238,8 +248,9 @@ class Run:
             cached = self.cache.of("test", self.final.test, self.state.module, lambda: self.leave_if_stopped(False))
             self.processes.wait()
         groups, _ = assign_groups(self.final.class_counts)
+        self.predicted = list[np.ndarray]()
         return evaluate(self.state.module, self.final, self.view, groups, self.device, self.options.workers,
-                        self.recipe.implicit_prior, self.leave_if_stopped, cached, self.processes)
+                        self.recipe.implicit_prior, self.leave_if_stopped, cached, self.processes, self.predicted)
 
 
 def _same_bits_each_time() -> None:

@@ -21,8 +21,11 @@ LOSSES_IN_WORDS = {"ce": "cross entropy", "focal": "focal loss", "ldam": "LDAM (
 
 
 def write_model(model: Path, name: str, recipe: Recipe, data, state, results: dict, processes: int = 1,
-                command: str | None = None) -> None:
-    """The finished model folder, without ONNX: `metasaug train` adds that next, `metasaug export` at any time."""
+                command: str | None = None, schedule: str | None = None) -> None:
+    """The finished model folder, without ONNX: `metasaug train` adds that next, `metasaug export` at any time.
+
+    command, schedule   in words, where they are not those of this process and of the recipe
+    """
     import torch
 
     from training.run.stages import view_of
@@ -60,7 +63,7 @@ def write_model(model: Path, name: str, recipe: Recipe, data, state, results: di
             "groups_by": groups_by,
             "group_accuracy": {group: figures["accuracy"] for group, figures in results["groups"].items()},
             "seed": recipe.seed,
-            "schedule": schedule_in_words(recipe),
+            "schedule": schedule or schedule_in_words(recipe),
             "command": command or command_in_words(),
             "code_version": code_version(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__.split("+")[0],

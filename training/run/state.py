@@ -17,7 +17,8 @@ from training.method.heldout import HeldOut
 from training.network.derivatives import GradientScale
 from training.network.distributed import Processes
 from training.network.start_weights import find_backbone, load_backbone, load_pretrained
-from training.recipes import Recipe
+from training.network.starts import find_start
+from training.recipes import OwnPictures, Recipe
 from zoo.architectures import create
 
 
@@ -127,6 +128,8 @@ def start(recipe: Recipe, data: LongTailed, device: torch.device) -> State:
     module = create(recipe.architecture, num_classes, recipe.cosine_scale).to(device)
     if recipe.pretrained is not None:
         load_pretrained(module, recipe.pretrained)
+    if isinstance(recipe, OwnPictures) and recipe.starts_pretrained:
+        load_backbone(module, find_start(recipe.start), False)
     if recipe.backbone is not None:
         load_backbone(module, find_backbone(recipe.backbone), recipe.last_layer == "ready")
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -44,13 +44,20 @@ class Stepper:
         if stage is not self.stage:
             self.compute.draws = True  # until a step shows otherwise
         self.stage, self.in_stage2 = stage, self.state.epoch >= self.recipe.stage2_epoch
-        self.rates.set(self.recipe, self.state.epoch)
+        self.set_rates(self.state.epoch)
+        self.compute.finite.begin(self.state.step)
+
+    def set_rates(self, epoch: float) -> None:
+        """epoch   with the part of it that is done, where the schedule goes by steps"""
+        self.rates.set(self.recipe, epoch)
         for group in self.state.optimizer.param_groups:
             group["lr"] = self.rates.lr
-        self.compute.finite.begin(self.state.step)
 
     def step(self, pictures: Tensor, labels: Tensor, meta_batch: tuple[Tensor, Tensor] | None) -> None:
         """Train on a batch. Raises DivergenceError before anything is updated; on CUDA, `compute.finite` knows."""
+        if self.recipe.schedule == "one-cycle":
+            assert self.stage is not None
+            self.set_rates(self.state.epoch + self.state.step / self.stage.batches.steps)
         if self.compute.draws:
             torch.manual_seed(seed_of_step(self.recipe, self.state, self.compute.processes.rank))
         batch = (pictures, labels, *(meta_batch or ()))
@@ -182,7 +189,7 @@ class Rates:
             self.lr = torch.zeros((), device=device)  # the fused optimizer takes float32
             self.strength, self.inner = torch.zeros(2, dtype=torch.float64, device=device)
 
-    def set(self, recipe: Recipe, epoch: int) -> None:
+    def set(self, recipe: Recipe, epoch: float) -> None:
         """inner: alpha is the current learning rate; in the authors' code it lags the schedule by one epoch."""
         inner = recipe.lr_at(max(epoch - 1, 0) if recipe.fidelity == "reference" else epoch)
         for name, value in (("lr", recipe.lr_at(epoch)), ("strength", recipe.strength_at(epoch)), ("inner", inner)):
