@@ -7,12 +7,12 @@ page say and do is in zoo/demo.
 
 import os
 import signal
-import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import gradio as gr
@@ -20,27 +20,18 @@ import tyro
 
 import zoo
 from zoo.demo import answers, directions, long_tail, model_page, models, pictures
-from zoo.demo.theme import ACT, ANNOUNCE, CHOOSE, CSS, HEAD, theme
+from zoo.demo.gate import Rules
+from zoo.demo.server import application, served, uploads_in
+from zoo.demo.theme import ACT, ANNOUNCE, CHOOSE
 from zoo.registry import citation
 
 QUEUE: dict[str, Any] = {"max_size": 64, "default_concurrency_limit": 2}
-# Gradio keeps 110 kB for an hour of every session, and each call of the API is one: by default of 10,000, over a GB.
-LAUNCH: dict[str, Any] = {
-    "state_session_capacity": 300,
-    "share": False, "max_file_size": "20mb", "enable_monitoring": False, "ssr_mode": False, "run_history": False,
-    "show_error": False, "mcp_server": False, "pwa": False, "footer_links": ["api", "settings"],
-}  # fmt: skip
 PAGE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 AT_ONCE: dict[str, Any] = {**PAGE, "queue": False}  # what costs nothing never waits behind pictures
 
 
-def build_demo(own: Sequence[str] = ()) -> gr.Blocks:
-    """The page, on the zoo's models and on `own` ones; `launch` it with LAUNCH's options and
-    `theme=theme(), css=CSS, head=HEAD`.
-
-    own  model folders, or other names that zoo.load takes, which the page then begins with
-    """
-    names = models.offer(own)
+def build_demo(names: list[str]) -> gr.Blocks:
+    """The page, which begins with the models called `names`; zoo.demo.server serves it."""
     sets = models.sets()
     of_set = next((key for key, members in sets.items() if members == names), None)
     with gr.Blocks(title="MetaSAug: the long tail, side by side", analytics_enabled=False,
@@ -164,6 +155,10 @@ def demo(
     host: str | None = None,
     port: int | None = None,
     open_browser: bool = False,
+    auth: str | None = None,
+    allowed_host: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    root_path: str | None = None,
+    trust_proxy: bool = False,
 ) -> None:
     """The Gradio app, until Ctrl-C. Uploads are deleted when it stops.
 
@@ -172,22 +167,32 @@ def demo(
         host: Address to listen on, 127.0.0.1 by default; 0.0.0.0 lets other machines of your network in.
         port: Port to listen on, 7860 by default; 0 takes any free one.
         open_browser: Open the page in your browser.
+        auth: user:password that every visitor must give; use it with --host 0.0.0.0. METASAUG_DEMO_AUTH does the same
+            without showing the password in the list of processes.
+        allowed_host: A name by which visitors reach the demo, such as lab.example.org; give it once for each name.
+            Addresses (192.168.1.5) and this computer's own name always work.
+        root_path: Path below which a reverse proxy serves the demo, such as /zoo.
+        trust_proxy: Believe the X-Forwarded-* headers. Only behind a reverse proxy that sets them.
     """
     host = host or os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")  # set where the demo is a Space
     port = int(os.environ.get("GRADIO_SERVER_PORT", 7860)) if port is None else port
-    stopped = threading.Event()
-    with tempfile.TemporaryDirectory(prefix="metasaug-demo-") as uploads, stop_signals(stopped):
-        os.environ["GRADIO_TEMP_DIR"] = uploads
-        page = build_demo(own)
-        try:
-            _, url, _ = page.launch(server_name=host, server_port=port or free_port(host), inbrowser=open_browser,
-                                    prevent_thread_lock=True, quiet=True, theme=theme(), css=CSS, head=HEAD,
-                                    **LAUNCH)
-        except OSError as error:
-            raise zoo.ZooError(f"Port {port} on {host} cannot be used: choose another with --port.") from error
+    auth = auth or os.environ.get("METASAUG_DEMO_AUTH") or None
+    if auth is not None and not all(auth.partition(":")):
+        raise zoo.ZooError("--auth takes user:password, with a colon between them.")
+    root_path = (os.environ.get("GRADIO_ROOT_PATH", "") if root_path is None else root_path).rstrip("/")
+    if root_path and not root_path.startswith("/"):
+        raise zoo.ZooError(f"--root-path {root_path}: a path that begins with /, such as /zoo.")
+    in_space = "SPACE_ID" in os.environ  # there Hugging Face's proxy lets visitors in, and shows the page in a frame
+    rules = Rules(host, tuple(name.lower() for name in allowed_host), trust_proxy or in_space, auth,
+                  "https://huggingface.co" if in_space else "'none'")
+    names, stopped = models.offer(own), threading.Event()
+    with (tempfile.TemporaryDirectory(prefix="metasaug-demo-") as folder, stop_signals(stopped),
+          uploads_in(folder) as uploads, served(application(build_demo(names), rules, uploads, root_path), host, port
+                                                ) as url):
         print(f"The demo is at {url} (Ctrl-C stops it)", flush=True)
+        if open_browser:
+            webbrowser.open(url)
         stopped.wait()
-        page.close(verbose=False)
     print("The demo has stopped; uploads are deleted.", flush=True)
 
 
@@ -203,12 +208,6 @@ def stop_signals(stopped: threading.Event) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def free_port(host: str) -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
 
 
 def main() -> int:

@@ -68,15 +68,20 @@ def ask(address: str, uploaded: str, timeout: float = 100, model: str = MODEL) -
     """("", the answer), ("busy", None) where the queue is full, or (what went wrong, None)."""
     data = [{"path": uploaded, "meta": {"_type": "gradio.FileData"}}, model, "own"]
     try:
-        event = json.load(post(f"{address}/gradio_api/call/predict", {"data": data}, timeout))["event_id"]
-        reply = urllib.request.urlopen(f"{address}/gradio_api/call/predict/{event}", timeout=timeout).read().decode()
+        told = reply(address, {"data": data}, timeout)
     except urllib.error.HTTPError as error:
         return ("busy" if error.code == 503 else f"HTTP {error.code}"), None
     except OSError as error:
         return type(error).__name__, None
-    if "event: complete" in reply:
-        return "", json.loads(reply.split("event: complete\ndata: ", 1)[1].splitlines()[0])[0]
-    return ("busy" if "queue is full" in reply.lower() else reply[:200]), None
+    if "event: complete" in told:
+        return "", json.loads(told.split("event: complete\ndata: ", 1)[1].splitlines()[0])[0]
+    return ("busy" if "queue is full" in told.lower() else told[:200]), None
+
+
+def reply(address: str, body: dict, timeout: float) -> str:
+    """What /predict answers, as the server's events come."""
+    event = json.load(post(f"{address}/gradio_api/call/predict", body, timeout))["event_id"]
+    return urllib.request.urlopen(f"{address}/gradio_api/call/predict/{event}", timeout=timeout).read().decode()
 
 
 def post(url: str, body: dict, timeout: float):

@@ -484,11 +484,12 @@ def test_no_request_reaches_a_file_that_was_not_uploaded(address, marked):
     data_url = "data:image/png;base64," + base64.b64encode(png()).decode()
     for picture in ({"path": str(EXAMPLES / "cat.jpg")}, {"path": "/etc/passwd"}, {"path": "../../etc/passwd"},
                     {"path": None, "url": data_url}, {"path": data_url}, {"path": "x\0y"}, {"path": 7}):
-        reply = call_api(address, [{**picture, **mark}, "ce-cifar10-lt"])
-        # then it gets an error that tells nothing.
-        assert reply.startswith("event: error")
-        assert "probability" not in reply and "Traceback" not in reply and "root:" not in reply
-        assert "no picture in" not in reply and str(ROOT) not in reply
+        # then it is refused in a sentence that tells nothing.
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            call_api(address, [{**picture, **mark}, "ce-cifar10-lt", "own"])
+        reply = caught.value.read().decode()
+        assert (caught.value.code == 400 and "data" in reply) or "picture" in reply
+        assert "Traceback" not in reply and "root:" not in reply and str(ROOT) not in reply
 
 
 def test_an_upload_over_the_limit_is_refused(address):
@@ -500,7 +501,7 @@ def test_an_upload_over_the_limit_is_refused(address):
     assert caught.value.code == 413
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(f"{address}/gradio_api/file={ROOT / 'zoo' / 'registry.py'}")
-    assert caught.value.code == 403
+    assert caught.value.code == 404
 
 
 def call_api(address: str, data: list) -> str:

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 import zoo
 from zoo.demo.models import Model
+from zoo.demo.uploads import used
 from zoo.label_names import breakable
 from zoo.labels import GROUPS, UNKNOWN
 
@@ -34,6 +35,7 @@ def uploaded(file: Any) -> str:
     uploads = os.path.realpath(gradio_utils.get_upload_folder())
     if "\0" in path or not os.path.realpath(path).startswith(uploads + os.sep):
         raise zoo.PictureError("No picture came with the request: upload it first.")
+    used(path)
     return path
 
 

@@ -10,8 +10,10 @@ from zoo.demo.html import closed, escape, percent, ways
 LONG_CARD = 60_000  # characters, from which the list of all classes is left out
 
 
-def page(name: str) -> tuple[str, str, str]:
+def page(name: str | None) -> tuple[str, str, str]:
     """What stands above the code, the code, and the card as Markdown."""
+    if not isinstance(name, str):
+        return "<p>Choose a model.</p>", "", ""
     return facts(name), how_to_load(name), card(name)
 
 

@@ -141,6 +141,8 @@ def offer(own: Iterable[str] = ()) -> list[str]:
 
 
 def _open(source: str) -> Model:
+    if os.path.isdir(source):
+        source = os.path.abspath(source)  # the demo works in a folder of its own
     folder = open_folder(source, FILES)
     return Model(folder.config["metasaug"]["name"] or os.path.basename(source), folder, source)
 

@@ -9,10 +9,7 @@ MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "Liberation Mono", "mono
 
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
-# The browser is told to fetch nothing from other hosts, whatever a model's card says.
-HEAD = """<meta http-equiv="Content-Security-Policy"
-  content="default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:">
-<script>
+HEAD = """<script>
 // A picture pasted anywhere on the page goes where a dropped one would.
 addEventListener('paste', (event) => {
   const file = [...(event.clipboardData?.files ?? [])].find((f) => f.type.startsWith('image/'));
