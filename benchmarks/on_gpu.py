@@ -38,6 +38,7 @@ from training.errors import DataError, Interrupted
 from training.recipes import Cifar10LT, Recipe
 from training.run.cells import Task, train
 from zoo.files import write_atomically
+from zoo.machine import cores
 
 HERE = Path(__file__).resolve().parent
 PACKING = 30  # seconds of --minutes that are kept for the end
@@ -274,7 +275,7 @@ def _stop(children: Iterable[subprocess.Popen]) -> None:
 
 
 def _environment(processes: int = 1) -> dict[str, str]:
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = max(1, cores() // processes)
     return {**os.environ, "PYTHONPATH": str(HERE.parent), "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "30",
             "OMP_NUM_THREADS": str(threads)}
 

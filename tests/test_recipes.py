@@ -490,3 +490,26 @@ def test_a_network_that_does_not_take_pictures_of_this_size_is_refused_before_tr
     recipe = Cifar10LT(architecture="timm:vit_tiny_patch16_224", epochs=1, batch_size=16)
     with pytest.raises(TrainingError, match=r"does not take pictures of 16 x 16.*--input-size"):
         loop.run(recipe, small_data(), tmp_path, CPU)
+
+
+@pytest.mark.parametrize("flags", [{flag: value} for value in (float("nan"), float("inf")) for flag in (
+    "lr", "stage2_lr", "tau", "strength", "beta", "momentum", "weight_decay", "gamma", "scale", "imbalance")])
+def test_a_flag_that_is_no_number_is_refused_before_anything_starts(flags):
+    with pytest.raises(TrainingError, match=f"--{next(iter(flags)).replace('_', '-')} (nan|inf)"):
+        Cifar10LT(**flags)
+
+
+@pytest.mark.parametrize("flags", [{"evaluate_every": 0}, {"save_minutes": float("nan")}, {"save_minutes": -1},
+                                   {"workers": -1}])
+def test_run_options_that_no_run_can_follow_are_refused(flags):
+    with pytest.raises(TrainingError, match=f"--{next(iter(flags)).replace('_', '-')} "):
+        RunOptions(**flags)
+
+
+def test_heldout_has_a_first_stage_of_its_own_where_meta_pictures_are_always_trained_on():
+    # Given both methods with the meta pictures in training: heldout keeps a fifth of them out, so stage 1 differs.
+    keys = {(augment, joined): Cifar10LT(augment=augment, meta_in_training=joined).stage1_key()
+            for augment in ("metasaug", "heldout") for joined in ("never", "stage2", "always")}
+    assert keys["metasaug", "always"] != keys["heldout", "always"]
+    # Elsewhere they share it.
+    assert len({keys[a, j] for a in ("metasaug", "heldout") for j in ("never", "stage2")}) == 1

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import sys
 from contextlib import nullcontext
@@ -29,6 +30,7 @@ from training.recipes import (
 from training.report.metrics import results_table
 from training.report.page import report_of_run
 from training.run.run_folder import alone_in, write_model
+from zoo.machine import cores
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,16 @@ class RunOptions:
     the last bits from an undisturbed one."""
 
     workers: int | None = None
-    """Processes that decode pictures which do not fit into memory; without it one a core."""
+    """Processes that decode pictures which do not fit into memory; without it one for each core that is ours."""
 
     dry_run: bool = False
     """Print the resolved recipe and the data's counts, train nothing."""
+
+    def __post_init__(self):
+        for flag, least in (("evaluate_every", 1), ("save_minutes", 0), ("workers", 0)):
+            value = getattr(self, flag)
+            if value is not None and not least <= value < math.inf:
+                raise TrainingError(f"--{flag.replace('_', '-')} {value}: must be a number from {least} up.")
 
 
 Options = Annotated[RunOptions, tyro.conf.arg(name="")]
@@ -230,7 +238,8 @@ def _train(job: Job, processes) -> Path | None:
     print(f"{run_name(job.recipe)} on {processes.device}"
           + (f" and {processes.count - 1} more" if processes.count > 1 else "") + f", into {folder}")
     with alone_in(folder) if processes.first else nullcontext():
-        workers = (os.cpu_count() or 1) if options.workers is None else options.workers
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine
+        workers = max(1, cores() // here) if options.workers is None else options.workers
         how: dict[str, Any] = {
             "resume": options.resume, "stage1": options.stage1, "processes": processes,
             "evaluate_every": options.evaluate_every, "save_minutes": options.save_minutes, "workers": workers,
@@ -262,10 +271,10 @@ def settle(recipe: Recipe, data: LongTailed, device, resumed: Path | None) -> tu
 
         newest = load_newest(resumed / "checkpoints") if resumed is not None else None
         if newest is not None:
-            recipe, _ = choose(recipe.with_choices(newest[1]["recipe"]), data, device.type, os.cpu_count() or 1)
+            recipe, _ = choose(recipe.with_choices(newest[1]["recipe"]), data, device.type, cores())
             reasons = [f"{resumed} goes on with what was chosen at its start."]
         else:
-            recipe, chosen = choose(recipe, data, device.type, os.cpu_count() or 1)
+            recipe, chosen = choose(recipe, data, device.type, cores())
             reasons += chosen
     if recipe.last_layer == "ready":
         recipe = replace(recipe, stage2_epochs=recipe.epochs)

@@ -26,7 +26,7 @@ WARM_UP = 0.1  # share of a one-cycle run in which the learning rate rises
 RANGES = {"beta": (0, 1 - 1e-9), "strength": (0, 1e6), "meta_rate": (0, 1e6), "lr_drop": (0, 1),
           "momentum": (0, 1 - 1e-9), "weight_decay": (0, 1e6), "crop_pct": (0.01, 1), "crop_area": (0.01, 1),
           "color_jitter": (0, 1), "seed": (0, 2**63 - 1), "subset_seed": (0, 2**32 - 1), "gamma": (0, 1e6),
-          "max_margin": (0, 1e6), "scale": (1e-6, 1e6)}
+          "max_margin": (0, 1e6), "scale": (1e-6, 1e6), "tau": (0, 1e6)}
 
 
 def without_place(source: str) -> str:
@@ -201,6 +201,10 @@ class Recipe:
     """Which pictures make the long tail and the meta set."""
 
     def __post_init__(self):
+        for flag, value in vars(self).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise TrainingError(f"--{flag.replace('_', '-')} {number}: must be a finite number.")
         for flag in ("epochs", "batch_size", "lr", "meta_per_class", "input_size", "accumulate", "stage2_epochs",
                      "stage2_lr", "stage2_batch_size"):
             value = getattr(self, flag)
@@ -308,7 +312,8 @@ class Recipe:
         if self.first_loss == "ldam-published":
             unused -= {"max_margin", "scale"}
         shared = {k: v for k, v in self.to_dict().items() if k not in only_stage2 | unused}
-        shared |= {"stage1_loss": self.first_loss, "meta_in_training": self.meta_in_training == "always",
+        shared |= {"stage1_loss": self.first_loss, "meta_in_training": ("most" if self.augment == "heldout" else True)
+                   if self.meta_in_training == "always" else False,
                    "cache_features": self.cache_features if self.stands_still(in_stage2=False) else 0}
         return json.dumps(shared, sort_keys=True)
 

@@ -18,6 +18,7 @@ from zoo.archives import open_zip
 from zoo.errors import BackendError, ModelFolderError, PictureError, ZooError
 from zoo.images import NamedPicture, Picture, decode, preprocess
 from zoo.labels import GROUPS, UNKNOWN
+from zoo.machine import cores
 from zoo.model_folder import ONNX, ONNX_INT8, ModelFolder
 from zoo.onnx_file import refuse_unsafe
 from zoo.trial import check_outputs, require_harmless
@@ -338,7 +339,8 @@ class OnnxNetwork:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors come as exceptions
-        options.intra_op_num_threads = threads
+        # ONNX Runtime's own choice is one for each core of the machine, whatever this job was given.
+        options.intra_op_num_threads = threads or (cores() if cores() < (os.cpu_count() or 1) else 0)
         providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
         if device == "cuda" or (device == "auto" and _has_nvidia_driver()):
             if "CUDAExecutionProvider" in onnxruntime.get_available_providers():

@@ -32,6 +32,7 @@ from training.network.distributed import ALONE, Processes
 from training.recipes import CropMode, Crops, Flips
 from zoo.errors import PictureError
 from zoo.images import decode, fitted
+from zoo.machine import memory
 
 # Streams of randomness; each draw is np.random.default_rng([seed, epoch, STREAM, ...]).
 ORDER, CROPS, META = 0, 1, 2
@@ -241,8 +242,7 @@ def hold(pictures: Split | PictureFiles, view: View, workers: int = 0) -> Split:
 def fits_in_memory(view: View, pictures: int) -> bool:
     """Whether `hold` may take so many. Batches and devices without memory of their own add no copy."""
     needed = pictures * 3 * math.prod(view.size)
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return view.crops == "shift" and needed <= min(IN_MEMORY_BYTES, machine / 2)
+    return view.crops == "shift" and needed <= min(IN_MEMORY_BYTES, memory() / 2)
 
 
 # ---- batches ----

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import textwrap
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from training.report.metrics import wilson_interval
 from zoo.files import printable
 from zoo.images import decode
 from zoo.labels import GROUPS, HEAD_ABOVE, TAIL_BELOW, assign_groups
+from zoo.machine import cores
 
 # Steps of stage 2 against plain ones (docs/method.md): the look-ahead through the network costs most.
 STAGE2_STEP = {"none": 1.0, "isda": 1.1, "heldout": 1.5, "classifier": 1.4, "network": 3.8}
@@ -219,7 +219,7 @@ def measured(recipe: Recipe, data: LongTailed, device) -> dict[str, Any]:
     return {
         "architecture": recipe.architecture, "input_size": size, "epochs": recipe.epochs, "device": str(device),
         "seconds": len(data.train) * a_picture * sum(passes(recipe)),
-        "seconds_to_read_an_epoch": reading * len(data.train) / (os.cpu_count() or 1),
+        "seconds_to_read_an_epoch": reading * len(data.train) / cores(),
         "memory": {"network_and_batch": round(3 * weights + batch_bytes), "covariances": 2 * covariance,
                    "pictures_at_input_size": (len(data.train) + len(data.meta) + len(data.test)) * size * size * 3},
         "disk_of_the_run": run_bytes(weights, covariance) + (features if recipe.cache_features else 0),
@@ -360,7 +360,7 @@ def _cost_in_words(cost: dict[str, Any] | None) -> list[str]:
         f"Estimates, from two steps measured here: {cost['architecture']} at {cost['input_size']} x "
         f"{cost['input_size']}, {cost['epochs']} epochs on {cost['device']}{alone}",
         f"  time     {duration_in_words(cost['seconds'])}"
-        + (f"; reading the pictures once, {duration_in_words(reading)} on {os.cpu_count()} cores" if reading else ""),
+        + (f"; reading the pictures once, {duration_in_words(reading)} on {cores()} cores" if reading else ""),
         f"  memory   {size_in_words(memory['network_and_batch'])} for the network and a batch, "
         f"{size_in_words(memory['covariances'])} for covariances, "
         f"{size_in_words(memory['pictures_at_input_size'])} where all pictures are held",

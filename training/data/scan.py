@@ -1,7 +1,6 @@
 """Look at every picture once, many at a time: can it be decoded, how large is it, is it a copy, how bright is it."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from zoo.errors import PictureError
 from zoo.images import decode
+from zoo.machine import cores
 
 AT_ONCE = 32  # pictures a task
 SHOWN_FROM = 2000  # pictures from which on a progress bar is worth its line
@@ -55,7 +55,7 @@ def look_at(paths: Sequence[Path], names: Sequence[str]) -> Looked:
             looked.moments[i] = array.mean(0), (array**2).mean(0)
         return len(places)
 
-    with (ThreadPoolExecutor(os.cpu_count() or 1) as pool,
+    with (ThreadPoolExecutor(cores()) as pool,
           tqdm(total=len(paths), unit="picture", desc="looking at the pictures",
                disable=len(paths) < SHOWN_FROM or None) as bar):
         for done in pool.map(look, range(0, len(paths), AT_ONCE)):

@@ -63,6 +63,12 @@ def load(path: Path) -> dict:
         raise TrainingError(f"checkpoint {path} is refused: it holds more than tensors and numbers.") from error
 
 
+def whats_good(folder: Path) -> str:
+    """What is left of a run that diverged, and what to do."""
+    kept = "the last checkpoint is good." if _newest_first(folder) else "no checkpoint was written yet."
+    return f"{kept} Try a smaller --lr or --strength."
+
+
 def load_newest(folder: Path) -> tuple[Path, dict] | None:
     """The newest whole checkpoint, or None where there never was one; a damaged one is named in a warning and passed
     over. TrainingError where all are damaged: to start again is for a person to decide."""

@@ -202,8 +202,8 @@ class Run:
                                 ) from error
         except DivergenceError as error:
             where = f"epoch {self.state.epoch + 1}, step {self.stepper.failed_step()}"
-            raise DivergenceError(f"{where}: {error} Stopped before the update; the last checkpoint is good. "
-                                  "Try a smaller --lr or --strength.") from error
+            raise DivergenceError(f"{where}: {error} Stopped before the update; "
+                                  f"{checkpoints.whats_good(self.folder / 'checkpoints')}") from error
 
     def save(self, in_step: bool = True) -> None:
         """Write a checkpoint. in_step: all processes are here; else each is alone, where all have the same state."""
@@ -211,7 +211,7 @@ class Run:
             self.state.level(self.processes)
         with self.explained(0):
             self.compute.finite.raise_if_failed()
-        self.state.check()
+        self.state.check(self.folder / "checkpoints")
         if self.processes.first:
             checkpoints.save(self.folder / "checkpoints", self.state.to_dict(self.recipe, self.data),
                              self.state.epoch, self.state.step)

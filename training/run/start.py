@@ -61,8 +61,9 @@ def find_start(
 def _check_backbone(recipe: Recipe, module: nn.Module, saved: dict[str, torch.Tensor], path: Path) -> None:
     """TrainingError where a stage 1 was trained on another backbone that goes by the same name."""
     last = f"{classifier_name(module)}."
-    if recipe.backbone is not None and not all(name.startswith(last) or torch.equal(tensor, saved.get(name, tensor[:0]))
-                                               for name, tensor in module.state_dict().items()):
+    ours = {name: tensor.cpu() for name, tensor in module.state_dict().items() if not name.startswith(last)}
+    if recipe.backbone is not None and not all(name in saved and torch.equal(tensor, saved[name])
+                                               for name, tensor in ours.items()):
         raise TrainingError(f"--stage1 {path}: trained on another --backbone of this name.")
 
 

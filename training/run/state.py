@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from training.network.distributed import Processes
 from training.network.start_weights import find_backbone, load_backbone, load_pretrained
 from training.network.starts import find_start
 from training.recipes import OwnPictures, Recipe
+from training.run import checkpoints
 from zoo.architectures import create
 
 
@@ -41,8 +43,8 @@ class State:
         self.epoch, self.step = epoch, 0
         self.sums.load({})
 
-    def check(self) -> None:
-        """DivergenceError where a number that a checkpoint would keep is NaN or infinite."""
+    def check(self, kept: Path) -> None:
+        """DivergenceError where a number that a checkpoint would keep is NaN or infinite. kept: the folder of those."""
         momenta = _floats(one.get("momentum_buffer") for one in self.optimizer.state.values())
         covariances = [*self.covariance.state_dict().values(), *self.learned.state_dict().values()]
         try:
@@ -50,8 +52,8 @@ class State:
             if momenta:
                 check_finite(momentum=momenta)
         except DivergenceError as error:
-            raise DivergenceError(f"epoch {self.epoch + 1}, step {self.step}: {error} Not saved; the last checkpoint "
-                                  "is good. Try a smaller --lr or --strength.") from error
+            raise DivergenceError(f"epoch {self.epoch + 1}, step {self.step}: {error} Not saved; "
+                                  f"{checkpoints.whats_good(kept)}") from error
 
     def level(self, processes: Processes) -> None:
         """The same bits in every process; on GPUs, what each computed alike may differ in the last ones."""
