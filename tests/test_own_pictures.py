@@ -375,11 +375,10 @@ def test_bad_pictures_are_all_named_and_left_out_only_on_request(tmp_path):
 
 @pytest.mark.parametrize(("make", "words"), [
     (lambda root: (root / "empty").mkdir(), "empty"),
-    (lambda root: paint(root / "lonely" / "1.png", 1), "lonely has 1 usable picture"),
     (lambda root: [(root / "broken").mkdir(), (root / "broken/1.png").touch(), (root / "broken/2.png").touch()],
      "broken"),
 ])
-def test_a_class_too_small_to_use_is_named_and_left_out_only_on_request(tmp_path, make, words):
+def test_a_class_without_pictures_is_named_and_left_out_only_on_request(tmp_path, make, words):
     paint_classes(tmp_path, {"a": 9, "b": 9})
     make(tmp_path)
     with pytest.raises(DataError, match=words) as caught:
@@ -388,6 +387,16 @@ def test_a_class_too_small_to_use_is_named_and_left_out_only_on_request(tmp_path
     data = load_folder(tmp_path, skip_bad=True)
     assert data.label_names == ("a", "b")
     assert any(words.split()[0] in reason for reason in data.left_out)
+
+
+def test_classes_of_a_few_pictures_are_trained_on(tmp_path):
+    # Given classes of one to four pictures, then none is refused; the one of one picture has no test.
+    paint_classes(tmp_path, {"a": 30, "b": 9, "one": 1, "two": 2, "three": 3, "four": 4})
+    data = load_folder(tmp_path)
+    assert dict(zip(data.label_names, data.class_counts, strict=True)) == {
+        "a": 18, "b": 6, "four": 2, "one": 1, "three": 2, "two": 1}
+    assert [data.label_names[c] for c in data.untested_classes] == ["one"]
+    assert any("not tested" in note and "one" in note for note in data.notes)
 
 
 def test_a_single_picture_trains_where_a_test_set_is_given(tmp_path):

@@ -109,16 +109,13 @@ def assemble(listing: Listing, rule: CutRule) -> LongTailed:
 def _without_small_classes(
     listing: Listing, keep: np.ndarray, rule: CutRule, left_out: list[str]
 ) -> tuple[Listing, np.ndarray]:
-    """Without the classes that nothing is left of and, where a test set is to be cut, those of one picture."""
+    """Without the classes that nothing is left of. A class of one picture is trained on and not tested."""
     counts = np.bincount(listing.labels, minlength=len(listing.label_names))
-    least = 1 if {"test", "val"} & set(listing.splits) else 2
-    small = np.flatnonzero(counts < least)
+    small = np.flatnonzero(counts == 0)
     if not len(small):
         return listing, keep
-    names = [f"the class {listing.label_names[c]} has {'1 usable picture' if counts[c] else 'no usable pictures'}."
-             for c in small]
-    refuse(f"{len(names)} class{'es have' if len(names) > 1 else ' has'} too few pictures"
-           + (" (one to train and one to test on is the least)" if least > 1 else ""), names,
+    names = [f"the class {listing.label_names[c]} has no usable pictures." for c in small]
+    refuse(f"{len(names)} class{'es have' if len(names) > 1 else ' has'} no pictures", names,
            "Add pictures, join classes or remove them", rule.skip_bad)
     left_out += names
     rest, places = listing.without_classes(small.tolist())
@@ -137,7 +134,7 @@ def _cut_parts(listing: Listing, keys: Sequence, rule: CutRule) -> _Parts:
     parts.notes += _meta_notes(listing, shared, rule)
     untested = np.setdiff1d(np.arange(classes), listing.labels[test])
     if len(untested):
-        parts.notes.append("Without test pictures, being a single group or copies of one picture: "
+        parts.notes.append("Trained on and not tested, being one picture, a single group or copies of one picture: "
                            + listed([listing.label_names[c] for c in untested], ", ") + ".")
     return parts
 
