@@ -86,7 +86,7 @@ def head_steps(num_classes: int) -> dict[str, Callable[[], object]]:
         frozen_head_step(layer, f, y, f_meta, y_meta, learned, HeadLoss("ce"), **how)
 
     def autograd(f, y, f_meta, y_meta):
-        metasaug_step(head, f, y, f_meta, y_meta, learned, HeadLoss("ce"), **how)
+        metasaug_step(head, f, y, f_meta, y_meta, learned, HeadLoss("ce"), implementation="autograd", **how)
 
     return {f"{step.__name__}, {num_classes}": captured(step, (f, y, f_meta, y_meta))
             for step in (plain, closed, autograd)}

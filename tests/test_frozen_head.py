@@ -1,5 +1,7 @@
 """The closed form of a frozen backbone's step is autograd's step, to rounding."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -91,7 +93,7 @@ def test_five_steps_are_those_of_the_general_meta_step(loss, fidelity, bias):
     for closed in (True, False):
         layer, data, learned, counts = a_setting(bias=bias)
         step = (lambda layer: layer) if closed else Cached
-        function = frozen_head_step if closed else metasaug_step
+        function = frozen_head_step if closed else functools.partial(metasaug_step, implementation="autograd")
         optimizer = torch.optim.SGD(layer.parameters(), 0.5, momentum=0.9)
         for _ in range(5):
             result = function(step(layer), *data, learned, HeadLoss(loss, counts), strength=0.5, inner_rate=0.5,
@@ -147,3 +149,17 @@ def test_only_the_rows_of_the_batch_are_touched():
     learned.running.covariance[absent] = float("nan")
     frozen_head_step(layer, *data, learned, HeadLoss("ce"), strength=0.5, inner_rate=0.1)
     assert layer.weight.grad.isfinite().all()
+
+
+def test_the_meta_step_takes_the_closed_form_where_it_holds(monkeypatch):
+    # Given a last layer alone, and who computes its steps,
+    taken = []
+    real = frozen_head.frozen_head_step
+    monkeypatch.setattr(frozen_head, "frozen_head_step", lambda *a, **k: taken.append(1) or real(*a, **k))
+    for loss, implementation, expected in [("ce", "auto", 1), ("focal", "auto", 0), ("ce", "autograd", 0)]:
+        layer, data, learned, counts = a_setting()
+        metasaug_step(Cached(layer), *data, learned, HeadLoss(loss, counts), strength=0.5, inner_rate=0.1,
+                      implementation=implementation)
+        # then it is the closed form for the losses that have one, unless autograd is asked for.
+        assert len(taken) == expected, (loss, implementation)
+        taken.clear()

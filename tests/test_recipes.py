@@ -15,10 +15,11 @@ from training import command_line  # noqa: E402
 from training.command_line import RunOptions, TrainCifar, TrainFolder, TrainLargeSet, TrainTable  # noqa: E402
 from training.data.datasets import LongTailed, PictureFiles  # noqa: E402
 from training.errors import TrainingError  # noqa: E402
+from training.method import closed_form  # noqa: E402
 from training.method.covariance import RunningCovariance  # noqa: E402
 from training.network.start_weights import load_pretrained  # noqa: E402
 from training.recipes import Cifar10LT, Cifar100LT, Folder, ImageNetLT, INat17, INat18, Table  # noqa: E402
-from training.run import loop, run_folder, stages, steps  # noqa: E402
+from training.run import loop, run_folder, stages  # noqa: E402
 from training.run.defaults import choose  # noqa: E402
 from zoo.architectures import create  # noqa: E402
 
@@ -162,7 +163,7 @@ def test_the_closed_form_trains_as_the_meta_step_does(tmp_path, monkeypatch, los
     recipe = dataclasses.replace(FROZEN, loss=loss)
     fast, _ = loop.run(recipe, small_data(), tmp_path / "fast", CPU)
     # when the same steps are taken by the general meta step, then the weights and covariances come out the same.
-    monkeypatch.setattr(steps, "_in_closed_form", lambda recipe: False)
+    monkeypatch.setattr(closed_form, "holds", lambda *_: False)
     slow, _ = loop.run(recipe, small_data(), tmp_path / "slow", CPU)
     torch.testing.assert_close(fast.module.fc.weight, slow.module.fc.weight, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(fast.learned.delta, slow.learned.delta, atol=1e-6, rtol=1e-3)
@@ -382,13 +383,13 @@ def test_a_tree_that_is_not_installed_still_says_its_version(monkeypatch):
 def test_reference_fidelity_on_large_sets_takes_the_same_meta_batch_every_step(tmp_path, monkeypatch):
     # Given the quirk of the authors' code for large sets, and each meta batch that a step gets,
     seen = []
-    step = steps.frozen_head_step
+    step = closed_form.frozen_head_step
 
     def noted(*given, **how):
         seen.append(given[3].clone())
         return step(*given, **how)
 
-    monkeypatch.setattr(steps, "frozen_head_step", noted)
+    monkeypatch.setattr(closed_form, "frozen_head_step", noted)
     # when it trains with the quirks, then all are one; without them they differ.
     for fidelity in ("reference", "fixed"):
         seen.clear()

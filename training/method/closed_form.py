@@ -106,6 +106,11 @@ def frozen_head_step(
     return StepResult(head.loss, features_NA, logged, meta_loss, loss_before, shift)
 
 
+def holds(head_loss: HeadLoss, learned: LearnedCovariance) -> bool:
+    """Whether the closed form has this loss and this kind of covariance."""
+    return head_loss.loss in SUPPORTED_LOSSES and learned.running.kind == "diagonal"
+
+
 def check_supported(head_loss: HeadLoss, learned: LearnedCovariance) -> None:
     """TrainingError where the closed form does not hold; `metasaug_step` covers those."""
     if head_loss.loss not in SUPPORTED_LOSSES:

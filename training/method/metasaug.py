@@ -42,6 +42,7 @@ from training.network.derivatives import BatchFeatures, Compute
 
 Lookahead = Literal["network", "classifier"]
 Fidelity = Literal["fixed", "reference"]
+Implementation = Literal["auto", "autograd", "closed form"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def metasaug_step(
     fidelity: Fidelity = "fixed",
     class_weights: Tensor | None = None,
     compute: Compute | None = None,
+    implementation: Implementation = "auto",
 ) -> StepResult:
     """One MetaSAug step but for the optimizer's; formulas at the top of this file.
 
@@ -113,8 +115,24 @@ def metasaug_step(
     lookahead      through the whole network, or through the last layer only
     fidelity       fixed: delta is kept from step to step, and S stays positive semi-definite. reference: as in the
                    authors' code S' = running - eta grad_S serves this step only, and nothing is projected
+    implementation closed form: a few matrix products, where only the last layer trains and training.method.closed_form
+                   holds; autograd: everywhere; auto: the closed form where it holds
     raises         DivergenceError before anything is updated (batch norm's statistics aside)
     """
+    from training.method import closed_form  # which builds on this module
+
+    compute = compute or Compute()
+    only_head_trains = not trained_body(module)
+    if implementation == "auto" and only_head_trains and closed_form.holds(head_loss, learned):
+        implementation = "closed form"
+    if implementation == "closed form":
+        features_NA, meta_features_MA = (BatchFeatures(module, x, len(y), compute, graph=False).whole_NA
+                                         for x, y in ((pictures, labels_N), (meta_pictures, meta_labels)))
+        return closed_form.frozen_head_step(
+            module.get_classifier(), features_NA, labels_N, meta_features_MA, meta_labels,  # type: ignore[operator]
+            learned, head_loss, strength=strength, inner_rate=inner_rate, meta_rate=meta_rate, fidelity=fidelity,
+            class_weights=class_weights, compute=compute)
+
     batch = TrainBatch(module, pictures, labels_N, head_loss, strength, class_weights, compute, lookahead == "network")
     rows, finite, fixed = batch.rows, batch.compute.finite, fidelity == "fixed"
     used_U = rows.sum(torch.ones_like(labels_N)) > 0
@@ -141,6 +159,12 @@ def relative_shift(new_U: Tensor, old_U: Tensor, used_U: Tensor) -> Tensor:
     return torch.where(size > 0, torch.linalg.vector_norm((new_U - old_U) * used_U) / size, 0.0)
 
 
+def trained_body(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name, but for the last layer's."""
+    last = {id(p) for p in module.get_classifier().parameters()}  # type: ignore[operator, union-attr]
+    return {n: p for n, p in module.named_parameters() if p.requires_grad and id(p) not in last}
+
+
 class TrainBatch:
     """The one forward pass of a step: its graph serves the inner gradient and, once S' is known, the real one.
 
@@ -165,9 +189,7 @@ class TrainBatch:
         fc: nn.Linear = module.get_classifier()  # type: ignore[operator]
         self.rows = Rows.of(labels_N, fc.out_features)
         self.head = [p for p in (fc.weight, fc.bias) if p is not None]
-        self.body = {
-            n: p for n, p in module.named_parameters() if p.requires_grad and all(p is not q for q in self.head)
-        }
+        self.body = trained_body(module)
         self.features = BatchFeatures(module, pictures, len(labels_N), self.compute, graph=bool(self.body),
                                       tangents=tangents)
         self.features_NA = self.features.whole_NA

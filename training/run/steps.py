@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.method.closed_form import SUPPORTED_LOSSES, frozen_head_step
 from training.method.heldout import HeldOut, heldout_step
 from training.method.metasaug import StepResult, isda_step, metasaug_step, plain_step
-from training.network.derivatives import BatchFeatures, Compute, random_state
+from training.network.derivatives import Compute, random_state
 from training.recipes import Recipe
 from training.run.stages import Stage
 from training.run.state import State
@@ -139,16 +138,9 @@ class Stepper:
         if isinstance(state.learned, HeldOut):
             return heldout_step(module, pictures, labels, *meta_batch, state.learned, stage.loss, rates.strength,
                                 stage.weights, compute)
-        how: dict[str, Any] = {"strength": rates.strength, "inner_rate": rates.inner, "meta_rate": recipe.meta_rate,
-                               "fidelity": recipe.fidelity, "class_weights": stage.weights}
-        if _in_closed_form(recipe):
-            features, meta_features = (BatchFeatures(module, x, len(y), compute, graph=False).whole_NA
-                                       for x, y in ((pictures, labels), meta_batch))
-            return frozen_head_step(module.get_classifier(), features, labels,  # type: ignore[operator]
-                                    meta_features, meta_batch[1], state.learned, stage.loss, compute=compute,
-                                    **how)
-        return metasaug_step(module, pictures, labels, *meta_batch, state.learned, stage.loss,
-                             lookahead=recipe.lookahead, compute=compute, **how)
+        return metasaug_step(module, pictures, labels, *meta_batch, state.learned, stage.loss, strength=rates.strength,
+                             inner_rate=rates.inner, meta_rate=recipe.meta_rate, lookahead=recipe.lookahead,
+                             fidelity=recipe.fidelity, class_weights=stage.weights, compute=compute)
 
     def failed_step(self) -> int:
         """The step, from 1, whose numbers were not finite."""
@@ -204,11 +196,6 @@ def seed_of_step(recipe: Recipe, state: State, rank: int) -> int:
     of_rank = [rank] if rank else []
     sequence = np.random.SeedSequence([recipe.seed, state.epoch, state.step, *of_rank])
     return int(sequence.generate_state(1, np.uint64)[0])
-
-
-def _in_closed_form(recipe: Recipe) -> bool:
-    return (recipe.stands_still(in_stage2=True) and recipe.covariance == "diagonal"
-            and recipe.loss in SUPPORTED_LOSSES)
 
 
 def set_trained(module: nn.Module, recipe: Recipe, in_stage2: bool) -> None:
