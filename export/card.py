@@ -216,7 +216,9 @@ def _origin(ours: Mapping[str, Any]) -> str:
     lines = [f"## Origin\n\n**Not trained by us.** Every weight is from `{imported['file']}` (sha256 "
              f"`{imported['sha256']}`), as its authors released it{whose}"]
     if imported.get("stated_error") is not None:
-        lines.append(f"The file itself states a best test error of {imported['stated_error']:.2%}.")
+        lines.append(f"The file itself states a best test error of {imported['stated_error']:.2%}"
+                     + (", and it has that error on the original test pictures." if imported.get("released_file")
+                        else "."))
     if ours["class_counts"]:
         lines.append(f"Training pictures a class: from {imported['counts_from']}.")
     return " ".join([*lines, *imported["notes"]])

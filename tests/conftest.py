@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import pickle
 import shutil
 import tarfile
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from zoo import label_names
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("METASAUG_DATA", ROOT.parent / "shared" / "data"))
@@ -19,25 +22,70 @@ def _need(there: bool, reason: str) -> None:
         (pytest.fail if os.environ.get("METASAUG_REQUIRE_DATA") == "1" else pytest.skip)(reason)
 
 
-def _unpacked(name: str) -> Path:
-    """The archive's folder, unpacked once into an ignored place; two test processes wait for each other."""
-    archive = DATA / f"{name}.tar"
-    _need(archive.is_file(), f"the real data is not here: {archive.name} in ../shared/data (or METASAUG_DATA)")
+def _made_once(name: str, archive: str, make) -> Path:
+    """An ignored folder that `make(tar, folder)` fills once; two test processes wait for each other."""
+    path = DATA / f"{archive}.tar"
+    _need(path.is_file(), f"the real data is not here: {path.name} in ../shared/data (or METASAUG_DATA)")
     folder = ROOT / ".test-data" / name
     folder.parent.mkdir(exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = folder / ".whole"
         if not done.exists():
-            with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter="data")
+            folder.mkdir(exist_ok=True)
+            with tarfile.open(path) as tar:
+                make(tar, folder)
             done.touch()
     return folder
 
 
+def _unpacked(archive: str, part: str = "") -> Path:
+    """The archive's folder, or one of the folders in it."""
+    def unpack(tar: tarfile.TarFile, folder: Path) -> None:
+        tar.extractall(folder, [entry for entry in tar if entry.name.startswith(part)], filter="data")
+
+    return _made_once(f"{archive}-{part}" if part else archive, archive, unpack) / part
+
+
+def _as_original_files(tar: tarfile.TarFile, folder: Path) -> None:
+    """60,000 pictures in the layout of the original files, in their order within each class: far fewer files."""
+    names = label_names.cifar10()
+    pictures: dict[str, list[tuple[int, bytes]]] = {"train": [], "test": []}
+    for entry in sorted((entry for entry in tar if entry.isfile()), key=lambda entry: entry.name):
+        part, name, _ = entry.name.split("/")
+        rgb = Image.open(tar.extractfile(entry)).convert("RGB")
+        pictures[part].append((names.index(name), np.asarray(rgb).transpose(2, 0, 1).tobytes()))
+    batches = folder / "cifar-10-batches-py"
+    batches.mkdir(exist_ok=True)
+    files = {"test_batch": pictures["test"],
+             **{f"data_batch_{i + 1}": pictures["train"][10_000 * i : 10_000 * (i + 1)] for i in range(5)}}
+    for name, rows in files.items():
+        data = np.frombuffer(b"".join(pixels for _, pixels in rows), np.uint8).reshape(-1, 3072)
+        (batches / name).write_bytes(pickle.dumps({"data": data, "labels": [label for label, _ in rows]}))
+    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": list(names)}))
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> Path:
+    """CIFAR-10, the original pictures: cifar-10-batches-py, by class."""
+    return _made_once("cifar10", "cifar10", _as_original_files)
+
+
+@pytest.fixture(scope="session")
+def cifar10_test() -> Path:
+    """CIFAR-10's original test pictures: CLASS/NNNN.png."""
+    return _unpacked("cifar10", "test")
+
+
+@pytest.fixture(scope="session")
+def cifar100_test() -> Path:
+    """CIFAR-100's original test pictures: CLASS/NAME.png."""
+    return _unpacked("cifar100-test", "test")
+
+
 @pytest.fixture(scope="session")
 def cifar10_jpeg() -> Path:
-    """CIFAR-10 as JPEG: train/CLASS/*.jpg and test/CLASS/*.jpg."""
+    """CIFAR-10 as JPEG copies, only for the bundled models that were trained on them."""
     return _unpacked("cifar10-jpeg")
 
 

@@ -7,8 +7,7 @@ import pytest
 
 from tests.conftest import DATA
 from training.data.authors_subsets import authors_long_tail, authors_meta
-from training.data.cifar import CIFAR_MEAN, CIFAR_STD, cut_as_the_authors, load_cifar, long_tail_counts
-from training.data.datasets import list_class_folders, read_pictures
+from training.data.cifar import CIFAR_MEAN, CIFAR_STD, cut_as_the_authors, find_pool, load_cifar, long_tail_counts
 
 
 def as_in_their_scripts(targets: list[int], num_classes: int, imb_factor: float, num_meta: int = 10):
@@ -47,7 +46,7 @@ def test_the_flag_draws_what_the_authors_scripts_draw(num_classes, imbalance):
     assert not set(train.tolist()) & set(meta.tolist())
 
 
-def test_the_authors_released_model_knows_these_pictures(cifar10_jpeg):
+def test_the_authors_released_model_knows_these_pictures(cifar10):
     """A network is surer of pictures it was trained on. In the tail, of 49 to 138 pictures, that tells them apart."""
     torch = pytest.importorskip("torch")
     from zoo.architectures import create
@@ -62,14 +61,15 @@ def test_the_authors_released_model_knows_these_pictures(cifar10_jpeg):
     model.load_state_dict(dict(zip(ours, [v for k, v in theirs.items() if "num_batches" not in k], strict=True)),
                           strict=False)
     model.eval()
-    paths, labels, names = list_class_folders(cifar10_jpeg / "train")
+    pool = find_pool("cifar10-lt", cifar10)
+    labels, names = pool.labels, pool.label_names
     _, rest = authors_meta(labels, 10, 10)
     trained_on = rest[authors_long_tail(labels[rest], long_tail_counts(4990, 10, 100))]
     others = np.setdiff1d(rest, trained_on)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CIFAR_MEAN, CIFAR_STD))
 
     def accuracy(c: int, places: np.ndarray) -> float:
-        pictures = read_pictures([paths[i] for i in places[labels[places] == c][:200]], (32, 32))
+        pictures = pool.pick(places[labels[places] == c][:200]).pictures
         with torch.no_grad():
             scores = model((torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255 - mean) / std)
         return (scores.argmax(1) == c).float().mean().item()
@@ -82,8 +82,8 @@ def test_the_authors_released_model_knows_these_pictures(cifar10_jpeg):
         assert accuracy(c, others) < 0.8
 
 
-def test_the_flag_reaches_the_data(cifar10_jpeg):
-    data = load_cifar("cifar10-lt", cifar10_jpeg, 100, 10, 0, subset="authors")
+def test_the_flag_reaches_the_data(cifar10):
+    data = load_cifar("cifar10-lt", cifar10, 100, 10, 0, subset="authors")
     assert data.class_counts == tuple(long_tail_counts(4990, 10, 100))
     assert np.bincount(data.meta.labels).tolist() == [10] * 10
     assert "authors" in data.notes[0]
