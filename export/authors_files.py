@@ -127,8 +127,8 @@ def import_file(
 
 @functools.cache
 def _released_files() -> tuple[dict[str, Any], ...]:
-    """The authors' twenty CIFAR files: hash, size, the error that each states (which it has on the original test
-    pictures, all twenty tried), and the one that the paper's table has; both in %."""
+    """The authors' twenty CIFAR files: hash, size, and the error in % that each states. All twenty were tried: each has
+    that error on the original test pictures."""
     return tuple(json.loads(Path(__file__).with_name("released_files.json").read_text(encoding="utf-8")))
 
 
