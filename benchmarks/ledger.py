@@ -22,9 +22,10 @@ import numpy as np
 
 from training.data.cifar import Pool, cut_pool, find_pool, long_tail_counts
 from training.data.datasets import LongTailed, Split
+from training.data.imagenet_inat import load_imagenet_lt
 from training.data.own_pictures import load_folder
 from training.network.derivatives import Precision
-from training.recipes import Cifar10LT, Cifar100LT, Folder, Recipe
+from training.recipes import Cifar10LT, Cifar100LT, Folder, ImageNetLT, Recipe
 from training.run.cells import Cell as Training
 from training.run.cells import Queue, Trained, train
 from training.run.run_folder import alone_in, code_version
@@ -35,7 +36,7 @@ HERE = Path(__file__).resolve().parent
 PROTOCOL, DEVELOPMENT, PAPER = (HERE / f"{name}.toml" for name in ("ledger", "development", "paper"))
 RESULTS = HERE / "results" / "ledger.json"
 PAGE, PAPER_PAGE, HELDOUT_PAGE = (HERE.parent / "docs" / f"{name}.md" for name in ("ledger", "paper", "heldout"))
-RECIPES: dict[str, type[Recipe]] = {recipe.dataset: recipe for recipe in (Cifar10LT, Cifar100LT, Folder)}
+RECIPES: dict[str, type[Recipe]] = {recipe.dataset: recipe for recipe in (Cifar10LT, Cifar100LT, Folder, ImageNetLT)}
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ def _sets(part: Mapping[str, Any]) -> list[str]:
 
 
 def run(cifar10: Path | None = None, cifar100: Path | None = None, plankton: Path | None = None,
-        runs: Path | None = None, results: Path | None = None, only: str = "", limit: int | None = None,
-        protocol: Path = PROTOCOL) -> None:
+        imagenet: Path | None = None, runs: Path | None = None, results: Path | None = None, only: str = "",
+        limit: int | None = None, protocol: Path = PROTOCOL) -> None:
     """Run the cells that are missing, one after the other; a cell done is never run again.
 
     Several of these commands may run beside each other: each takes what no other has.
@@ -124,6 +125,7 @@ def run(cifar10: Path | None = None, cifar100: Path | None = None, plankton: Pat
         cifar10: Folder of the CIFAR-10 pictures, as for `metasaug train cifar10-lt`; without it those cells wait.
         cifar100: Folder of the CIFAR-100 pictures, the same.
         plankton: Folder of the plankton class folders, as for `metasaug train folder`; without it those cells wait.
+        imagenet: Folder of ImageNet-LT's pictures and lists, or of benchmarks.tiny_imagenet's.
         runs: Where the runs live, runs/NAME of NAME.toml; a run that was stopped goes on to the same bits.
         results: The file that takes each cell's figures as it ends; benchmarks/results/NAME.json of NAME.toml.
         only: Only cells whose SET/METHOD/SEED matches, as "cifar10-lt-100/*/1".
@@ -132,7 +134,7 @@ def run(cifar10: Path | None = None, cifar100: Path | None = None, plankton: Pat
     """
     listed, runs = Protocol(protocol), runs or Path("runs") / protocol.stem
     results = results or listed.results
-    folders = {"cifar10-lt": cifar10, "cifar100-lt": cifar100, "folder": plankton}
+    folders = {"cifar10-lt": cifar10, "cifar100-lt": cifar100, "folder": plankton, "imagenet-lt": imagenet}
     wanted = {cell.folder: cell for cell in listed.cells
               if folders[listed.recipe(cell).dataset] and fnmatch(cell.key, only or "*")}
     queue = listed.queue(wanted.values(), runs, lambda: map(cell_of, rows_in(results)))
@@ -161,6 +163,9 @@ def _load(recipe: Recipe, folder: Path, validation: int) -> LongTailed:
     if isinstance(recipe, Cifar10LT):
         pool = find_pool(recipe.dataset, folder)
         return _with_validation(recipe, pool, validation) if validation else cut_as(recipe, pool)
+    if isinstance(recipe, ImageNetLT):
+        return load_imagenet_lt(folder, meta_per_class=recipe.meta_per_class, subset_seed=recipe.subset_seed,
+                                subset=recipe.subset)
     assert isinstance(recipe, Folder)
     return load_folder(folder, meta_per_class=recipe.meta_per_class, test_share=recipe.test_share,
                        subset_seed=recipe.subset_seed, skip_bad=recipe.skip_bad)

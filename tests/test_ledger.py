@@ -15,8 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_within_a_set_and_seed_all_cells_share_one_stage_1():
-    for path in (ledger.PROTOCOL, ledger.DEVELOPMENT):
-        protocol = ledger.Protocol(path)
+    for protocol in map(ledger.Protocol, sorted(ledger.HERE.glob("*.toml"))):
         for name, seed in {(cell.set, cell.seed) for cell in protocol.cells}:
             group = [cell for cell in protocol.cells if (cell.set, cell.seed) == (name, seed)]
             assert len({protocol.recipe(cell).stage1_key() for cell in group}) == 1
@@ -28,11 +27,8 @@ def test_the_pages_state_what_was_run():
     for path, text in ledger.pages().items():
         assert path.read_text(encoding="utf-8") == text, path.name
     # And every cell is one of its protocol's.
-    for protocol in (ledger.PROTOCOL, ledger.DEVELOPMENT):
-        listed = {cell.key for cell in ledger.Protocol(protocol).cells}
-        results = ledger.RESULTS.with_name(f"{protocol.stem}.json")
-        cells = json.loads(results.read_text())["cells"] if results.exists() else []
-        assert {f"{row['set']}/{row['method']}/{row['seed']}" for row in cells} <= listed
+    for protocol in map(ledger.Protocol, sorted(ledger.HERE.glob("*.toml"))):
+        assert set(map(ledger.cell_of, ledger.rows_in(protocol.results))) <= set(protocol.cells)
 
 
 def test_the_figure_has_a_line_for_each_set_and_method():

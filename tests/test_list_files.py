@@ -250,3 +250,34 @@ def test_classes_are_the_categories_by_id(tmp_path):
     listing, names = read_inat_json(make_inat(tmp_path) / "train2018.json")
     assert names == ("Danaus plexippus", "Apis mellifera", "Bombus terrestris")
     assert len(listing.names) == 12
+
+
+def test_tiny_imagenet_becomes_imagenet_lt_of_its_classes(tmp_path):
+    # Given Tiny ImageNet's folders, of three classes,
+    from benchmarks import tiny_imagenet
+
+    published = dict(zip(imagenet_wnids(), imagenet_lt_counts(), strict=True))
+    wnids = sorted(published, key=lambda wnid: published[wnid])
+    wnids = sorted([wnids[0], wnids[300], wnids[-1]])
+    for wnid in wnids:
+        (tmp_path / "train" / wnid / "images").mkdir(parents=True)
+        for i in range(500):
+            (tmp_path / "train" / wnid / "images" / f"{wnid}_{i}.JPEG").touch()
+    (tmp_path / "val" / "images").mkdir(parents=True)
+    for i in range(6):
+        (tmp_path / "val" / "images" / f"val_{i}.JPEG").touch()
+    rows = (f"val_{i}.JPEG\t{wnids[i % 3]}\t0\t0\t9\t9" for i in range(6))
+    (tmp_path / "val" / "val_annotations.txt").write_text("\n".join(rows))
+    # when the lists are written and read, then each class has its published count, as far as there are pictures,
+    counts = tiny_imagenet.write_lists(tmp_path)
+    data = load_imagenet_lt(tmp_path, look=False)
+    assert data.class_counts == tuple(min(published[wnid], 480) for wnid in wnids)
+    assert counts == {"train": sum(data.class_counts), "val": 60, "test": 6}
+    # the classes have their names, and no picture is in two parts.
+    words = dict(zip(imagenet_wnids(), imagenet(), strict=True))
+    assert data.label_names == tuple(words[wnid] for wnid in wnids)
+    assert not {*data.train.names} & {*data.meta.names} and len(data.meta) == 30
+    # Written again, they are the same.
+    before = (tmp_path / "ImageNet_LT_train.txt").read_bytes()
+    tiny_imagenet.write_lists(tmp_path)
+    assert (tmp_path / "ImageNet_LT_train.txt").read_bytes() == before

@@ -273,7 +273,8 @@ def _names_of_folders(train: _Listed, classes: int) -> tuple[str, ...]:
     """Class names from the pictures' folders, where each class has one of its own; else numbers."""
     folders: dict[int, set[str]] = defaultdict(set)
     for name, label in zip(train.names, train.labels.tolist(), strict=True):
-        folders[label].add(name.split("/")[-2] if "/" in name else "")
+        *above, folder = ["", *name.split("/")[:-1]]
+        folders[label].add(above[-1] if folder == "images" and above[1:] else folder)  # Tiny ImageNet: WNID/images/
     if any(len(found) != 1 for found in folders.values()) or len(folders) != classes:
         return tuple(map(str, range(classes)))
     names = tuple(folders[c].pop() for c in range(classes))
