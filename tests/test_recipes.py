@@ -19,7 +19,7 @@ from training.method import closed_form  # noqa: E402
 from training.method.covariance import RunningCovariance  # noqa: E402
 from training.network.start_weights import load_pretrained  # noqa: E402
 from training.recipes import Cifar10LT, Cifar100LT, Folder, ImageNetLT, INat17, INat18, Table  # noqa: E402
-from training.run import loop, run_folder, stages  # noqa: E402
+from training.run import loop, run_folder, stages, steps  # noqa: E402
 from training.run.defaults import choose  # noqa: E402
 from zoo.architectures import create  # noqa: E402
 
@@ -446,7 +446,7 @@ def test_a_step_that_does_not_fit_says_what_to_change(tmp_path, monkeypatch):
     def too_large(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loop, "plain_step", too_large)
+    monkeypatch.setattr(steps, "plain_step", too_large)
     with pytest.raises(TrainingError, match="smaller --batch-size"):
         loop.run(Cifar10LT(epochs=2, batch_size=16), small_data(), tmp_path, CPU)
 
