@@ -228,15 +228,24 @@ def _licence(ours: Mapping[str, Any]) -> str:
     return ours["imported"]["licence"] if ours.get("imported") else "mit"
 
 
+def _assumes(prior: str | list[float] | None) -> str:
+    """What the model's probabilities assume, in words."""
+    ratio = max(prior) / min(prior) if isinstance(prior, list) else 1.0
+    if prior is None:
+        return ""
+    if prior == "train":
+        return ("Its probabilities assume that classes are as frequent as in training; "
+                '`predict(..., prior="uniform")` asks what it says where all are equally frequent.')
+    assumed = ("all classes are equally frequent" if ratio < 1.05 else
+               f"the most frequent class is {ratio:.3g} times as frequent as the rarest (`prior` in config.json)")
+    return (f"Its probabilities assume that {assumed}; "
+            '`predict(..., prior="train")` asks what it says where classes are as frequent as in training.')
+
+
 def _limits(config: Mapping[str, Any]) -> str:
     ours = config["metasaug"]
     _, height, width = config["pretrained_cfg"]["input_size"]
-    assumes = {
-        "train": "Its probabilities take for granted that classes are as frequent as in training; "
-                 '`predict(..., prior="uniform")` asks what it says where all are alike.',
-        "uniform": "Its probabilities take for granted that all classes are equally frequent; "
-                   '`predict(..., prior="train")` asks what it says where they are as frequent as in training.',
-    }.get(ours.get("prior") or "", "")
+    assumes = _assumes(ours.get("prior"))
     jpeg = ("\n- Trained and tested on JPEG copies of CIFAR-10: its errors do not compare with those on the original "
             "pictures." if "JPEG" in ours["dataset"] else "")
     fitted = {"squash": "squashed to that, whatever their shape", "border": "scaled down whole, on a border"}.get(

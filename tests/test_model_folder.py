@@ -402,7 +402,8 @@ NONSENSE = [
     ("metasaug.class_counts", [-1] * 10), ("metasaug.class_counts", [1.0] * 10), ("metasaug.groups", ["head"] * 9),
     ("metasaug.groups", ["few"] * 10), ("metasaug.groups", [["head"]] * 10), ("metasaug.groups_by", "hand"),
     ("metasaug.groups_by", ["count"]), ("metasaug.name", 3), ("metasaug.method", None), ("metasaug.dataset", "\ud800"),
-    ("metasaug.prior", "flat"), ("metasaug.prior", [0.1]), ("metasaug.cosine_scale", -1),
+    ("metasaug.prior", "flat"), ("metasaug.prior", [0.1]), ("metasaug.prior", [0.0] * 10),
+    ("metasaug.cosine_scale", -1),
     ("metasaug.cosine_scale", float("inf")), ("metasaug.cosine_scale", "30"), ("metasaug.results", []),
     ("metasaug.results.error", "low"), ("metasaug.results.groups", []), ("metasaug.results.per_class", [{}] * 9)]
 

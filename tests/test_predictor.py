@@ -358,3 +358,17 @@ def test_an_answer_is_reweighed_without_the_network(tiny_model_folder, pictures)
         assert again == model.predict(pictures / "a.png", prior=prior, tau=0.5, top_k=3)
         model._network = None
         assert again != plain and model.reweigh(again) == plain
+
+
+def test_a_prior_in_numbers_is_the_one_that_answers_are_shifted_from(tiny_model_folder, pictures):
+    # Given a model whose training assumed the square root of its counts' frequencies,
+    model = zoo.load(tiny_model_folder)
+    own = np.sqrt(np.array(model.class_counts, float))
+    model.folder.config["metasaug"]["prior"] = (own / own.sum()).tolist()
+    plain = model.predict(pictures / "a.png")
+    # when asked for uniform classes, then each probability is divided by it; asked for its own, nothing changes.
+    uniform = model.predict(pictures / "a.png", prior="uniform")
+    expected = plain.probabilities / own
+    np.testing.assert_allclose(uniform.probabilities, expected / expected.sum(), rtol=1e-4)
+    same = model.predict(pictures / "a.png", prior=own)
+    np.testing.assert_allclose(same.probabilities, plain.probabilities, rtol=1e-4)

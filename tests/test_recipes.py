@@ -17,6 +17,7 @@ from training.data.datasets import LongTailed, PictureFiles  # noqa: E402
 from training.errors import TrainingError  # noqa: E402
 from training.method import closed_form  # noqa: E402
 from training.method.covariance import RunningCovariance  # noqa: E402
+from training.method.losses import class_balanced_weights  # noqa: E402
 from training.network.start_weights import load_pretrained  # noqa: E402
 from training.recipes import Cifar10LT, Cifar100LT, Folder, ImageNetLT, INat17, INat18, Table  # noqa: E402
 from training.run import loop, run_folder, stages, steps  # noqa: E402
@@ -517,3 +518,38 @@ def test_heldout_has_a_first_stage_of_its_own_where_meta_pictures_are_always_tra
     assert keys["metasaug", "always"] != keys["heldout", "always"]
     # Elsewhere they share it.
     assert len({keys[a, j] for a in ("metasaug", "heldout") for j in ("never", "stage2")}) == 1
+
+
+def test_the_prior_that_training_assumes_is_what_its_loss_makes_of_the_counts():
+    # Given 5000 pictures against 50, then each loss assumes its own ratio of head to tail, in numbers that sum to 1.
+    def ratio(**flags):
+        prior = Cifar10LT(**flags).implicit_prior([5000, 50])
+        assert sum(prior) == pytest.approx(1, abs=1e-5)
+        return prior[0] / prior[1]
+
+    assert ratio(augment="none") == pytest.approx(100, rel=1e-4)
+    weights = class_balanced_weights([5000, 50])
+    assert ratio(augment="metasaug") == pytest.approx(100 * float(weights[0] / weights[1]), rel=1e-4)  # 1.27
+    assert ratio(augment="metasaug", beta=0.0) == pytest.approx(100, rel=1e-4)
+    assert ratio(augment="none", loss="balanced-softmax") == pytest.approx(1, rel=1e-4)
+    assert ratio(augment="none", loss="logit-adjustment", tau=0.5) == pytest.approx(10, rel=1e-4)
+    assert ratio(augment="none", loss="logit-adjustment", tau=2.0) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_a_weighted_loss_learns_the_prior_that_is_stored():
+    # Given features that say nothing, so that a last layer can only learn how frequent classes are,
+    counts, recipe = [400, 40], Cifar10LT(augment="isda", beta=0.99)
+    labels = torch.repeat_interleave(torch.arange(2), torch.tensor(counts))
+    bias = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([bias], line_search_fn="strong_wolfe", max_iter=100)
+    # when trained on the whole set with the recipe's class weights,
+    def loss():
+        optimizer.zero_grad()
+        value = torch.nn.functional.cross_entropy(bias.expand(len(labels), 2), labels,
+                                                  weight=class_balanced_weights(counts, recipe.beta))
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    # then its probabilities are the prior.
+    assert bias.softmax(0).tolist() == pytest.approx(recipe.implicit_prior(counts), abs=1e-4)

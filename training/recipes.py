@@ -7,9 +7,12 @@ docs/method.md. What each expects is stated for the paper's hardware, what we ra
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import ClassVar, Literal, Self
+
+import numpy as np
 
 from training.errors import TrainingError
 
@@ -285,9 +288,24 @@ class Recipe:
         return self.scale if self.loss == "ldam-published" else None
 
     @property
-    def implicit_prior(self) -> Literal["train", "uniform"]:
-        """What the network's probabilities take for granted: classes as frequent as in training, or all alike."""
-        return "uniform" if self.weighted or self.loss in ("balanced-softmax", "logit-adjustment") else "train"
+    def balances(self) -> bool:
+        """Whether the loss counts rare classes for more than their share of the pictures."""
+        return self.weighted or self.loss in ("balanced-softmax", "logit-adjustment")
+
+    def implicit_prior(self, class_counts: Sequence[int]) -> list[float]:
+        """The class frequencies that the network's probabilities assume; they sum to 1.
+
+        A softmax learns p(x|y) n_y w_y, with n_y pictures that weigh w_y each. Logit adjustment adds tau log n_y to
+        the logits in training, which leaves n_y^(1 - tau) of it; balanced softmax is its tau = 1. What margins and
+        the focal loss do is not a prior, and is not in it.
+        """
+        n_C = np.asarray(class_counts, np.float64)
+        tau = {"balanced-softmax": 1.0, "logit-adjustment": self.tau}.get(self.loss, 0.0)
+        log_C = (1 - tau) * np.log(n_C)
+        if self.weighted:
+            log_C -= np.log(1 - self.beta**n_C)
+        log_C -= np.logaddexp.reduce(log_C)
+        return [float(f"{p:.6g}") for p in np.exp(np.maximum(log_C, -600))]
 
     @property
     def method(self) -> str:

@@ -279,7 +279,9 @@ def check_config(config: Mapping[str, Any], where: str | Path) -> None:
     need(ours.get("groups_by") in ("count", "rank", UNKNOWN), "metasaug.groups_by", "count, rank or unknown")
     for key in ("name", "method", "dataset"):
         need(text(ours.get(key)), f"metasaug.{key}", "a text")
-    need(ours.get("prior") in ("train", "uniform", None), "metasaug.prior", "train, uniform or null")
+    prior = ours.get("prior")
+    need(prior in ("train", "uniform", None) or (numbers(prior, classes) and min(prior) > 0),
+         "metasaug.prior", f"train, uniform, {classes} numbers above 0, or null")
     scale = ours.get("cosine_scale")
     need(scale is None or (number(scale) and scale > 0), "metasaug.cosine_scale", "a number, or null")
     variants = ours.get("variants")

@@ -102,7 +102,7 @@ def measure(
     predictor: Predictor, paths: Sequence[Path], labels_N: np.ndarray, prior: Prior | None, skip_bad: bool
 ) -> tuple[dict, list[list]]:
     """Test results, and for each picture a row: path, label, answer, its probability, what was wrong with the file."""
-    own = prior if isinstance(prior, str) else predictor.folder.config["metasaug"].get("prior")
+    own = prior if prior is not None else predictor.folder.config["metasaug"].get("prior")
     tally = Tally(predictor.labels, predictor.class_counts, predictor.groups, own)
     shift_C = predictor.prior_shift(prior)
     logits: list[np.ndarray] = []

@@ -40,15 +40,15 @@ class Tally:
 
     label_names   C names                    class_counts  training pictures a class, or None where not known
     groups        head, medium, tail or unknown, one a class
-    prior         what the logits take for granted: classes as frequent as in training ("train"), all alike
-                  ("uniform"), or None where that is not known
+    prior         class frequencies that the logits assume: C numbers, "train" (as in training), "uniform", or None
+                  where that is not known
 
     Memory: 8 bytes a picture, some hundred a class, and a few times the batch.
     """
 
     def __init__(
         self, label_names: Sequence[str], class_counts: Sequence[int] | None, groups: Sequence[str],
-        prior: str | None = None,
+        prior: str | Sequence[float] | None = None,
     ):
         C = len(label_names)
         self.label_names, self.class_counts, self.groups = label_names, class_counts, groups
@@ -219,7 +219,7 @@ def _shifted_priors(class_counts: Sequence[int] | None, C: int) -> dict[str, np.
 
 
 def _log_shifts(
-    shifts: dict[str, np.ndarray], class_counts: Sequence[int] | None, prior: str | None
+    shifts: dict[str, np.ndarray], class_counts: Sequence[int] | None, prior: str | Sequence[float] | None
 ) -> np.ndarray | None:
     """log p_shifted - log p_own (S, C): what logits move by when the predictor is told (Saerens et al. 2002).
 
@@ -228,9 +228,8 @@ def _log_shifts(
     targets_SC = np.log(np.stack(list(shifts.values())))
     if prior == "uniform":
         return targets_SC
-    if prior == "train" and class_counts is not None and min(class_counts) > 0:
-        return targets_SC - np.log(np.asarray(class_counts) / sum(class_counts))
-    return None
+    own = class_counts if prior == "train" else prior
+    return targets_SC - np.log(np.asarray(own) / sum(own)) if own is not None and min(own) > 0 else None
 
 
 def weighted_accuracy(prior_C: np.ndarray, correct_C: np.ndarray, images_C: np.ndarray) -> tuple[float, list[float]]:

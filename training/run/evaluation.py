@@ -1,6 +1,6 @@
 """Test results of a network in training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from training.report.metrics import Tally
 
 def evaluate(
     module: nn.Module, data: LongTailed, view: View, groups: tuple[str, ...], device: torch.device, workers: int = 0,
-    prior: str | None = None, before_each: Callable[[], None] = lambda: None, features_KNA: np.ndarray | None = None,
-    processes: Processes = ALONE, predicted: list[np.ndarray] | None = None,
+    prior: str | Sequence[float] | None = None, before_each: Callable[[], None] = lambda: None,
+    features_KNA: np.ndarray | None = None, processes: Processes = ALONE, predicted: list[np.ndarray] | None = None,
 ) -> dict:
     """Test results of the module as it stands; see training.report.metrics.Tally. `before_each` batch may end it.
 

@@ -250,7 +250,8 @@ class Run:
         groups, _ = assign_groups(self.final.class_counts)
         self.predicted = list[np.ndarray]()
         return evaluate(self.state.module, self.final, self.view, groups, self.device, self.options.workers,
-                        self.recipe.implicit_prior, self.leave_if_stopped, cached, self.processes, self.predicted)
+                        self.recipe.implicit_prior(self.final.class_counts), self.leave_if_stopped, cached,
+                        self.processes, self.predicted)
 
 
 def _same_bits_each_time() -> None:

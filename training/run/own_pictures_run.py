@@ -111,7 +111,7 @@ class OwnPicturesRun:
         self.scores = Scores(first.score, None, first.score)
         self.scores.save(self.folder)
         first.state.seconds = time.monotonic() - began
-        self.leave(dataclasses.replace(self.recipe, augment="none"), first.joined, first.state, results, predicted_N,
+        self.leave(as_fitted(self.recipe), first.joined, first.state, results, predicted_N,
                    f"A last layer on the frozen features of the {self.recipe.start} start")
         # In a process of its own, since training does not know how models are exported.
         subprocess.run([sys.executable, "-m", "export", str(self.model)], check=False, stdout=subprocess.DEVNULL)
@@ -170,7 +170,7 @@ class FirstAnswer:
     def _fit(self) -> tuple[dict[str, Tensor], float | None]:
         """The last layer of the training pictures alone, where fine-tuning begins, by the best of PENALTIES."""
         n, C = len(self.data.train), len(self.data.label_names)
-        balanced = self.recipe.implicit_prior == "uniform"
+        balanced = self.recipe.balances
         held_NA, held_N = self.features_NA[n:], self.labels_N[n:].numpy()
         self.penalty, best, layer = USUAL_PENALTY, None, None
         for penalty in PENALTIES if len(held_N) >= FEW else [USUAL_PENALTY]:
@@ -197,11 +197,12 @@ class FirstAnswer:
     def on_all(self) -> tuple[dict, np.ndarray]:
         """Train on the meta set as well; returns the test results and the predictions (N,)."""
         weight, bias = fit_last_layer(self.features_NA, self.labels_N, len(self.data.label_names), self.penalty,
-                                      self.recipe.implicit_prior == "uniform")
+                                      self.recipe.balances)
         self.module.load_state_dict(self._named(weight, bias), strict=False)
         groups, _ = assign_groups(self.joined.class_counts)
         predicted: list[np.ndarray] = []
-        results = evaluate(self.module, self.joined, self.view, groups, self.device, prior=self.recipe.implicit_prior,
+        prior = as_fitted(self.recipe).implicit_prior(self.joined.class_counts)
+        results = evaluate(self.module, self.joined, self.view, groups, self.device, prior=prior,
                            features_KNA=self.cache.of("test", self.data.test, self.module), predicted=predicted)
         return {"split": "test", "epoch": 0, **results}, np.concatenate(predicted)
 
@@ -264,3 +265,9 @@ def _logits(module: nn.Module, pictures, view: View, device: torch.device,
     rows = [module(turn(batch)).float().cpu().numpy() for batch, _ in in_order(pictures, view, device)]
     module.train(training)
     return np.concatenate(rows)
+
+
+def as_fitted(recipe: OwnPictures) -> OwnPictures:
+    """The recipe by which `fit_last_layer` trains: with the log prior in place of class weights and augmentation."""
+    return dataclasses.replace(recipe, augment="none", class_weights="none",
+                               loss="balanced-softmax" if recipe.balances else recipe.loss)

@@ -52,7 +52,7 @@ def write_model(model: Path, name: str, recipe: Recipe, data, state, results: di
             "method": recipe.method,
             "loss": recipe.loss,
             "augment": recipe.augment,
-            "prior": recipe.implicit_prior,
+            "prior": recipe.implicit_prior(counts),
             "cosine_scale": recipe.cosine_scale,
             "recipe": recipe.to_dict(),
             "dataset": data.source,
