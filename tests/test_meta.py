@@ -257,7 +257,7 @@ def test_dropout_draws_the_same_in_the_tangent():
     # Given dropout, when f_dot along any v is compared with a finite difference under the same draw, they agree.
     net, (x, y, *_), _, _, _ = a_setting(lambda c: vit_block(c, dropout=0.3))
     torch.manual_seed(3)
-    batch = TrainBatch(net, x, y, HeadLoss("ce"))
+    batch = TrainBatch(net, x, y, HeadLoss("ce"), tangents=True)
     v = {n: torch.randn_like(p) for n, p in batch.body.items()}
     tangent = batch.features.tangent(v)
 

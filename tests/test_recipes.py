@@ -457,7 +457,7 @@ def test_a_step_that_does_not_fit_says_what_to_change(tmp_path, monkeypatch):
 
 def test_training_starts_from_other_weights(tiny_model_folder, tmp_path):
     # Given a model of ten classes, when a network of three starts from it,
-    module = create("resnet32", 3)
+    module = create("resnet8", 3)
     fresh = load_pretrained(module, str(tiny_model_folder))
     # then all but the last layer is the model's,
     theirs = zoo.load(tiny_model_folder, backend="torch").module.state_dict()
@@ -469,7 +469,7 @@ def test_training_starts_from_other_weights(tiny_model_folder, tmp_path):
         if source == "checkpoint.pth":
             path = tmp_path / source
             torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in theirs.items()}, "epoch": 3}, path)
-        other = create("resnet32", 3)
+        other = create("resnet8", 3)
         assert load_pretrained(other, str(path)) == fresh
         assert torch.equal(other.conv1.weight, module.conv1.weight)
     # Weights of another network are refused, and a pickle is not run.
@@ -478,7 +478,7 @@ def test_training_starts_from_other_weights(tiny_model_folder, tmp_path):
     bad = tmp_path / "bad.pth"
     torch.save({"state_dict": _Canary(tmp_path / "ran")}, bad)
     with pytest.raises(TrainingError, match="cannot be read"):
-        load_pretrained(create("resnet32", 3), str(bad))
+        load_pretrained(create("resnet8", 3), str(bad))
     assert not (tmp_path / "ran").exists()
 
 

@@ -162,6 +162,7 @@ class BatchFeatures:
 
     def tangent(self, directions: dict[str, Tensor]) -> Tensor:
         """f_dot (N, A): the derivative of the features as parameters (by name) move along `directions`."""
+        assert self.tangents or not self.compute.draws, "dropout's draws were not kept"
         named = dict(self.module.named_parameters())
         own = []
         for part, state in zip(self.parts, self.random_states, strict=True):
