@@ -553,3 +553,39 @@ def test_a_weighted_loss_learns_the_prior_that_is_stored():
     optimizer.step(loss)
     # then its probabilities are the prior.
     assert bias.softmax(0).tolist() == pytest.approx(recipe.implicit_prior(counts), abs=1e-4)
+
+
+WRAPPED = {  # how common trainers save one and the same network: prefix of its names, key of the file's dictionary
+    "plain": ("", None), "DDP": ("module.", "state_dict"), "torch.compile": ("_orig_mod.", None),
+    "DDP and compile": ("module._orig_mod.", "state_dict"), "Lightning": ("model.", "state_dict"),
+    "MMPretrain": ("backbone.", "state_dict"), "MoCo": ("module.encoder_q.", "state_dict"),
+    "the tutorial": ("", "model_state_dict"), "kuangliu's": ("module.", "net"), "timm's average": ("", "model_ema"),
+}
+
+
+@pytest.mark.parametrize("trainer", WRAPPED)
+def test_weights_open_as_common_trainers_save_them(tmp_path, trainer):
+    # Given a network's tensors as a trainer saves them, with other tensors beside them,
+    prefix, key = WRAPPED[trainer]
+    saved = {prefix + name: tensor for name, tensor in create("resnet32", 3).state_dict().items()}
+    saved["queue"] = torch.zeros(5)
+    torch.save(saved if key is None else {key: saved, "epoch": 3, "best": np.float64(0.5)}, tmp_path / "saved.pth")
+    # when they are start weights or a backbone, then all of them are there.
+    module = create("resnet32", 3)
+    assert load_pretrained(module, str(tmp_path / "saved.pth")) == []
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, saved[prefix + name]), name
+
+
+def test_a_dry_run_finds_start_weights_that_do_not_fit(tmp_path, capsys):
+    # Given pictures, and start weights of another network,
+    for label in "abc":
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for i in range(12):
+            pixels = np.random.default_rng([ord(label), i]).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / label / f"{i}.png")
+    torch.save(create("resnet10", 3).state_dict(), tmp_path / "other.pth")
+    # when only asked what would be done, then it says that they do not fit.
+    assert metasaug.main(["train", "folder", "--data", str(tmp_path / "data"), "--architecture", "resnet32",
+                          "--input-size", "32", "--pretrained", str(tmp_path / "other.pth"), "--dry-run"]) == 2
+    assert "--pretrained" in capsys.readouterr().err

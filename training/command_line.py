@@ -229,6 +229,11 @@ def _train(job: Job, processes) -> Path | None:
                      f"{data.source}: {sum(counts):,} training pictures in {len(counts)} classes ({max(counts):,} to "
                      f"{min(counts):,}), {len(data.meta):,} meta, {len(data.test):,} test"]))
     if options.dry_run:
+        if recipe.pretrained is not None:
+            from training.network.start_weights import load_pretrained
+            from zoo.architectures import create
+
+            load_pretrained(create(recipe.architecture, len(counts), recipe.cosine_scale), recipe.pretrained)
         print(json.dumps({**recipe.to_dict(), "run": str(folder), "class_counts": counts}, indent=1))
         return None
 

@@ -50,8 +50,8 @@ class Recipe:
     pictures of up to 96 pixels), torchvision:NAME, timm:NAME."""
 
     pretrained: str | None = None
-    """Start weights: a model of the zoo, a model folder, a .safetensors or .pth file. What has another shape, as the
-    last layer of other classes, starts fresh."""
+    """Start weights: torchvision:NAME, timm:NAME, a model of the zoo, a model folder, a .safetensors or .pth file.
+    Tensors of another shape, as the last layer of other classes, start fresh."""
 
     backbone: str | None = None
     """A ready network of which only the last layer is trained: torchvision:NAME and timm:NAME with their own weights, a

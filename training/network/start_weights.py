@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import pickle
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,12 +29,14 @@ _LAST_LAYERS = ("fc", "linear", "classifier", "head", "classifier.fc", "fc.fc", 
 def load_pretrained(module: nn.Module, source: str) -> list[str]:
     """Take over every tensor of the same name and shape; returns the names that start fresh.
 
-    source   a name of the zoo, a model folder, a .safetensors file, or a torch file, opened with weights_only=True
+    source   what `find_backbone` takes; a torch file is opened with weights_only=True
     Raises TrainingError where nothing fits, or only little: less than half of the network's numbers.
     """
-    path = Path(source)
-    weights = _read_file(path, "--pretrained") if path.is_file() else _folder_weights(source)
     own = module.state_dict()
+    try:
+        weights = unwrapped(find_backbone(source).weights(module), own)
+    except TrainingError as error:
+        raise TrainingError(str(error).replace("--backbone", "--pretrained")) from error
     fitting = {name: weights[name].to(own[name]) for name in own
                if name in weights and weights[name].shape == own[name].shape}
     share = sum(own[name].numel() for name in fitting) / sum(tensor.numel() for tensor in own.values())
@@ -42,6 +45,22 @@ def load_pretrained(module: nn.Module, source: str) -> list[str]:
                             "fit this network by name and shape. Are the weights of another --architecture?")
     module.load_state_dict(fitting, strict=False)
     return sorted(own.keys() - fitting.keys())
+
+
+def unwrapped(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors below the prefix under which most of the network's numbers are.
+
+    Trainers wrap a network into others: its names then begin with module., _orig_mod., model., encoder_q. …
+    """
+    numbers: Counter[str] = Counter()
+    for name, tensor in weights.items():
+        parts = name.split(".")
+        for i in range(len(parts)):
+            inner = own.get(".".join(parts[i:]))
+            if inner is not None and inner.shape == tensor.shape:
+                numbers[name[: len(name) - len(".".join(parts[i:]))]] += tensor.numel()
+    prefix = max(numbers, key=lambda prefix: (numbers[prefix], -len(prefix)), default="")
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
 def _folder_weights(source: str) -> dict[str, Tensor]:
@@ -61,7 +80,7 @@ def _read_file(path: Path, flag: str) -> dict[str, Tensor]:
         raise TrainingError(f"{flag} {path} cannot be read as tensors: {str(error).splitlines()[0]}") from error
     except Exception as error:  # safetensors has an exception of its own
         raise TrainingError(f"{flag} {path} is no file of weights: {error}") from error
-    for key in ("state_dict_best", "state_dict", "model"):
+    for key in ("state_dict_best", "state_dict", "model", "model_state_dict", "net", "model_ema"):
         if isinstance(saved, dict) and isinstance(saved.get(key), dict):
             saved = saved[key]
     if not isinstance(saved, dict):
@@ -76,7 +95,7 @@ def _read_file(path: Path, flag: str) -> dict[str, Tensor]:
 
 
 def _bare(name: Any) -> str:
-    return str(name).removeprefix("module.")
+    return str(name).removeprefix("module.").removeprefix("_orig_mod.")
 
 
 # ---- ready backbones ----
@@ -137,8 +156,8 @@ def load_backbone(module: nn.Module, backbone: Backbone, last_layer: bool) -> No
     Raises TrainingError where a tensor of the backbone is missing, left over or of another shape: its features would
     not be those that it was trained for.
     """
-    weights = dict(backbone.weights(module))
     own, last = module.state_dict(), classifier_name(module)
+    weights = dict(unwrapped(backbone.weights(module), own))
     is_last = {name for name in own if name.startswith(f"{last}.")}
     if last + ".weight" not in weights:
         # Renamed where it has another name, and only where that is not one of the backbone's.

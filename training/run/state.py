@@ -1,5 +1,6 @@
 """All that a run carries from one step to the next, and what it is at the beginning."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from training.data.batches import View
-from training.data.datasets import LongTailed
+from training.data.datasets import LongTailed, listed
 from training.errors import DivergenceError, TrainingError
 from training.method.covariance import LearnedCovariance, RunningCovariance
 from training.method.finite import Finite, check_finite
@@ -129,7 +130,9 @@ def start(recipe: Recipe, data: LongTailed, device: torch.device) -> State:
     num_classes = len(data.label_names)
     module = create(recipe.architecture, num_classes, recipe.cosine_scale).to(device)
     if recipe.pretrained is not None:
-        load_pretrained(module, recipe.pretrained)
+        fresh = load_pretrained(module, recipe.pretrained)
+        if fresh and os.environ.get("RANK", "0") == "0":
+            print(f"--pretrained {recipe.pretrained}: {listed(fresh, ', ')} start fresh")
     if isinstance(recipe, OwnPictures) and recipe.starts_pretrained:
         load_backbone(module, find_start(recipe.start), False)
     if recipe.backbone is not None:
