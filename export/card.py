@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from export.figure import accuracy_figure
-from zoo.labels import GROUPS, UNKNOWN
+from zoo.labels import GROUPS, UNKNOWN, meaning_of
 from zoo.model_folder import CARD, FIGURE, ModelFolder, add_files
 from zoo.registry import citation
 
@@ -117,10 +117,9 @@ def _results(ours: Mapping[str, Any], figure: bool) -> list[str]:
     if ours.get("published_error") is not None:
         lines += ["", f"The paper reports {ours['published_error']:.2%} for this cell, on the original pictures, after "
                       "200 epochs and at the best test epoch: another measurement, not to be compared digit by digit."]
-    by = {"count": "head: over 100 training pictures, medium: 20 to 100, tail: under 20",
-          "rank": "by rank: the 30 % largest classes are head, the next 40 % medium, the rest tail",
-          "unknown": "training counts are not known, so no groups"}[ours["groups_by"]]
-    lines += ["", f"Groups {by}. Intervals: 95 %, Wilson.", "",
+    groups = [f"{group}: {meaning_of(group, ours['groups_by'])}" for group in (*GROUPS, UNKNOWN)
+              if group in results["groups"]]
+    lines += ["", f"Groups of classes: {', '.join(groups)}. Intervals: 95 %, Wilson.", "",
               "| group | classes | right | of | accuracy | interval |", "|---|---|---|---|---|---|"]
     for group in (*GROUPS, UNKNOWN):
         if group in results["groups"]:

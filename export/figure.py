@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.labels import GROUPS, UNKNOWN
-
-COLOURS = {"head": "#1f5f8b", "medium": "#3a9d8f", "tail": "#d9822b", UNKNOWN: "#777777"}
+from zoo.markup import LIGHT
 
 
 def accuracy_figure(config: Mapping[str, Any]) -> bytes | None:
@@ -33,9 +32,9 @@ def accuracy_figure(config: Mapping[str, Any]) -> bytes | None:
         at = [i for i, _, g in tested if g == group]
         right = [100 * row["correct"] / row["test_images"] for _, row, g in tested if g == group]
         if at and len(rows) <= 50:
-            axes.bar(at, right, color=COLOURS[group], label=group)
+            axes.bar(at, right, color=LIGHT[group], label=group)
         elif at:
-            axes.scatter(at, right, s=max(1, 600 / len(rows)), color=COLOURS[group], label=group, linewidths=0)
+            axes.scatter(at, right, s=max(1, 600 / len(rows)), color=LIGHT[group], label=group, linewidths=0)
     axes.set(ylim=(0, 100), xlim=(-0.6, len(rows) - 0.4), ylabel="right, % of test pictures",
              xlabel="classes, by training pictures" if counts else "classes")
     if len(rows) <= 20:

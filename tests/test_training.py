@@ -260,7 +260,7 @@ def test_the_command_ends_in_a_model_folder_that_the_zoo_loads(class_folders, tm
     assert len(model.predict(picture).top) == 5
     assert (tmp_path / "run" / "model" / "README.md").is_file()
     # It ends with what the model gets right, in words, and a page with the figures.
-    assert "macro error" in done.stdout and "of 30 test pictures right" in done.stdout
+    assert "macro error" in done.stdout and "of 30 test pictures are correct" in done.stdout
     assert str(tmp_path / "run" / "report.html") in done.stdout and (tmp_path / "run" / "report.html").is_file()
 
 

@@ -1,4 +1,4 @@
-"""Class names: those of the benchmarks, by official class index, for data that carries numbers only; and on pages."""
+"""Class names: those of the benchmarks, by official class index, for data that carries numbers only."""
 
 from functools import cache
 from pathlib import Path
@@ -47,8 +47,3 @@ def _imagenet() -> tuple[tuple[str, str, str], ...]:
     lines = (_FOLDER / "imagenet.tsv").read_text(encoding="utf-8").splitlines()
     rows = [line.split("\t") for line in lines[1:]]
     return tuple((wnid, count, name) for wnid, count, name in rows)
-
-
-def breakable(html: str) -> str:
-    """Class names are often long_words_with_underscores: lines may break there. Of text that is escaped already."""
-    return html.replace("_", "_<wbr/>")

@@ -11,6 +11,18 @@ HEAD_ABOVE, TAIL_BELOW = 100, 20
 HEAD_SHARE, MEDIUM_SHARE = 0.3, 0.4
 
 
+_BY_COUNT = {"head": f"over {HEAD_ABOVE}", "medium": f"{TAIL_BELOW} to {HEAD_ABOVE}", "tail": f"under {TAIL_BELOW}"}
+_BY_RANK = {"head": f"the largest {HEAD_SHARE:.0%}", "medium": f"the next {MEDIUM_SHARE:.0%}",
+            "tail": f"the smallest {1 - HEAD_SHARE - MEDIUM_SHARE:.0%}"}
+
+
+def meaning_of(group: str, groups_by: str, unit: str = " training pictures") -> str:
+    """In words, which classes a group has: "under 20 training pictures", or "the smallest 30%" by rank."""
+    if group == UNKNOWN:
+        return "training pictures not known"
+    return _BY_RANK[group] if groups_by == "rank" else _BY_COUNT[group] + unit
+
+
 def group_of_count(count: int) -> str:
     """head above 100 training pictures, tail below 20, medium between."""
     return "head" if count > HEAD_ABOVE else "tail" if count < TAIL_BELOW else "medium"

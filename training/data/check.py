@@ -20,7 +20,7 @@ from training.recipes import Recipe
 from training.report.metrics import wilson_interval
 from zoo.files import printable
 from zoo.images import decode
-from zoo.labels import GROUPS, HEAD_ABOVE, TAIL_BELOW, assign_groups
+from zoo.labels import GROUPS, TAIL_BELOW, assign_groups, meaning_of
 from zoo.machine import cores
 
 # Steps of stage 2 against plain ones (docs/method.md): the look-ahead through the network costs most.
@@ -297,11 +297,10 @@ def _problems(bad: Sequence[str]) -> list[str]:
 
 def _group_table(found: dict[str, Any]) -> list[str]:
     """A line a group; the last columns: how well an accuracy measured on so few pictures is known."""
-    rule = {"head": f"over {HEAD_ABOVE}", "medium": f"{TAIL_BELOW} to {HEAD_ABOVE}", "tail": f"under {TAIL_BELOW}"}
     lines = [f"{'group':<20}{'classes':>8}{'training':>10}{'meta':>8}{'test':>8}{'a class':>16}   accuracy known to",
              f"{'':<54}{'in training':>16}   group    a class"]
     for group, g in found["groups"].items():
-        title = f"{group} ({rule[group] if found['groups_by'] == 'count' else 'by rank'})"
+        title = f"{group} ({meaning_of(group, found['groups_by'], unit='')})"
         lines.append(f"{title:<20}{g['classes']:>8,}{g['training']:>10,}{g['meta']:>8,}{g['test']:>8,}"
                      f"{_range([g['smallest'], g['largest']]):>16}   ± {100 * g['known_to']:<6.1f} "
                      f"± {100 * _known_to(g['test_of_a_class']):.0f} points")

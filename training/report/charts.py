@@ -1,19 +1,11 @@
 """Small figures as SVG text: colours come from the page's style sheet, so they follow light and dark. No library."""
 
-import html
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from zoo.markup import escaped
+
 Point = tuple[float, float]
-
-# What neither XML nor a reader has a use for: control characters, lone surrogates, non-characters.
-_NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-
-
-def escaped(text: object) -> str:
-    """Any text, safe between tags and in quoted attributes."""
-    return html.escape(_NO_TEXT.sub("\ufffd", str(text)))
 
 
 def shortened(text: str, length: int) -> str:

@@ -1,4 +1,4 @@
-"""`metasaug evaluate`: what any model of the zoo gets right on labelled pictures. Needs no torch."""
+"""`metasaug evaluate`: the accuracy of any model on labelled pictures. Needs no torch."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ from training.data.tables import SPLIT_NAMES, list_table
 from training.errors import DataError, TrainingError
 from training.report.metrics import Tally, results_table
 from training.report.page import page, write_text
-from training.report.sentences import plain_words
+from training.report.sentences import summary
 from zoo.files import printable
 from zoo.predictor import Predictor, Prior
 
@@ -64,7 +64,7 @@ def evaluate(
     results, rows = measure(predictor, paths, labels, prior, skip_bad)
     results = {"split": str(data), **({"prior": prior} if prior else {}), **results}
     print(results_table(results))
-    print("\n" + "\n".join(plain_words(predictor.folder.config, results)))
+    print("\n" + "\n".join(summary(predictor.folder.config, results)))
     if per_class:
         print(per_class_table(results))
     table = io.StringIO()

@@ -13,7 +13,7 @@ from zoo.labels import GROUPS, UNKNOWN
 
 BINS = 15  # of confidence, equally wide: Guo et al. 2017
 SHIFTS = (50, 25, 10, 5, 2)  # largest / smallest class of a shifted test set: LADE, Hong et al. 2021
-ZERO_RECALL = 0.001  # stands for a class that is never right, in the corrected geometric mean
+ZERO_RECALL = 0.001  # stands for a class without a correct answer, in the corrected geometric mean
 TESTED_SHARE = 0.95  # of a shifted prior, below which telling it to the model would speak of classes that are not here
 CONFUSION_SIDE = 12  # at most so many rows in the confusion by frequency
 PAIRS = 20  # most confused pairs that are kept
@@ -160,7 +160,7 @@ class Tally:
         return rows
 
     def _confusion(self, true_N: np.ndarray, predicted_N: np.ndarray, images_C: np.ndarray) -> dict:
-        """Who is taken for whom, small enough to keep for any number of classes."""
+        """Which classes are confused, in a form that stays small for any number of classes."""
         G, C = len(self.present), len(images_C)
         groups = np.bincount(self.group_C[true_N] * G + self.group_C[predicted_N], minlength=G * G).reshape(G, G)
         # Classes by size, largest first, in at most CONFUSION_SIDE parts of (nearly) equally many classes.
@@ -184,7 +184,7 @@ class Tally:
 
 
 def geometric_mean(recall_C: np.ndarray) -> float:
-    """(prod_c recall_c)^(1/C), Kubat and Matwin 1997: one class that is never right makes it 0."""
+    """(prod_c recall_c)^(1/C), Kubat and Matwin 1997: one class without a correct answer makes it 0."""
     recall_C = np.asarray(recall_C, np.float64)
     return float(np.exp(np.log(recall_C).mean())) if (recall_C > 0).all() else 0.0
 
@@ -243,7 +243,7 @@ def weighted_accuracy(prior_C: np.ndarray, correct_C: np.ndarray, images_C: np.n
 
 
 def results_table(results: dict) -> str:
-    """The same for a terminal: two lines, and one a group. Figures that an older model folder lacks are left out."""
+    """The results for a terminal: two lines and one for each group. Missing figures are left out."""
     lines = [f"error {results['error']:.2%}   macro error {results['macro_error']:.2%}   "
              f"on {results['images']:,} test pictures"]
     more = [f"top-5 error {results['top5_error']:.2%}" if results.get("top5_error") is not None else "",
@@ -251,7 +251,7 @@ def results_table(results: dict) -> str:
     if "ece" in results:
         never = results["classes_never_right"]
         more += [f"geometric mean {results['geometric_mean_corrected']:.1%}"
-                 + (f" ({never} of {results['classes_tested']} classes never right)" if never else ""),
+                 + (f" ({never} of {results['classes_tested']} classes without a correct answer)" if never else ""),
                  f"calibration error {results['ece']:.1%}"]
     lines.append("   ".join(filter(None, more)))
     for group, figures in results["groups"].items():
@@ -260,14 +260,15 @@ def results_table(results: dict) -> str:
             continue
         low, high = figures["interval"]
         ece = f"   calibration error {figures['ece']:.1%}" if figures.get("ece") is not None else ""
-        lines.append(f"  {group:<8}{figures['classes']:>5} classes   right {figures['correct']:>6,} of "
-                     f"{figures['images']:>6,}   {figures['accuracy']:.1%}  (95 %: {low:.1%} to {high:.1%}){ece}")
+        lines.append(f"  {group:<8}{figures['classes']:>5} classes {figures['correct']:>6,} of "
+                     f"{figures['images']:>6,} correct   {figures['accuracy']:.1%}  (95 %: {low:.1%} to "
+                     f"{high:.1%}){ece}")
     shifted = {row["prior"]: row for row in results.get("shifted_priors") or ()}
     if len(shifted) > 1:
-        told = ["" if row["adjusted_accuracy"] is None else f", told so {row['adjusted_accuracy']:.1%}"
+        told = ["" if row["adjusted_accuracy"] is None else f" ({row['adjusted_accuracy']:.1%} given them)"
                 for row in shifted.values()]
-        lines.append("where classes are  " + "   ".join(
+        lines.append("accuracy by class frequencies:  " + "   ".join(
             f"{label}: {row['accuracy']:.1%}{then}" for (name, row), then in zip(shifted.items(), told, strict=True)
-            for label in [{"forward-50": "long-tailed", "balanced": "alike", "backward-50": "inverted"}.get(name)]
+            for label in [{"forward-50": "long-tailed", "balanced": "equal", "backward-50": "inverted"}.get(name)]
             if label))
     return "\n".join(lines)

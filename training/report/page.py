@@ -1,6 +1,6 @@
-"""report.html: what a test says about a model, in plain words and figures. One file, no script, nothing fetched.
+"""report.html: the test results of a model, in sentences and charts. One file, no script, nothing fetched.
 
-C classes. `results` is what training.report.metrics made; parts that an older model folder lacks are left out.
+C classes. `results` comes from training.report.metrics; sections whose figures are missing are left out.
 """
 
 import json
@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from training.errors import TrainingError
-from training.report.charts import PERCENT_TICKS, Plot, count_ticks, escaped, even_ticks, shortened
+from training.report.charts import PERCENT_TICKS, Plot, count_ticks, even_ticks, shortened
 from training.report.metrics import BINS, ZERO_RECALL, weighted_accuracy, wilson_interval
-from training.report.sentences import Classes, Results, advice, percent, plain_words, span, what_it_gets_right
+from training.report.sentences import Classes, Results, advice, findings, percent, span, summary
 from zoo.files import write_atomically
-from zoo.label_names import breakable
+from zoo.markup import DARK, LIGHT, badge, breakable, escaped, variables
 from zoo.model_folder import ModelFolder
 
 STYLE = Path(__file__).with_name("page.css")
@@ -28,7 +28,7 @@ def report_of_run(run: Path, results: Results) -> str:
     """Writes RUN/report.html, and gives the sentences that end a training. Raises TrainingError."""
     config = ModelFolder(run / "model").config
     write_text(run / "report.html", page(config, results, read_log(run / "log.jsonl")))
-    return "\n".join(["", *plain_words(config, results), f"{run / 'report.html'}: head, medium and tail, with figures"])
+    return "\n".join(["", *summary(config, results), f"{run / 'report.html'}: the results in detail"])
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,17 +54,19 @@ def page(config: Mapping[str, Any], results: Results, log: Sequence[Mapping[str,
     """HTML5 that is XML as well."""
     ours = config["metasaug"]
     classes = Classes(config, results)
-    title = f"{ours['name']}: what it gets right"
+    title = f"{ours['name']}: test results"
     sections = [
         _top(config, results), _tiles(classes), _words(classes), _by_size(classes), _confusion(classes),
         _calibration(classes), _shifts(classes), _curves(log), _every_class(classes), _footer(ours),
     ]
+    colours = (f":root {{ {variables(LIGHT)} }}\n"
+               f"@media (prefers-color-scheme: dark) {{ :root {{ {variables(DARK)} }} }}\n")
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><title>{escaped(title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"/>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:"/>
 <link rel="icon" href="data:,"/><style>
-{STYLE.read_text(encoding="utf-8")}</style></head><body><main>
+{colours}{STYLE.read_text(encoding="utf-8")}</style></head><body><main>
 {chr(10).join(filter(None, sections))}
 </main></body></html>
 """
@@ -76,17 +78,13 @@ def _top(config: Mapping[str, Any], results: Results) -> str:
     counts = ours.get("class_counts")
     trained = (f", {sum(counts):,} training pictures of {len(counts):,} classes ({max(counts):,} to {min(counts):,})"
                if counts else f", {config['num_classes']:,} classes, training counts not known")
-    prior = {"uniform": "; asked as if all classes were equally frequent",
-             "train": "; asked as if classes were as frequent as in training"}.get(results.get("prior") or "", "")
+    prior = {"uniform": "; with all classes assumed equally frequent",
+             "train": "; with classes assumed as frequent as in training"}.get(results.get("prior") or "", "")
     on = "its test set" if results.get("split", "test") == "test" else results["split"]
     return (f'<header><h1>{escaped(ours["name"])}</h1><p class="facts">{escaped(config["architecture"])} at {width} × '
             f'{height} pixels, trained on {escaped(ours["dataset"])}{trained}. {escaped(ours.get("schedule") or "")}'
             f'<br/>Measured on {escaped(on)}: {results["images"]:,} pictures{prior}.'
             "</p></header>")
-
-
-def badge(group: str) -> str:
-    return f'<span class="badge {group}">{group}</span>'
 
 
 def _tile(title: str, kind: str, share: float | None, interval: Sequence[float], words: str, of: int) -> str:
@@ -104,7 +102,7 @@ def _tiles(classes: Classes) -> str:
                    wilson_interval(int(classes.correct.sum()), images), f"{images:,} test pictures", images)]
     for group in classes.present:
         figures = results["groups"][group]
-        words = (f"{figures['correct']:,} of {figures['images']:,} right, {figures['classes']:,} "
+        words = (f"{figures['correct']:,} of {figures['images']:,} correct, {figures['classes']:,} "
                  f"class{'es' if figures['classes'] > 1 else ''}") if figures["images"] else "no test pictures"
         tiles.append(_tile(badge(group), group, figures["accuracy"], figures["interval"], words, figures["images"]))
     return f'<div class="tiles">{"".join(tiles)}</div>'
@@ -113,22 +111,22 @@ def _tiles(classes: Classes) -> str:
 def _words(classes: Classes) -> str:
     more = []
     if classes.results.get("top5_error") is not None:
-        more.append(f"right class among the first five answers: {1 - classes.results['top5_error']:.1%}")
-    more.append(f"worst class: {1 - classes.results['worst_class_error']:.1%} right")
+        more.append(f"correct class among the first five answers: {1 - classes.results['top5_error']:.1%}")
+    more.append(f"worst class: {1 - classes.results['worst_class_error']:.1%} correct")
     if "geometric_mean_corrected" in classes.results:
         more.append(f"geometric mean over classes: {classes.results['geometric_mean_corrected']:.1%}"
-                    + (f" (a class never right counting as {ZERO_RECALL:.1%})"
+                    + (f" (a class without a correct answer counts as {ZERO_RECALL:.1%})"
                        if classes.results["classes_never_right"] else ""))
-    return (f"<section><h2>What it gets right</h2><ul>{_items(what_it_gets_right(classes))}</ul>"
+    return (f"<section><h2>Results</h2><ul>{_items(findings(classes))}</ul>"
             f'<p class="note">{escaped("; ".join(more))}.</p>'
-            f"<h2>What to do about the weak ones</h2><ul>{_items(advice(classes))}</ul></section>")
+            f"<h2>What to do about weak classes</h2><ul>{_items(advice(classes))}</ul></section>")
 
 
 def _items(sentences: Iterable[str]) -> str:
     """List items; `code` between backquotes."""
     texts = []
     for sentence in sentences:
-        parts = breakable(escaped(sentence)).split("`")
+        parts = breakable(sentence).split("`")
         even = len(parts) % 2  # an odd number of backquotes is part of somebody's class name
         texts.append("".join(f"<code>{part}</code>" if i % 2 and even else part for i, part in enumerate(parts)))
     return "".join(f"<li>{text}</li>" for text in texts)
@@ -166,12 +164,11 @@ def _by_size(classes: Classes) -> str:
     counts = np.maximum(classes.counts, 0.7)  # a class without training pictures has a place on a log axis too
     key = _key((group, group) for group in classes.present)
     return ('<section><h2>Common and rare classes</h2><div class="figures">'
-            + _figure("Pictures of each class, and what it gets right", _count_curve(classes, counts),
-                      "Classes from the largest to the smallest. Above: training pictures, each line ten times the one "
-                      "below. Under it: share of test pictures that are right.", key)
+            + _figure("Training pictures and accuracy of each class", _count_curve(classes, counts),
+                      "Classes from the largest to the smallest. Top: training pictures, logarithmic. Bottom: accuracy.", key)
             + _figure("Accuracy against class size", _against_size(classes, counts),
-                      "A dot a class, " + ("with 95% intervals." if len(classes.names) < SINGLE else "and a line "
-                      "through the means of neighbouring ones, with 95% intervals."), key)
+                      "One dot for each class" + (", with 95% intervals." if len(classes.names) < SINGLE else ". The "
+                      "line joins the means of classes of similar size, with 95% intervals."), key)
             + "</div></section>")
 
 
@@ -191,7 +188,7 @@ def _count_curve(classes: Classes, counts: np.ndarray) -> str:
         below.dots([(i + 0.5, classes.recall[classes.order[i]]) for i in places], group,
                    [_tip(classes, classes.order[i]) for i in places] if C <= 300 else (), 3.5 if C <= 300 else 2)
     above.parts += below.parts
-    return above.svg("Training pictures of each class, and the share of its test pictures that is right")
+    return above.svg("Training pictures and accuracy of each class")
 
 
 def _runs(holds: Sequence[bool]) -> list[tuple[int, int]]:
@@ -201,7 +198,7 @@ def _runs(holds: Sequence[bool]) -> list[tuple[int, int]]:
 
 
 def _tip(classes: Classes, c: int) -> str:
-    return f"{classes.names[c]}: {classes.correct[c]:,} of {classes.images[c]:,} right, {classes.size(c)}"
+    return f"{classes.names[c]}: {classes.correct[c]:,} of {classes.images[c]:,} correct, {classes.size(c)}"
 
 
 def _against_size(classes: Classes, counts: np.ndarray) -> str:
@@ -225,7 +222,7 @@ def _against_size(classes: Classes, counts: np.ndarray) -> str:
             plot.interval(x, below, above, "accent")
             means.append((x, mean))
         plot.line(means, "accent")
-    return plot.svg("Share of test pictures that are right, against the number of training pictures of the class")
+    return plot.svg("Accuracy of each class against its number of training pictures")
 
 
 def _confusion(classes: Classes) -> str:
@@ -234,14 +231,14 @@ def _confusion(classes: Classes) -> str:
         return ""
     sizes, images = confusion["by_size"]["classes"], np.array(confusion["by_size"]["images"])
     whole = len(sizes) == len(classes.names)
-    parts = (f"Classes in {len(sizes)} parts of equally many, by "
-             + ("their number" if classes.counts is None else "their training pictures (left)")
-             + "; an answer in the same part may still be another class. ")
+    parts = (f"Classes in {len(sizes)} equal parts, ordered by "
+             + ("class number" if classes.counts is None else "training pictures (left)")
+             + ". An answer in the same part may still be wrong. ")
     heat = _figure("Confusion by class size", _heat(classes, sizes, images),
-                   f"{'' if whole else parts}A row for the true class, a column for the answer, in percent of the row.")
+                   f"{'' if whole else parts}Rows: true class. Columns: answer. In percent of the row.")
     pairs = [p for p in confusion["pairs"] if p["images"] > 1] or confusion["pairs"]
     groups = _group_table(classes, confusion["groups"]) if "unknown" not in classes.present else ""
-    return (f'<section><h2>What is taken for what</h2><div class="figures">{heat}<figure>{groups}'
+    return (f'<section><h2>Confused classes</h2><div class="figures">{heat}<figure>{groups}'
             f"{_pair_table(classes, pairs[:10])}</figure></div></section>")
 
 
@@ -279,19 +276,19 @@ def _group_table(classes: Classes, by_group: Mapping[str, Mapping[str, int]]) ->
         right = classes.results["groups"][true]["correct"]
         counts = [right, *(by_group[true][g] - (right if g == true else 0) for g in answers)]
         rows.append([badge(true), *(_small(percent(n / total, total) if total else "–", f"{n:,}") for n in counts)])
-    return _table(["true class", "right", *(f"wrong: {group}" for group in answers)], rows, "Between the groups")
+    return _table(["true class", "correct", *(f"wrong: {group}" for group in answers)], rows, "Between groups")
 
 
 def _pair_table(classes: Classes, pairs: Sequence[Mapping[str, int]]) -> str:
     if not pairs:
-        return "<p>No test picture was taken for another class.</p>"
+        return "<p>Every test picture is correct.</p>"
     rows = [[_name(classes, p["true"]), _name(classes, p["predicted"]),
              f"{p['images']:,} of {classes.images[p['true']]:,}"] for p in pairs]
-    return _table(["true class", "taken for", "pictures"], rows, "Most confused pairs", names=2)
+    return _table(["true class", "answer", "pictures"], rows, "Most confused pairs", names=2)
 
 
 def _name(classes: Classes, c: int) -> str:
-    return f"<bdi>{breakable(escaped(classes.names[c]))}</bdi>"
+    return f"<bdi>{breakable(classes.names[c])}</bdi>"
 
 
 def _calibration(classes: Classes) -> str:
@@ -300,23 +297,23 @@ def _calibration(classes: Classes) -> str:
         return ""
     images = np.array(calibration["images"])
     plot = Plot((0, 1), (0, 1), height=330)
-    plot.axes(PERCENT_TICKS, PERCENT_TICKS, "how sure it says it is")
+    plot.axes(PERCENT_TICKS, PERCENT_TICKS, "confidence of the model")
     plot.line([(0, 0), (1, 1)], "plain dashed")
     bins = [(calibration["confidence"][b], calibration["accuracy"][b], int(images[b])) for b in np.flatnonzero(images)]
     for sure, right, n in bins:
         plot.interval(sure, *wilson_interval(right * n, n), "accent")
-        plot.dots([(sure, right)], "accent", [f"{n:,} pictures: says {sure:.0%}, right {right:.0%}"],
+        plot.dots([(sure, right)], "accent", [f"{n:,} pictures: confidence {sure:.0%}, correct {right:.0%}"],
                   3 + 6 * float(np.sqrt(n / images.max())))
     rows = [[badge(group), *(f"{figures[key]:.1%}" for key in ("confidence", "accuracy", "ece"))]
             for group, figures in classes.results["groups"].items() if figures.get("ece") is not None]
     rows.append(["all", f"{_says(calibration):.1%}", f"{classes.accuracy:.1%}", f"{classes.results['ece']:.1%}"])
-    figure = _figure("Says and is", plot.svg("Share right against stated confidence"),
-                     "Pictures by how sure the model was, with 95% intervals; larger dots are more pictures. On the "
-                     "dashed line it is as often right as it says; below it, it says too much.")
-    return f"""<section><h2>How far its confidence can be trusted</h2><p>{escaped(_trust(classes, calibration))}</p>
+    figure = _figure("Confidence and accuracy", plot.svg("Accuracy against confidence"),
+                     "Pictures grouped by confidence, with 95% intervals; larger dots are more pictures. On the dashed "
+                     "line confidence equals accuracy; below it the model is overconfident.")
+    return f"""<section><h2>Is its confidence reliable?</h2><p>{escaped(_trust(classes, calibration))}</p>
 <div class="figures">{figure}<figure>
-{_table(["true class", "says, on average", "is right", "calibration error"], rows)}
-<figcaption>Expected calibration error: mean distance between saying and being, over {BINS} equally wide bins of
+{_table(["true class", "mean confidence", "accuracy", "calibration error"], rows)}
+<figcaption>Expected calibration error: mean difference of confidence and accuracy over {BINS} equal bins of
 confidence.</figcaption></figure></div></section>"""
 
 
@@ -329,9 +326,9 @@ def _says(calibration: Mapping[str, Any]) -> float:
 def _trust(classes: Classes, calibration: Mapping[str, Any]) -> str:
     says, off = _says(calibration), _says(calibration) - classes.accuracy
     if abs(off) < 0.02:
-        return f"On average it says {says:.0%} and is right as often."
-    return (f"On average it says {says:.0%} and is right {classes.accuracy:.0%} of the time: it is "
-            + ("surer than it should be." if off > 0 else "more modest than it need be."))
+        return f"Its mean confidence, {says:.0%}, matches its accuracy."
+    return (f"Its mean confidence is {says:.0%} and its accuracy {classes.accuracy:.0%}: it is "
+            + ("overconfident." if off > 0 else "underconfident."))
 
 
 def _shifts(classes: Classes) -> str:
@@ -345,18 +342,17 @@ def _shifts(classes: Classes) -> str:
     plot.area([(at[r["prior"]], r["interval"][0]) for r in rows], [(at[r["prior"]], r["interval"][1]) for r in rows],
               "accent")
     plot.line([(at[r["prior"]], r["accuracy"]) for r in rows], "accent")
-    told = [r for r in rows if r["adjusted_accuracy"] is not None]
-    plot.line([(at[r["prior"]], r["adjusted_accuracy"]) for r in told], "medium")
-    key = _key([("accent", "as it is, with 95% interval"), *([("medium", "told the frequencies")] if told else [])])
+    given = [r for r in rows if r["adjusted_accuracy"] is not None]
+    plot.line([(at[r["prior"]], r["adjusted_accuracy"]) for r in given], "medium")
+    key = _key([("accent", "as trained, with 95% interval"), *([("medium", "given the frequencies")] if given else [])])
     figure = _figure("Accuracy under other class frequencies", plot.svg("Accuracy against class frequencies"),
-                     "Left: classes that were frequent in training are frequent in the field too. Right: the rare ones "
-                     "are.", key)
-    table = _table(["frequencies", "right", "95% interval", "told so"], (
+                     "Left: classes are as frequent as in training. Right: rare classes are the frequent ones.", key)
+    table = _table(["frequencies", "accuracy", "95% interval", "given them"], (
         [f'<span class="whole">{row["prior"]}</span>', f"{row['accuracy']:.1%}",
          f"<small>{span(row['interval'])}</small>",
          "–" if row["adjusted_accuracy"] is None else f"{row['adjusted_accuracy']:.1%}"] for row in rows))
-    return f"""<section><h2>Where classes are more or less frequent than here</h2>
-<p>The same test pictures, weighted as if classes were as unequal as in training, alike, or the other way round.</p>
+    return f"""<section><h2>If class frequencies differ from the test set's</h2>
+<p>The same test pictures, weighted as if classes were as unequal as in training, equally frequent, or inverted.</p>
 <div class="figures">{figure}<figure>{table}</figure></div></section>"""
 
 
@@ -404,15 +400,15 @@ def _curves(log: Sequence[Mapping[str, Any]]) -> str:
     return ('<section><h2>Training</h2><div class="figures">'
             + _figure("Loss", loss.svg("Loss by epoch"), "Mean over each epoch's pictures.",
                       _key((kind, name) for kind, (name, _) in losses.items()))
-            + _figure("Errors", error.svg("Errors by epoch"), "Training error is on augmented pictures, while the "
-                      "weights still move; test errors are looked at now and then, and choose nothing.", _key(dashed))
+            + _figure("Errors", error.svg("Errors by epoch"), "Training error is on augmented pictures, during the "
+                      "epoch. Test errors are measured now and then and select nothing.", _key(dashed))
             + "</div></section>")
 
 
 def _every_class(classes: Classes) -> str:
     kept = classes.results["per_class"]
     answered = all("answered" in row for row in kept)
-    head = ["class", "training pictures", "right, of test pictures", "accuracy, 95% interval"]
+    head = ["class", "training pictures", "correct test pictures", "accuracy, 95% interval"]
     rows = []
     for c in classes.order:
         n, k = int(classes.images[c]), int(classes.correct[c])
@@ -421,17 +417,17 @@ def _every_class(classes: Classes) -> str:
                _small(percent(k / n, n), span(wilson_interval(k, n), n)) if n else "–"]
         if answered:
             said = kept[c]["answered"]
-            row.append(_small(percent(k / said, said), f"of {said:,}") if said else "never said")
+            row.append(_small(percent(k / said, said), f"of {said:,}") if said else "never answered")
         rows.append(row)
-    table = _table([*head, "right where it says so"] if answered else head, rows)
+    table = _table([*head, "correct answers of this class"] if answered else head, rows)
     if len(rows) > OPEN_UP_TO:
         table = f"<details><summary>All {len(rows):,} classes</summary>{table}</details>"
-    order = "in the model's order" if classes.counts is None else "the largest in training first"
+    order = "in the model's order" if classes.counts is None else "largest first"
     return f"<section><h2>Every class, {order}</h2>{table}</section>"
 
 
 def _footer(ours: Mapping[str, Any]) -> str:
     command = f" Trained by <code>{escaped(ours['command'])}</code>." if ours.get("command") else ""
-    return (f"<footer><p>metasaug {version('metasaug')}. Intervals are Wilson's, 95%; they say how much this many test "
-            "pictures can tell, not how another training run would come out. The formula of every figure is in "
+    return (f"<footer><p>metasaug {version('metasaug')}. Intervals are 95%, Wilson: they express how few test pictures "
+            "there are, not how much training runs differ. The formula of every figure is in "
             f"docs/metrics.md.{command}</p></footer>")

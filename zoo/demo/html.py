@@ -1,7 +1,6 @@
 """What every part of the page is made of: uploads let in, and HTML with every text from a model or a file escaped."""
 
 import base64
-import html
 import io
 import os
 from typing import Any
@@ -13,14 +12,11 @@ from PIL import Image, ImageOps
 import zoo
 from zoo.demo.models import Model
 from zoo.demo.uploads import used
-from zoo.label_names import breakable
-from zoo.labels import GROUPS, UNKNOWN
+from zoo.labels import GROUPS, UNKNOWN, meaning_of
+from zoo.markup import badge, breakable
+from zoo.markup import escaped as escape
 
 SUCH = {"head": "such common classes", "medium": "such mid-sized classes", "tail": "such rare classes"}
-BY_RANK = {"head": "the largest 30%", "medium": "the 40% between", "tail": "the smallest 30%"}
-BY_COUNT = {"head": "over 100 training pictures", "medium": "20 to 100", "tail": "under 20"}
-
-escape = html.escape
 
 
 def uploaded(file: Any) -> str:
@@ -44,11 +40,7 @@ def percent(p: float) -> str:
 
 
 def name_of(label: str) -> str:
-    return breakable(escape(label))
-
-
-def badge(group: str) -> str:
-    return f'<span class="badge {group}">{group}</span>'
+    return breakable(label)
 
 
 def times(count: int | None) -> str:
@@ -95,7 +87,7 @@ def measured(model: Model, group: str) -> tuple[int, int, float, float] | None:
 
 
 def meaning(model: Model, group: str) -> str:
-    return (BY_RANK if model.groups_by == "rank" else BY_COUNT).get(group, "training pictures not known")
+    return meaning_of(group, model.groups_by)
 
 
 def legend(model: Model) -> str:

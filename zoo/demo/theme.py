@@ -4,10 +4,13 @@ from pathlib import Path
 
 import gradio as gr
 
+from zoo.markup import DARK, LIGHT, variables
+
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "sans-serif")
 MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "Liberation Mono", "monospace")
 
-CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+CSS = (f":root {{ {variables(LIGHT)} }}\n.dark {{ {variables(DARK)} }}\n"
+       + (Path(__file__).parent / "page.css").read_text(encoding="utf-8"))
 
 HEAD = """<script>
 // A picture pasted anywhere on the page goes where a dropped one would.
