@@ -265,7 +265,7 @@ def test_unknown_counts_are_said_to_be_unknown(config, tmp_path):
     for row in less["metasaug"]["results"]["per_class"]:
         row["train_images"] = None
     text = card(less)
-    assert "training counts are not known, so no groups" in text and "| ant | unknown | ? | 19 | 20 |" in text
+    assert "unknown: training pictures not known" in text and "| ant | unknown | ? | 19 | 20 |" in text
     loaded_card(text, tmp_path)
 
 

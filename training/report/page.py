@@ -165,7 +165,7 @@ def _by_size(classes: Classes) -> str:
     key = _key((group, group) for group in classes.present)
     return ('<section><h2>Common and rare classes</h2><div class="figures">'
             + _figure("Training pictures and accuracy of each class", _count_curve(classes, counts),
-                      "Classes from the largest to the smallest. Top: training pictures, logarithmic. Bottom: accuracy.", key)
+                      "Classes, largest first. Top: training pictures, logarithmic. Bottom: accuracy.", key)
             + _figure("Accuracy against class size", _against_size(classes, counts),
                       "One dot for each class" + (", with 95% intervals." if len(classes.names) < SINGLE else ". The "
                       "line joins the means of classes of similar size, with 95% intervals."), key)
