@@ -297,11 +297,11 @@ def _problems(bad: Sequence[str]) -> list[str]:
 
 def _group_table(found: dict[str, Any]) -> list[str]:
     """A line a group; the last columns: how well an accuracy measured on so few pictures is known."""
-    lines = [f"{'group':<20}{'classes':>8}{'training':>10}{'meta':>8}{'test':>8}{'a class':>16}   accuracy known to",
-             f"{'':<54}{'in training':>16}   group    a class"]
+    lines = [f"{'group':<24}{'classes':>8}{'training':>10}{'meta':>8}{'test':>8}{'a class':>16}   accuracy known to",
+             f"{'':<58}{'in training':>16}   group    a class"]
     for group, g in found["groups"].items():
         title = f"{group} ({meaning_of(group, found['groups_by'], unit='')})"
-        lines.append(f"{title:<20}{g['classes']:>8,}{g['training']:>10,}{g['meta']:>8,}{g['test']:>8,}"
+        lines.append(f"{title:<24}{g['classes']:>8,}{g['training']:>10,}{g['meta']:>8,}{g['test']:>8,}"
                      f"{_range([g['smallest'], g['largest']]):>16}   ± {100 * g['known_to']:<6.1f} "
                      f"± {100 * _known_to(g['test_of_a_class']):.0f} points")
     return lines
