@@ -159,6 +159,8 @@ class FeatureCache:
         """Where the features of a set lie, and all that they depend on."""
         view = self.view.pretrained_cfg if kind == "test" else {
             **dataclasses.asdict(self.view), "views": self.views, "seed": self.seed}
+        if self.view.crops == "shift":  # where it changes no pixel
+            view.pop("reduced", None)
         identity = json.dumps({
             "features": self._shape(kind, pictures, module), "dtype": self._dtype(kind).name,
             "pictures": self._key_of(pictures), "backbone": _backbone_key(module), "view": view,

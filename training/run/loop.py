@@ -4,18 +4,21 @@ All randomness is a function of (seed, epoch, step): order, crops and meta batch
 was stopped anywhere therefore continues to the same bits.
 """
 
+import dataclasses
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from training.data.batches import fits_in_memory, hold
 from training.data.datasets import LongTailed
 from training.errors import DivergenceError, Interrupted, TrainingError
 from training.method.finite import Finite
@@ -241,6 +244,14 @@ class Run:
             self.state.seconds += time.monotonic() - began
         return self.cached_stages[in_stage2]
 
+    @cached_property
+    def tested(self) -> LongTailed:
+        """The data with its test pictures in memory, if they fit beside the others: they are decoded once."""
+        pictures = sum(len(one) for one in (self.final.train, self.final.meta, self.final.test))
+        if self.recipe.cache_features or not fits_in_memory(self.view, pictures):
+            return self.final
+        return dataclasses.replace(self.final, test=hold(self.final.test, self.view, self.options.workers))
+
     def test(self) -> dict:
         """Results on the test set of the network as it stands."""
         cached = None
@@ -249,7 +260,8 @@ class Run:
             self.processes.wait()
         groups, _ = assign_groups(self.final.class_counts)
         self.predicted = list[np.ndarray]()
-        return evaluate(self.state.module, self.final, self.view, groups, self.device, self.options.workers,
+        data = self.tested if cached is None else self.final
+        return evaluate(self.state.module, data, self.view, groups, self.device, self.options.workers,
                         self.recipe.implicit_prior(self.final.class_counts), self.leave_if_stopped, cached,
                         self.processes, self.predicted)
 
