@@ -373,7 +373,7 @@ def _end_shared_gpu() -> None:
 def step_benchmarks(runs: Path) -> int:
     """benchmarks.step_gpu's rows, a line each."""
     try:
-        step_gpu = importlib.import_module("benchmarks.step_gpu")
+        step_gpu: Any = importlib.import_module("benchmarks.step_gpu")
     except ModuleNotFoundError as error:
         print(f"no step benchmarks: {error}")
         return 1
