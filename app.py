@@ -104,9 +104,9 @@ def _folder_tab(names: list[str]) -> None:
             download = gr.DownloadButton("Download CSV", interactive=False)
         with gr.Column(scale=10, min_width=320):
             shown = gr.HTML(pictures.empty(), elem_id="many", js_on_load=ACT)
-    # One at a time, beside the queue's other two: a folder never keeps single pictures waiting.
+    # Beside the queue's other two: a folder never keeps single pictures waiting. Jobs take turns by pictures.
     event = start.click(pictures.run, [files, which], [shown, rows, view, download], preprocess=False,
-                        concurrency_id="many", concurrency_limit=1, **PAGE)
+                        concurrency_id="many", concurrency_limit=8, **PAGE)
     stop.click(pictures.stopped, rows, [shown, download], cancels=[event], **AT_ONCE)
     shown.click(pictures.turn, [rows, view], [shown, view], **AT_ONCE)
 

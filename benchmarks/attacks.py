@@ -323,6 +323,67 @@ def uncollected(on: Target, long: bool) -> dict[str, Any]:
     return {"requests": sum(statuses.values()), "statuses": dict(statuses)}
 
 
+# ---- jobs ----
+
+
+class Job:
+    """Pictures of one visitor, as the Folder tab starts them; `read` follows it to its end."""
+
+    def __init__(self, on: Target, name: str, content: bytes, session: str):
+        self.on, self.session, self.began = on, session, time.monotonic()
+        config = json.loads(request(on, "/config")[1])
+        event = next(d for d in config["dependencies"] if d["api_name"] == "run")
+        file = {"path": upload_bytes(on, name, content), "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+        self.uploaded = time.monotonic()
+        self.status, _ = request(on, "/gradio_api/queue/join", json.dumps({
+            "data": [[file], load.MODEL], "fn_index": event["id"], "session_hash": session,
+            "trigger_id": None}).encode())
+        self.stream = urllib.request.urlopen(f"{on.url}/gradio_api/queue/data?session_hash={session}", timeout=1200)
+
+    def read(self, until: Callable[[str], bool] = lambda line: "process_completed" in line) -> tuple[str, float]:
+        """The first line of the stream that `until` accepts, and the seconds since the job began."""
+        for line in self.stream:
+            if until(line.decode()):
+                return line.decode(), time.monotonic() - self.uploaded
+        return "", time.monotonic() - self.uploaded
+
+
+def _progress(line: str) -> bool:
+    return "<progress" in line
+
+
+def large_pictures(on: Target, long: bool) -> dict[str, Any]:
+    """A small zip of pictures of 25 megapixels; meanwhile another visitor classifies three small ones."""
+    packed = zip_of(image(5000, 5000), 5000 if long else 12)
+    hostile = Job(on, "large.zip", packed, "hostile")
+    _, first = hostile.read(_progress)
+    small = Job(on, "small.zip", zip_of(image(64, 64), 3), "small")
+    _, other = small.read()
+    last, whole = hostile.read()
+    found = re.search(r"([\d,]+) pictures? classified(?:, ([\d,]+) could)?", last)
+    return {"zip_mb": round(len(packed) / 1e6, 1), "first_progress_s": round(first, 1),
+            "another_visitor_s": round(other, 1), "job_s": round(whole, 1),
+            "classified": found[1] if found else last[:200], "left_out": found[2] if found else None}
+
+
+def hang_up(on: Target, long: bool) -> dict[str, Any]:
+    """A visitor who starts a job of large pictures and leaves: what the server works until it rests, for a minute."""
+    def work() -> float:
+        before = on.cpu()
+        time.sleep(1)
+        return on.cpu() - before
+
+    resting = max(work() for _ in range(3))  # Gradio's queue looks around a thousand times a second
+    job = Job(on, "large.zip", zip_of(image(5000, 5000), 60), "leaves")
+    job.read(_progress)
+    job.stream.close()
+    worked = []
+    while len(worked) < 60 and (len(worked) < 2 or min(worked[-2:]) > 1.5 * resting + 0.02):
+        worked.append(work())
+    return {"resting_cpu": round(resting, 2), "s_until_rest": len(worked) - 2,
+            "cpu_s_until_rest": round(sum(worked) - len(worked) * resting, 2)}
+
+
 # ---- who asks ----
 
 
@@ -383,7 +444,7 @@ def malformed(on: Target, long: bool) -> dict[str, Any]:
 
 ATTACKS: dict[str, Callable[[Target, bool], dict[str, Any]]] = {
     f.__name__: f for f in (json_bodies, slow_bodies, slow_headers, slow_uploads, websockets, uncollected,
-                            uploads_in_all, hostile_uploads, other_names, malformed)}
+                            uploads_in_all, hostile_uploads, large_pictures, hang_up, other_names, malformed)}
 
 
 def main(only: tuple[str, ...] = (), long: bool = False, root: Path = ROOT, out: Path | None = None) -> None:

@@ -13,11 +13,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import zoo
+from zoo import rows
+from zoo.images import NamedPicture
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install 'metasaug[demo]'")
 
 from benchmarks import attacks, load
-from zoo.demo import gate, server
+from zoo.demo import gate, pictures, server
 from zoo.demo.gate import Event, Gate, Rules
 from zoo.demo.uploads import Uploads, used
 
@@ -155,6 +162,70 @@ def test_over_the_quota_what_nobody_used_for_longest_goes_first(tmp_path):
             assert second is None
     with uploads.room_for(10**12) as room:
         assert room is None
+
+
+# ---- jobs ----
+
+
+@pytest.mark.parametrize("long", FORMS)
+def test_a_zip_of_large_pictures_keeps_nobody_waiting_and_ends_by_its_budget(demo, long):
+    # Given 12 pictures of 25 megapixels (long: 5,000) in a few kB, and another visitor with three small ones,
+    found = attacked(demo, "large_pictures", long)
+    # then the other is done long before, and no memory stays;
+    assert found["another_visitor_s"] < found["job_s"] / 2
+    assert found["peak_mb"] < 800 and found["grown_mb"] < 50
+    # and what the budget leaves of the many is told as not read.
+    assert int(found["classified"].replace(",", "")) == 12 if not long else found["left_out"]
+
+
+def test_a_visitor_who_leaves_ends_the_job(demo):
+    found = attacked(demo, "hang_up")
+    assert found["cpu_s_until_rest"] < 4  # all of it: 40 and more
+
+
+def test_a_job_reads_up_to_its_budget(monkeypatch):
+    picture = Image.new("RGB", (100, 100))
+    budget = pictures.Budget()
+    budget.pixels = 25_000
+    given = iter([NamedPicture(str(i), picture) for i in range(9)])
+    assert len(list(pictures.each(given, [], budget))) == 3
+    budget = pictures.Budget()
+    budget.seconds = 0
+    assert list(pictures.each(given, [], budget)) == []
+
+
+def test_turns_go_round():
+    # Given one who holds the turn, and others who ask for it twice each, when it is let go,
+    turns, order = pictures.Turns(), []
+
+    def worker(name: str) -> None:
+        for _ in range(2):
+            with turns.turn():
+                order.append(name)
+                time.sleep(0.05)
+
+    threads = [threading.Thread(target=worker, args=(name,)) for name in "ab"]
+    with turns.turn():
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)
+    for thread in threads:
+        thread.join(10)
+    # then they alternate.
+    assert order in (list("abab"), list("baba"))
+
+
+@given(st.text(max_size=30))
+def test_no_cell_is_a_formula_and_every_text_comes_back(text):
+    assert not rows.safe(text).startswith(("=", "+", "-", "@", "\t", "\r"))
+    assert rows.plain(rows.safe(text)) == text
+
+
+def test_a_csv_of_hostile_file_names_holds_no_formula():
+    for name in ("=1+1.png", "+x.png", "-2+3.png", "@SUM(1).png", "\t=x.png", "'=x.png"):
+        path, *_, error = rows.cells(zoo.Prediction(name, error=f"{name} is no picture"), 5)
+        assert path == f"'{name}" and rows.plain(path) == name
+        assert not error.startswith(("=", "+", "-", "@", "\t"))
 
 
 # ---- who asks ----

@@ -20,7 +20,20 @@ def cells(row: Prediction, top_k: int) -> list[str]:
     mass = [f"{row.groups[g]:.6f}" if g in row.groups else "" for g in GROUPS]
     rest = [cell for c in row.top[1:top_k] for cell in (c.label, f"{c.probability:.6f}")]
     rest += [""] * (len(_others(top_k)) - len(rest))
-    return [printable(row.source), *first, *mass, *rest, printable(row.error or "")]
+    return [safe(printable(cell)) for cell in (row.source, *first, *mass, *rest, row.error or "")]
+
+
+def safe(text: str) -> str:
+    """A cell that no spreadsheet runs as a formula: ' before a text that begins with one of = + - @ tab, return or '.
+
+    `plain` takes it off again.
+    """
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "'")) else text
+
+
+def plain(cell: str) -> str:
+    """The text that `safe` made a cell of."""
+    return cell.removeprefix("'")
 
 
 def _others(top_k: int) -> list[str]:

@@ -36,6 +36,7 @@ GET = re.compile(
     r"/gradio_api/(info/?|openapi\.json|startup-events|theme\.css|app_id/?|queue/(data|status)|upload_progress|"
     r"heartbeat/[\w-]+|file=.+|call/\w+/\w+)")
 POST = re.compile(r"/gradio_api/(run/predict|queue/join|cancel|reset|upload|call/\w+)/?")
+STREAM = re.compile(r"/gradio_api/(?:queue/data|call/\w+/(\w+))/?$")
 CALL = re.compile(r"/gradio_api/call/(\w+)/?")
 BYTES = {"/gradio_api/queue/join": 4_000_000, "/gradio_api/run/predict": 4_000_000}  # names of 5,000 uploads
 BYTES_ELSE = 100_000
@@ -84,10 +85,13 @@ class Gate:
     fns      the page's events by number
     names    the public endpoints by name
     uploads  where uploads lie, and their quota
+    forget   ends what a session (session_hash=) or a call (event_id=) still has under way
     """
 
-    def __init__(self, app, rules: Rules, fns: dict[int, Event], names: dict[str, Event], uploads: Uploads):
+    def __init__(self, app, rules: Rules, fns: dict[int, Event], names: dict[str, Event], uploads: Uploads,
+                 forget: Callable[..., Awaitable[None]] | None = None):
         self.app, self.rules, self.fns, self.names, self.uploads = app, rules, fns, names, uploads
+        self.forget = forget
         self.coming: Counter[str] = Counter()  # bodies under way, by address
         self.unread: OrderedDict[str, int] = OrderedDict()  # events by session, the last 1,000
 
@@ -102,7 +106,7 @@ class Gate:
             await self._admitted(scope)
             if scope["method"] == "POST":
                 await self._posted(scope, receive, self._sends(send))
-            elif scope["path"] == "/gradio_api/queue/data":
+            elif STREAM.match(scope["path"]):
                 await self._read(scope, receive, self._sends(send))
             else:
                 await self.app(scope, receive, self._sends(send))
@@ -202,7 +206,7 @@ class Gate:
         await self.app(scope, _replayed(content, receive), send)
 
     async def _read(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The stream of a session's answers, which are counted as they go."""
+        """The stream of a session's answers, which are counted as they go. Whoever leaves it wants no more of them."""
         found = re.search(rb"session_hash=([\w-]+)", scope["query_string"])
         session = found[1].decode() if found else ""
 
@@ -215,7 +219,10 @@ class Gate:
         try:
             await self.app(scope, receive, counting)
         finally:
-            self.unread.pop(session, None)  # Gradio drops what is left with the connection
+            self.unread.pop(session, None)
+            called = STREAM.match(scope["path"])
+            if self.forget is not None:
+                await (self.forget(event_id=called[1]) if called and called[1] else self.forget(session_hash=session))
 
     def _check_json(self, content: bytes, path: str) -> str:
         """Raises Refused for a body that Gradio would stumble over. Returns the session that it names."""

@@ -3,9 +3,11 @@
 import csv
 import itertools
 import tempfile
+import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,8 @@ from zoo.rows import cells, header
 
 A_PAGE = 60
 MOST = archives.MAX_ENTRIES
+MAX_PIXELS, MAX_SECONDS = 20_000_000_000, 300.0  # of one job, as decoded
+LIMITS = f"{MAX_PIXELS // 10**9} gigapixels or {MAX_SECONDS / 60:.0f} minutes"
 UNREAD = "not read"
 SORTS = {"name": "File", "label": "Class", "sure": "Sure", "group": "Group", "seen": "Seen in training"}
 
@@ -71,16 +75,18 @@ class View:
 
 
 def run(files: Any, name: str) -> Iterator[tuple[str, list[Row], View, dict[str, Any]]]:
-    """Page, rows, view and download; again and again while it goes on."""
+    """Page, rows, view and download; again and again while it goes on, so that a visitor who leaves ends it."""
     rows: list[Row] = []
     no_file = gr.update(value=None, interactive=False)
     try:
         model = models.model(name)
-        sources, total, refused = opened(files)
+        sources, names, refused = opened(files)
+        total = len(names)
         yield progress(0, total, "Loading the model …" if not model.loaded else ""), rows, View(), no_file
         smalls: list[str] = []
-        told = time.monotonic()
-        for prediction in model.predictor.predict_each(each(sources, smalls), batch_size=32):
+        budget, told = Budget(), time.monotonic()
+        # One picture at a time: between two the job can end, and others have their turn.
+        for prediction in model.predictor.predict_each(each(sources, smalls, budget), batch_size=1):
             rows.append(Row(light(prediction), smalls[len(rows)]))
             if time.monotonic() - told > 0.4:
                 told = time.monotonic()
@@ -91,6 +97,8 @@ def run(files: Any, name: str) -> Iterator[tuple[str, list[Row], View, dict[str,
     except zoo.ZooError as error:
         yield alert(*closed(name, error)), [], View(), no_file
         return
+    used_up = f"Not read: this job has used up its {LIMITS}."
+    refused = [*((left, used_up) for left in names[len(rows):]), *refused]
     rows += [Row(zoo.Prediction(source, error=reason)) for source, reason in refused]
     yield show(rows, View()), rows, View(), gr.update(value=as_csv(rows), interactive=True)
 
@@ -119,12 +127,49 @@ def turn(rows: list[Row] | None, view: View | None, event: gr.EventData) -> tupl
 # ---- the pictures ----
 
 
-def opened(files: Any) -> tuple[Iterator[NamedPicture], int, list[tuple[str, str]]]:
-    """The pictures among uploads and inside zips, how many, and the zips that are refused with their reasons.
+class Budget:
+    """What one job may take: pixels and seconds of decoding."""
+
+    def __init__(self) -> None:
+        self.pixels, self.seconds = MAX_PIXELS, MAX_SECONDS
+
+    @property
+    def left(self) -> bool:
+        return self.pixels > 0 and self.seconds > 0
+
+
+class Turns:
+    """A lock that is given in the order of asking: several jobs then go on picture by picture."""
+
+    def __init__(self) -> None:
+        self._lock, self._waiting = threading.Lock(), deque[threading.Event]()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        mine = threading.Event()
+        with self._lock:
+            self._waiting.append(mine)
+            if self._waiting[0] is mine:
+                mine.set()
+        try:
+            mine.wait()
+            yield
+        finally:
+            with self._lock:
+                self._waiting.remove(mine)
+                if self._waiting:
+                    self._waiting[0].set()
+
+
+_turns = Turns()
+
+
+def opened(files: Any) -> tuple[Iterator[NamedPicture], list[str], list[tuple[str, str]]]:
+    """The pictures among uploads and inside zips, their names, and the zips that are refused with their reasons.
 
     Raises PictureError where there is nothing to classify, or too much.
     """
-    sources, refused, total = [], [], 0
+    sources, refused, names = [], [], []
     for file in files if isinstance(files, list) else []:
         name = str((isinstance(file, dict) and file.get("orig_name")) or "file")[:200]
         path = uploaded(file)
@@ -134,32 +179,41 @@ def opened(files: Any) -> tuple[Iterator[NamedPicture], int, list[tuple[str, str
             except zoo.PictureError as error:
                 refused.append((name, str(error)))
                 continue
-            total += len(inside)
+            names += inside
             sources.append(pictures)
         else:
-            total += 1
+            names.append(name)
             sources.append(iter([NamedPicture(name, path)]))
-    if total > MOST:
-        raise zoo.PictureError(f"{total:,} pictures: at most {MOST:,} at a time here. For more: metasaug predict NAME "
-                               "FOLDER --out rows.csv, on your own computer.")
-    if not total:
+    if len(names) > MOST:
+        raise zoo.PictureError(f"{len(names):,} pictures: at most {MOST:,} at a time here. For more, on your own "
+                               "computer: metasaug predict NAME FOLDER --out rows.csv.")
+    if not names:
         raise zoo.PictureError(refused[0][1] if refused else "Choose pictures, or a zip of them, first.")
-    return itertools.chain.from_iterable(sources), total, refused
+    return itertools.chain.from_iterable(sources), names, refused
 
 
-def each(sources: Iterator[NamedPicture], smalls: list[str]) -> Iterator[NamedPicture]:
-    """Every picture decoded once, for the model and for its small copy, which is left in `smalls`."""
-    for name, picture in sources:
-        try:
-            if isinstance(picture, zoo.PictureError):
-                raise picture
-            decoded = images.decode(picture, name)
-        except zoo.PictureError as error:
-            smalls.append("")
-            yield NamedPicture(name, error)
-            continue
-        smalls.append(thumbnail(decoded))
+def each(sources: Iterator[NamedPicture], smalls: list[str], budget: Budget) -> Iterator[NamedPicture]:
+    """Every picture decoded once, for the model and for its small copy, which is left in `smalls`; until the budget is
+    used up."""
+    while budget.left:
+        with _turns.turn():
+            began = time.monotonic()
+            named = next(sources, None)
+            if named is None:
+                return
+            name, picture = named
+            try:
+                if isinstance(picture, zoo.PictureError):
+                    raise picture
+                decoded: Any = images.decode(picture, name)
+                budget.pixels -= decoded.width * decoded.height
+                small = thumbnail(decoded)
+            except zoo.PictureError as error:
+                decoded, small = error, ""
+            budget.seconds -= time.monotonic() - began
+        smalls.append(small)
         yield NamedPicture(name, decoded)
+        del decoded, picture, named  # a large one is not kept while waiting for the next turn
 
 
 def light(prediction: zoo.Prediction) -> zoo.Prediction:
@@ -180,7 +234,8 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 def empty() -> str:
     return ('<div class="empty"><p>Choose many pictures, or a zip of them, and the model sorts them: by class, by '
-            "group, the ones it is least sure of first. The rows can be taken away as CSV.</p></div>")
+            "group, the least sure ones first. You can download the rows as CSV.</p><p>One job reads at most "
+            f"{MOST:,} pictures, {LIMITS} of decoding, whichever comes first.</p></div>")
 
 
 def progress(done: int, total: int, words: str = "") -> str:

@@ -1,6 +1,7 @@
 """The demo's web server: Gradio's application behind the gate, in uvicorn, with limits on connections and headers."""
 
 import asyncio
+import ctypes
 import os
 import socket
 import threading
@@ -72,7 +73,8 @@ def application(page: gr.Blocks, rules: Rules, uploads: Uploads, root_path: str 
            for number, fn in page.fns.items() if fn.fn is not None}
     names = {fn.api_name: fns[number] for number, fn in page.fns.items() if number in fns
              if isinstance(fn.api_name, str) and fn.api_visibility == "public"}
-    return Gate(outer, rules, fns, names, uploads)
+    # Gradio goes on with a job whose visitor has left; its queue can end it.
+    return Gate(outer, rules, fns, names, uploads, page._queue.clean_events)
 
 
 def kind_of(component: Any) -> TypeAdapter:
@@ -100,6 +102,7 @@ def served(app: Gate, host: str, port: int, root_path: str = "") -> Iterator[str
         raise zoo.ZooError(f"Port {port} on {host} cannot be used ({error.strerror or error}): choose another with "
                            "--port.") from error
     _many_files()
+    _give_memory_back()
     options: dict[str, Any] = {"limit_concurrency": CONNECTIONS, "timeout_graceful_shutdown": 2, "log_level": "error",
                                "server_header": False, "ws": "none", "http": PunctualProtocol,
                                "proxy_headers": app.rules.trust_proxy, "access_log": False}
@@ -125,6 +128,12 @@ def _many_files() -> None:
         wanted = 4 * CONNECTIONS
         if soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard) if hard > 0 else wanted, hard))
+
+
+def _give_memory_back() -> None:
+    """Has the C library return every freed block over 1 MB (decoded pictures) to the system, where it is glibc."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-3, 1_000_000)  # M_MMAP_THRESHOLD
 
 
 @contextmanager
