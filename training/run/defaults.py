@@ -97,6 +97,7 @@ def with_start(
     take("meta_in_training", "stage2" if recipe.augment in ("none", "isda") else "never",
          "the meta set decides between first answer and fine-tuning, then is trained on too"
          if recipe.augment in ("none", "isda") else f"--augment {recipe.augment} measures on the meta set")
+    take("covariance", "diagonal", "a start has many features")
     take("crops", "resized", "as the start was trained")
     take("crop_area", 0.35, "milder than the start's 0.08, for a shorter run")
     if recipe.input_size and recipe.epochs:

@@ -113,8 +113,7 @@ class OwnPicturesRun:
         first.state.seconds = time.monotonic() - began
         self.leave(as_fitted(self.recipe), first.joined, first.state, results, predicted_N,
                    f"A last layer on the frozen features of the {self.recipe.start} start")
-        # In a process of its own, since training does not know how models are exported.
-        subprocess.run([sys.executable, "-m", "export", str(self.model)], check=False, stdout=subprocess.DEVNULL)
+        self.export()
         print(f"{self.model}: first answer after {(time.monotonic() - began) / 60:.1f} minutes, macro error "
               f"{results['macro_error']:.1%}, ready to use. Fine-tuning follows, {self.recipe.epochs} epochs; Ctrl-C "
               "keeps the best model so far.")
@@ -141,6 +140,13 @@ class OwnPicturesRun:
         """Write model and report. schedule: in words; None: the recipe's."""
         write_model(self.model, self.name, recipe, data, state, results, schedule=schedule)
         report_of_run(self.folder, results)
+
+    def export(self) -> None:
+        """ONNX and card, in a process of its own, since training does not know how models are exported."""
+        done = subprocess.run([sys.executable, "-m", "export", str(self.model)], check=False, capture_output=True,
+                              text=True)
+        if done.returncode:
+            print(f"{self.model} has no ONNX yet: {done.stderr.strip()[-300:]} `metasaug export {self.model}` adds it.")
 
     def say_which(self) -> None:
         frozen, tuned = self.scores.frozen, self.scores.fine_tuned

