@@ -106,7 +106,9 @@ def train(recipe, root: Path, folder: Path, workers: int = 0, before=None, argum
     """A run that saves after every step; `before(*arguments)` prepares its end."""
     if before is not None:
         before(*arguments)
-    loop.run(recipe, data_of(recipe, root), folder, CPU, resume=True, save_minutes=save_minutes, workers=workers)
+    # Steps of 30 ms at least: a kill that is sent after a checkpoint arrives while there is work left.
+    loop.run(recipe, data_of(recipe, root), folder, CPU, resume=True, save_minutes=save_minutes, workers=workers,
+             on_progress=lambda _: time.sleep(0.03))
 
 
 def started(target, *arguments) -> multiprocessing.process.BaseProcess:
@@ -149,32 +151,30 @@ def assert_nothing_left_over(folder: Path) -> None:
     assert not list(folder.rglob("*.tmp"))
 
 
-def kill_at_random(recipe, root: Path, folder: Path, kills: int, rng) -> int:
-    """Kill -9 some checkpoints and some milliseconds on, with other workers each time, then let it end; how often the
-    run was hit."""
-    hit = 0
+def kill_at_random(recipe, root: Path, folder: Path, kills: int, rng) -> None:
+    """Kill -9 some checkpoints and some milliseconds on, with other workers each time, then let it end. Each kill must
+    hit a run that is on its way."""
     for _ in range(kills):
         process = started(train, recipe, root, folder, int(rng.integers(0, 3)))
-        seen, enough = set(folder.glob("checkpoints/*.pt")), rng.integers(0, 5)
+        seen, enough = set(folder.glob("checkpoints/*.pt")), rng.integers(0, 3)
         enough += len(seen)
         while len(seen) < enough and process.exitcode is None:
             seen.update(folder.glob("checkpoints/*.pt"))
             time.sleep(0.01)
-        process.join(rng.uniform(0, 0.1))
+        process.join(rng.uniform(0, 0.05))
         process.kill()
-        hit += ended(process) == -signal.SIGKILL
+        assert ended(process) == -signal.SIGKILL, "the run ended before its kill"
     assert ended(started(train, recipe, root, folder, 1)) == 0
-    return hit
 
 
 @pytest.mark.parametrize("method", KILLED)
 def test_a_run_killed_at_random_goes_on_to_the_same_bits(tmp_path, on_disk, method):
     # Given an undisturbed run,
-    recipe = dataclasses.replace(SMALL, **KILLED[method], epochs=3)
+    recipe = dataclasses.replace(SMALL, **KILLED[method], epochs=4)
     assert ended(started(train, recipe, on_disk, tmp_path / "whole")) == 0
     # when it is killed at random moments, saving always, then it ends with the same bits and leaves no litter.
     rng = np.random.default_rng(list(KILLED).index(method))
-    assert kill_at_random(recipe, on_disk, tmp_path / "killed", 3, rng) >= 2
+    kill_at_random(recipe, on_disk, tmp_path / "killed", 3, rng)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     assert_nothing_left_over(tmp_path / "killed")
 
@@ -182,10 +182,10 @@ def test_a_run_killed_at_random_goes_on_to_the_same_bits(tmp_path, on_disk, meth
 @pytest.mark.long
 @pytest.mark.parametrize("method", KILLED_LONGER)
 def test_fifty_kills_at_random_and_the_same_bits(tmp_path, on_disk, method):
-    recipe = dataclasses.replace(SMALL, **KILLED_LONGER[method], epochs=40, stage2_epochs=20)
+    recipe = dataclasses.replace(SMALL, **KILLED_LONGER[method], epochs=80, stage2_epochs=40)
     assert ended(started(train, recipe, on_disk, tmp_path / "whole"), 600) == 0
     rng = np.random.default_rng(100 + list(KILLED_LONGER).index(method))
-    assert kill_at_random(recipe, on_disk, tmp_path / "killed", 50, rng) >= 40
+    kill_at_random(recipe, on_disk, tmp_path / "killed", 50, rng)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     assert_nothing_left_over(tmp_path / "killed")
 
