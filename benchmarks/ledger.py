@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import statistics
+import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from training.data.cifar import Pool, cut_pool, find_pool, long_tail_counts
 from training.data.datasets import LongTailed, Split
 from training.data.imagenet_inat import load_imagenet_lt
 from training.data.own_pictures import load_folder
+from training.errors import Interrupted
 from training.network.derivatives import Precision
 from training.recipes import Cifar10LT, Cifar100LT, Folder, ImageNetLT, Recipe
 from training.run.cells import Cell as Training
@@ -444,8 +446,12 @@ def pages() -> dict[Path, str]:
 def main() -> None:
     import tyro  # benchmarks.on_gpu imports this module where there is none
 
-    tyro.extras.subcommand_cli_from_dict({"run": run, "status": status, "page": page}, prog="benchmarks.ledger",
-                                         description=__doc__)
+    try:
+        tyro.extras.subcommand_cli_from_dict({"run": run, "status": status, "page": page}, prog="benchmarks.ledger",
+                                             description=__doc__)
+    except Interrupted as stop:
+        print("Stopped; the state is saved. The same command continues.", file=sys.stderr)
+        sys.exit(stop.exit_code)
 
 
 if __name__ == "__main__":
