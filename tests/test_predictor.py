@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -372,3 +374,28 @@ def test_a_prior_in_numbers_is_the_one_that_answers_are_shifted_from(tiny_model_
     np.testing.assert_allclose(uniform.probabilities, expected / expected.sum(), rtol=1e-4)
     same = model.predict(pictures / "a.png", prior=own)
     np.testing.assert_allclose(same.probabilities, plain.probabilities, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["onnx", "torch"])
+def test_a_model_that_was_loaded_before_a_fork_answers_after_it(backend):
+    # Given a process that loads a model, predicts with several threads, and forks, when the child predicts,
+    if backend == "torch":
+        pytest.importorskip("torch")
+    script = f"""
+import os, signal, numpy as np, zoo
+model = zoo.load("ce-cifar10-lt", backend={backend!r})
+if {backend!r} == "torch":
+    import torch
+    torch.set_num_threads(4)
+pictures = [np.full((32, 32), shade, np.uint8) for shade in range(16)]
+answer = model.predict_batch(pictures)[3].top[0]
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    os._exit(0 if model.predict_batch(pictures)[3].top[0].label == answer.label else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=180,
+                          cwd=Path(zoo.__file__).parent.parent)
+    # then it gives the same answer, and does not wait for threads that did not come along.
+    assert done.stdout.strip() == "0", done.stderr

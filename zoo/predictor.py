@@ -407,10 +407,17 @@ class _TorchNetwork:
             raise BackendError(f"torch {torch.__version__} finds no CUDA device here: use device='cpu'.")
         self.device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
         self.module = module.to(self.device)
+        self._process = os.getpid()
 
     def __call__(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         import torch
 
+        if self._process != os.getpid():  # a fork, which torch's threads did not follow: it would wait for them forever
+            if self.device == "cuda":
+                raise BackendError("A forked process cannot use a model that its parent put on CUDA: load it in the "
+                                   "new process, or start that one with multiprocessing's spawn.")
+            torch.set_num_threads(1)
+            self._process = os.getpid()
         with torch.inference_mode():
             outputs = all_outputs(self.module, torch.from_numpy(pictures).to(self.device))
         logits, features, *feature_map = (tensor.cpu().numpy() for tensor in outputs)
