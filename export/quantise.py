@@ -15,7 +15,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from export.to_onnx import metadata
-from training.data.datasets import list_class_folders
+from training.data.tables import list_class_folders
 from training.report.evaluate import labelled_pictures, measure
 from zoo.model_folder import CONFIG, ONNX, ONNX_INT8, ModelFolder, add_files, json_bytes
 from zoo.onnx_file import refuse_unsafe

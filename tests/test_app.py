@@ -264,10 +264,10 @@ def test_directions_say_in_words_what_the_covariances_hold(page):
 
 @pytest.mark.browser
 def test_a_zip_becomes_a_gallery_a_table_and_a_csv(page, tmp_path):
-    # Given a zip of pictures with a text among them, one more picture, and a zip that is a bomb,
+    # Given a zip of pictures with a text in disguise among them, one more picture, and a zip that is a bomb,
     inside = {f"trip/{name}.jpg": (EXAMPLES / f"{name}.jpg").read_bytes() for name in answers.EXAMPLE_NAMES}
     good, bomb = tmp_path / "trip.zip", tmp_path / "bomb.zip"
-    for path, members in ((good, inside | {"trip/notes.txt": b"sunny"}), (bomb, {"b.png": bytes(5_000_000)})):
+    for path, members in ((good, inside | {"trip/notes.jpg": b"sunny"}), (bomb, {"b.png": bytes(5_000_000)})):
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, content in members.items():
                 archive.writestr(name, content)
@@ -286,7 +286,7 @@ def test_a_zip_becomes_a_gallery_a_table_and_a_csv(page, tmp_path):
     assert shown == [name.rpartition("/")[2] for name in ordered]
     # what could not be read says why,
     unread = page.locator(".gallery .unread").all_inner_texts()
-    assert any("notes.txt" in t and "no picture" in t for t in unread)
+    assert any("notes.jpg" in t and "no picture" in t for t in unread)
     assert any("bomb.zip" in t and "zip bomb" in t for t in unread)
     # one group can be looked at alone, the table is sorted by its headings,
     tail = [name for name in ordered if expected[name].group == "tail"]

@@ -52,13 +52,14 @@ def test_a_zip_is_read_as_the_folder_it_was_made_from(model, pictures, tmp_path)
 
 
 def test_the_command_line_takes_a_zip(tiny_model_folder, tmp_path, capsys):
-    archive = zipped(tmp_path / "two.zip", {"a.png": png(1), "notes.txt": b"no picture"})
+    archive = zipped(tmp_path / "two.zip", {"a.png": png(1), "b.jpg": b"no picture", "notes.txt": b"x"})
     out = tmp_path / "rows.csv"
     assert main(["predict", str(tiny_model_folder), str(archive), "--out", str(out)]) == 1
     rows = list(csv.DictReader(out.open(encoding="utf-8")))
-    assert [row["path"] for row in rows] == [f"{archive}/a.png", f"{archive}/notes.txt"]
+    assert [row["path"] for row in rows] == [f"{archive}/a.png", f"{archive}/b.jpg"]
     assert rows[0]["label"] and "no picture" in rows[1]["error"]
-    assert "1 of 2" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 .txt" in said and "1 of 2" in said
 
 
 def with_flag(path: Path) -> Path:
@@ -107,8 +108,8 @@ DANGERS = {
     "long names": (lambda p: zipped(p, {f"{i:04}{'x' * 60_000}": b"" for i in range(80)}), "entries"),
     "overlapping": (overlapping, "overlap"),
     "bzip2": (lambda p: zipped(p, {"a.png": png()}, zipfile.ZIP_BZIP2), "unusual method"),
-    "empty": (lambda p: zipped(p, {}), "no files"),
-    "only hidden": (lambda p: zipped(p, {".DS_Store": b"x"}), "no files"),
+    "empty": (lambda p: zipped(p, {}), "no pictures"),
+    "only hidden": (lambda p: zipped(p, {".DS_Store": b"x"}), "no pictures"),
     "no zip": (lambda p: p.write_bytes(png()) and p, "no zip archive"),
     "cut off": (lambda p: p.write_bytes(zipped(p, {"a.png": png()}).read_bytes()[:-30]) and p, "no zip archive"),
     "nothing": (lambda p: p.write_bytes(b"") or p, "no zip archive"),

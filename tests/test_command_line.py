@@ -183,7 +183,7 @@ def test_an_empty_folder_does_not_end_the_run(capsys, tiny_model_folder, picture
     code, out, _ = run(capsys, "predict", tiny_model_folder, tmp_path / "empty", pictures / "a.png", "--out", "-")
     assert code == 1
     empty, good = rows_of(out)
-    assert "holds no files" in empty["error"] and not empty["label"]
+    assert "holds no pictures" in empty["error"] and not empty["label"]
     assert not good["error"] and good["label"]
 
 

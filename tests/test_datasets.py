@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from training.data.cifar import CIFAR, cut, load_cifar, long_tail_counts
-from training.data.datasets import list_class_folders
+from training.data.tables import list_class_folders
 from training.errors import DataError
 
 

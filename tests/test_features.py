@@ -284,7 +284,8 @@ def test_features_are_used_again_only_for_what_they_were_made_of(tmp_path, monke
 
 
 def test_pictures_on_disk_are_known_by_name_size_and_label(tmp_path):
-    from training.data.datasets import PictureFiles, list_class_folders
+    from training.data.datasets import PictureFiles
+    from training.data.tables import list_class_folders
 
     write_class_folders(tmp_path / "pictures", {"a": 3, "b": 3}, size=(20, 20))
     paths, labels, _ = list_class_folders(tmp_path / "pictures")

@@ -194,7 +194,7 @@ def test_classes_called_train_and_test_are_classes(tmp_path):
 
 
 def test_leftovers_of_operating_systems_are_passed_over(tmp_path):
-    # Given folders as they come from a Mac, from Windows and from a zip, and a link that runs in a circle,
+    # Given folders as they come from a Mac, from Windows and from a zip, and a link that leads in a circle,
     paint_classes(tmp_path, {"a": 9, "b": 9})
     for name in (".DS_Store", "a/.DS_Store", "a/Thumbs.db", "__MACOSX/a/._000.png", ".git/x.png", "a/._000.png",
                  "b/notes.txt", "b/@eaDir/000.png"):
@@ -206,14 +206,13 @@ def test_leftovers_of_operating_systems_are_passed_over(tmp_path):
     data = load_folder(tmp_path)
     assert data.label_names == ("a", "b", "linked")
     assert len(data.train) + len(data.test) + len(set(data.meta.names) - set(data.train.names)) == 27
-    assert any("1 .txt" in note or "2 .txt" in note for note in data.notes)
+    assert any("2 .txt" in note for note in data.notes)
 
 
 def test_links_to_nothing_are_missing_pictures(tmp_path):
     paint_classes(tmp_path, {"a": 9, "b": 9})
     (tmp_path / "a" / "gone.jpg").symlink_to(tmp_path / "elsewhere.jpg")
     (tmp_path / "a" / "itself.jpg").symlink_to(tmp_path / "a" / "itself.jpg")
-    (tmp_path / "itself").symlink_to(tmp_path / "itself")
     with pytest.raises(DataError, match="2 of 20") as caught:
         load_folder(tmp_path)
     assert "a/gone.jpg does not exist" in str(caught.value)
@@ -408,11 +407,11 @@ def test_a_single_picture_trains_where_a_test_set_is_given(tmp_path):
 @pytest.mark.parametrize(("make", "words"), [
     (lambda root: None, "no class folders"),
     (lambda root: paint_classes(root, {"only": 9}), "one class only"),
-    (lambda root: [paint_classes(root / "set", {"a": 9, "b": 9})], r"a, b .*did you mean"),
+    (lambda root: [paint_classes(root / "set", {"a": 9, "b": 9})], r"set/a, set/b.*--leaf-folders"),
     (lambda root: paint_classes(root, {"Cat": 9, "cat": 9}), "Cat and cat"),
     (lambda root: paint_classes(root, {"e\u0301": 9, "\u00e9": 9}), "case or accents"),
     (lambda root: [paint_classes(root / "train", {"a": 9, "b": 9}), paint_classes(root / "test", {"a": 2, "c": 2})],
-     "class c, which"),
+     "class c has no usable pictures to train on"),
     (lambda root: [paint_classes(root / "train", {"a": 9, "b": 9}), paint_classes(root / "val", {"a": 2}),
                    paint_classes(root / "valid", {"a": 2})], "one meaning"),
     (lambda root: [paint_classes(root, {"a": 9}), os.mkdir(os.fsencode(root) + b"/\xff")], "not UTF-8"),

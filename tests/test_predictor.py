@@ -104,21 +104,21 @@ def test_a_path_its_bytes_its_pil_image_and_its_array_agree(model, pictures):
     assert [model.predict(s).source for s in sources[1:3]] == [str(path), "picture 1"]
 
 
-def test_a_folder_is_walked_in_order_and_hidden_files_are_left_out(model, tmp_path):
-    for name in ("b/2.png", "a.png", "b/1.png", ".hidden/x.png", "b/.DS_Store"):
+def test_a_folder_is_walked_in_order_and_other_files_are_left_out(model, tmp_path):
+    for name in ("b/2.png", "a.png", "b/1.png", ".hidden/x.png", "b/.DS_Store", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name, "PNG")
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "c.jpg").write_text("no picture")
     rows = list(model.predict_folder(tmp_path))
     names = [Path(row.source).relative_to(tmp_path).as_posix() for row in rows]
-    assert names == ["a.png", "b/1.png", "b/2.png", "notes.txt"]
+    assert names == ["a.png", "b/1.png", "b/2.png", "c.jpg"]
     assert [r.error is None for r in rows] == [True, True, True, False]
 
 
 def test_a_folder_that_is_none_or_empty_says_so_at_once(model, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
-    for name, reason in [("file", "use predict for a single"), ("absent", "does not exist"), ("empty", "no files")]:
+    for name, reason in [("file", "use predict for a single"), ("absent", "does not exist"), ("empty", "no pictures")]:
         with pytest.raises(PictureError, match=reason):
             model.predict_folder(tmp_path / name)
 

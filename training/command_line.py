@@ -140,6 +140,10 @@ class TrainFolder(Job[Folder]):
     meta: Path | None = None
     """Class folders of a meta set; without it DATA/meta or DATA/val, or a part of each class."""
 
+    leaf_folders: bool = False
+    """Make every folder that pictures lie in a class, at any depth (order/species/picture.jpg). By default only the
+    outermost folders are classes."""
+
     def load(self, look: bool | None = None) -> LongTailed:
         from training.data.own_pictures import load_folder
 
@@ -147,7 +151,7 @@ class TrainFolder(Job[Folder]):
             raise TrainingError("Where are the pictures? --data DIR, where DIR holds a folder of pictures for each "
                                 "class.")
         return load_folder(self.options.data, test=self.test, meta=self.meta, look=look is not False,
-                          **_cutting(self.recipe))
+                           leaf_folders=self.leaf_folders, **_cutting(self.recipe))
 
 
 @dataclass(frozen=True)

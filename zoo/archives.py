@@ -11,10 +11,12 @@ import stat
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from zoo.errors import PictureError
+from zoo.files import no_picture, passed_over_in_words
 from zoo.images import MAX_FILE_BYTES, NamedPicture
 
 MAX_ENTRIES = 5_000
@@ -41,13 +43,17 @@ def is_zip(path: str | os.PathLike) -> bool:
         return False
 
 
-def open_zip(path: str | os.PathLike, name: str | None = None) -> tuple[list[str], Iterator[NamedPicture]]:
+def open_zip(
+    path: str | os.PathLike, name: str | None = None, passed_over: Counter[str] | None = None
+) -> tuple[list[str], Iterator[NamedPicture]]:
     """The names of the pictures in a zip, and the pictures themselves, read one at a time as they are asked for.
 
-    name  what messages call the archive; its path by default
-    Folders, hidden files and the Mac's __MACOSX are passed over. A member that cannot be read comes with its
-    PictureError. Raises PictureError where the archive as a whole is refused.
+    name         what messages call the archive; its path by default
+    passed_over  counts the files that are no pictures by name, as zoo.files.walk does
+    A member that cannot be read comes with its PictureError. Raises PictureError where the archive as a whole is
+    refused, or holds no pictures.
     """
+    passed_over = Counter() if passed_over is None else passed_over
     name = name or os.fspath(path)
     try:
         with open(path, "rb") as file:
@@ -60,10 +66,15 @@ def open_zip(path: str | os.PathLike, name: str | None = None) -> tuple[list[str
         raise PictureError(f"{name} is no zip archive, or is damaged: {error}.") from error
     except OSError as error:
         raise PictureError(f"{name} cannot be read: {error.strerror or error}.") from error
-    members = [member for member in members if not _passed_over(member.filename)]
-    if not members:
-        raise PictureError(f"{name} holds no files.")
-    return [member.filename for member in members], _read(path, members)
+    pictures = []
+    for member in members:
+        if (kind := no_picture(member.filename)) is None:
+            pictures.append(member)
+        else:
+            passed_over[kind] += 1
+    if not pictures:
+        raise PictureError(f"{name} holds no pictures. {passed_over_in_words(passed_over)}".strip())
+    return [member.filename for member in pictures], _read(path, pictures)
 
 
 def _read(path: str | os.PathLike, members: list[zipfile.ZipInfo]) -> Iterator[NamedPicture]:
@@ -129,11 +140,6 @@ def _refuse_dangers(members: list[zipfile.ZipInfo], name: str) -> None:
         if member.header_offset < ends_at:
             raise PictureError(f"{name} is refused as a zip bomb: its files overlap.")
         ends_at = member.header_offset + 30 + member.compress_size
-
-
-def _passed_over(filename: str) -> bool:
-    parts = re.split(r"[/\\]", filename)
-    return any(part.startswith(".") for part in parts) or parts[0] == "__MACOSX"
 
 
 def _printable(name: str) -> str:

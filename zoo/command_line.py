@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
@@ -12,13 +13,13 @@ from typing import Annotated, Any, Literal, TextIO
 import tyro
 
 import zoo
-from zoo.archives import is_zip
-from zoo.errors import PictureError, ZooError
-from zoo.files import printable
+from zoo.errors import ZooError
+from zoo.files import passed_over_in_words, printable
 from zoo.hub import OWNER, own_copies
+from zoo.listing import pictures_of
 from zoo.loading import open_folder
 from zoo.model_folder import CARD
-from zoo.predictor import Prediction, Predictor
+from zoo.predictor import Prediction
 from zoo.registry import PAPER
 from zoo.rows import cells, header
 
@@ -94,35 +95,21 @@ def predict(
     if len(missing) == len(paths):
         raise ZooError(f"{', '.join(missing)}: no such file or folder.")
     predictor = zoo.load(model, backend=backend, device=device, precision=precision)
-    rows = _each(predictor, paths, top_k, prior)
+    passed_over: Counter[str] = Counter()
+    rows = predictor.predict_each(pictures_of(paths, passed_over), top_k, prior)
     rows = itertools.chain([next(rows)], rows)  # a flag that makes no sense is told before a file is opened
-    if out is None:
-        return _count_bad(_printed(rows))
-    if str(out) == "-":
-        return _count_bad(_written(rows, sys.stdout, top_k))
-    try:
-        with open(out, "w", newline="", encoding="utf-8") as file:
-            code = _count_bad(_written(rows, file, top_k))
-    except OSError as error:
-        raise ZooError(f"--out {out} cannot be written: {error.strerror or error}.") from error
-    print(f"{out} written", file=sys.stderr)
+    if out is None or str(out) == "-":
+        code = _count_bad(_printed(rows) if out is None else _written(rows, sys.stdout, top_k))
+    else:
+        try:
+            with open(out, "w", newline="", encoding="utf-8") as file:
+                code = _count_bad(_written(rows, file, top_k))
+        except OSError as error:
+            raise ZooError(f"--out {out} cannot be written: {error.strerror or error}.") from error
+        print(f"{out} written", file=sys.stderr)
+    if passed_over:
+        print(passed_over_in_words(passed_over), file=sys.stderr)
     return code
-
-
-def _each(predictor: Predictor, paths: list[Path], top_k: int, prior) -> Iterator[Prediction]:
-    files: list[Path] = []
-    for path in paths:
-        if os.path.isdir(path) or is_zip(path):
-            yield from predictor.predict_each(files, top_k, prior)
-            files = []
-            whole = predictor.predict_folder if os.path.isdir(path) else predictor.predict_archive
-            try:
-                yield from whole(path, top_k, prior)
-            except PictureError as error:  # a folder without files, a refused zip; the next path may be good
-                yield Prediction(str(path), error=str(error))
-        else:
-            files.append(path)
-    yield from predictor.predict_each(files, top_k, prior)
 
 
 def _printed(rows: Iterator[Prediction]) -> Iterator[Prediction]:

@@ -8,16 +8,15 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
 
-from zoo.archives import open_zip
 from zoo.errors import BackendError, ModelFolderError, PictureError, ZooError
 from zoo.images import NamedPicture, Picture, decode, preprocess
 from zoo.labels import GROUPS, UNKNOWN
+from zoo.listing import pictures_inside, pictures_under
 from zoo.machine import cores
 from zoo.model_folder import ONNX, ONNX_INT8, ModelFolder
 from zoo.onnx_file import refuse_unsafe
@@ -156,16 +155,9 @@ class Predictor:
         self, folder: str | os.PathLike, top_k: int = 5, prior: Prior | None = None, tau: float = 1.0,
         batch_size: int = 64,
     ) -> Iterator[Prediction]:
-        """Every file under `folder`, in the order of their paths, hidden ones aside; `source` is the path."""
-        root = Path(folder)
-        if not root.is_dir():
-            raise PictureError(f"{root} is no folder" + (": use predict for a single picture." if root.exists() else
-                                                         ": it does not exist."))
-        files = sorted(Path(at) / name for at, _, names in os.walk(root) for name in names
-                       if not any(part.startswith(".") for part in (Path(at) / name).relative_to(root).parts))
-        if not files:
-            raise PictureError(f"{root} holds no files.")
-        return self.predict_each(files, top_k, prior, tau, batch_size)
+        """Every picture under `folder`, as zoo.files.walk finds them; `source` is the path. A folder in it that cannot
+        be listed is a row with its reason. Raises PictureError where there is none."""
+        return self.predict_each(pictures_under(folder), top_k, prior, tau, batch_size)
 
     def predict_archive(
         self, archive: str | os.PathLike, top_k: int = 5, prior: Prior | None = None, tau: float = 1.0,
@@ -175,8 +167,7 @@ class Predictor:
 
         Raises PictureError where the archive is refused (zoo.archives says which are).
         """
-        pictures = (NamedPicture(f"{os.fspath(archive)}/{name}", picture) for name, picture in open_zip(archive)[1])
-        return self.predict_each(pictures, top_k, prior, tau, batch_size)
+        return self.predict_each(pictures_inside(archive), top_k, prior, tau, batch_size)
 
     def reweigh(
         self, answer: Prediction, prior: Prior | None = None, tau: float = 1.0, top_k: int = 5

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from training.data.authors_subsets import authors_long_tail, authors_meta
-from training.data.datasets import LongTailed, Split, content_key, list_class_folders, read_pictures
+from training.data.datasets import LongTailed, Split, content_key, read_pictures
+from training.data.tables import list_class_folders
 from training.errors import DataError
 
 

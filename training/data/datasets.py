@@ -1,9 +1,7 @@
-"""Labelled pictures, in memory or on disk, and class folders."""
+"""Labelled pictures, in memory or on disk, and the data set that they make."""
 
 import dataclasses
 import hashlib
-import os
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,14 +12,8 @@ import numpy as np
 
 from training.errors import DataError
 from zoo.errors import PictureError
-from zoo.files import printable
+from zoo.files import printable, same_text
 from zoo.images import decode
-
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp", ".ppm",
-                    ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".mpo", ".tga", ".pcx"}
-
-# What operating systems and archivers leave in folders, beside files whose name starts with a dot.
-LEFT_BEHIND = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "system volume information"}
 
 
 @dataclass(frozen=True)
@@ -118,7 +110,7 @@ class LongTailed:
         for pictures in (self.train, self.meta):
             digest.update(pictures.labels.astype("<i8").tobytes())
             if isinstance(pictures, PictureFiles):
-                digest.update("\0".join(pictures.names).encode(errors="surrogateescape"))
+                digest.update(same_text("\0".join(pictures.names)).encode(errors="surrogateescape"))
         return {"label_names": list(self.label_names), "class_counts": list(self.class_counts),
                 "pictures": digest.hexdigest()}
 
@@ -151,24 +143,13 @@ def content_key(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def find_classes(root: Path) -> list[str]:
-    """Names of the class folders in `root`, sorted. Raises DataError: no folder, none in it, names that clash."""
-    if not root.is_dir():
-        raise DataError(f"{root} is no folder: name one that holds a folder of pictures for each class.")
-    names = sorted(entry.name for entry in _scan(root) if _is_folder(entry))
-    if not names:
-        raise DataError(f"{root} holds no class folders: expected {root}/CLASS/picture.jpg.")
-    check_class_names(names, str(root))
-    return names
-
-
 def check_class_names(names: Iterable[str], where: str) -> None:
     """Two names that differ only by case or in how accents are stored would be one folder on other machines."""
     seen: dict[str, str] = {}
     for name in names:
         if any("\udc80" <= letter <= "\udcff" for letter in name):
             raise DataError(f"{where}: the class name {printable(name)} is not UTF-8: rename it.")
-        twin = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        twin = seen.setdefault(same_text(name).casefold(), name)
         if twin != name:
             raise DataError(f"{where} has two classes of one name but for case or accents, {twin} and {name}: rename "
                             "or join them.")
@@ -177,62 +158,6 @@ def check_class_names(names: Iterable[str], where: str) -> None:
 def listed(items: Sequence[str], between: str, most: int = 10) -> str:
     """The first few, and how many more there are."""
     return between.join([*items[:most], *([f"… and {len(items) - most:,} more"] if len(items) > most else [])])
-
-
-def find_files(folder: Path) -> list[str]:
-    """Files at any depth, relative to `folder`, with "/", sorted.
-
-    Passed over: hidden files and folders, and what operating systems leave behind. Linked folders are followed, but
-    for a link that leads back to a folder above itself.
-    """
-    found: list[str] = []
-
-    def walk(here: Path, prefix: str, above: frozenset[tuple[int, int]]) -> None:
-        for entry in _scan(here):
-            if _is_folder(entry):
-                status = entry.stat()
-                if (identity := (status.st_dev, status.st_ino)) not in above:
-                    walk(here / entry.name, f"{prefix}{entry.name}/", above | {identity})
-            elif entry.is_symlink() or entry.is_file():  # a link to nothing is a picture that is missing
-                found.append(prefix + entry.name)
-
-    status = folder.stat()
-    walk(folder, "", frozenset({(status.st_dev, status.st_ino)}))
-    return sorted(found)
-
-
-def _scan(folder: Path) -> list[os.DirEntry]:
-    try:
-        with os.scandir(folder) as entries:
-            return [e for e in entries if not e.name.startswith(".") and e.name.casefold() not in LEFT_BEHIND]
-    except OSError as error:
-        raise DataError(f"{printable(str(folder))} cannot be read: {error.strerror or error}.") from error
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def list_class_folders(root: Path) -> tuple[list[Path], np.ndarray, tuple[str, ...]]:
-    """Pictures under root/CLASS/, classes and files in the order of their names.
-
-    Returns paths, labels int64 (N,), class names. Raises DataError: no folder, no class, a class without
-    pictures, two classes that differ only by case.
-    """
-    paths: list[Path] = []
-    labels: list[int] = []
-    names = find_classes(root)
-    for c, name in enumerate(names):
-        found = [root / name / file for file in find_files(root / name)
-                 if os.path.splitext(file)[1].lower() in PICTURE_SUFFIXES]
-        if not found:
-            raise DataError(f"{root / name} holds no pictures: remove the folder or fill it.")
-        paths += found
-        labels += [c] * len(found)
-    return paths, np.array(labels, np.int64), tuple(names)
 
 
 def read_pictures(paths: Sequence[Path], size: tuple[int, int]) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 from training.data.authors_subsets import authors_meta
 from training.data.datasets import LongTailed, PictureFiles, listed
 from training.data.scan import look_at
-from training.data.tables import left_out_in_words, refuse
+from training.data.tables import Problem, left_out_in_words, refuse
 from training.errors import DataError
 from zoo import label_names as known
 from zoo.files import printable
@@ -354,9 +354,8 @@ def _data_set(
         there = [file for file in everything if file not in left_out]
         looked = look_at([root / file for file in there], [printable(file) for file in there])
         bad = {there[i]: reason for i, reason in looked.errors.items()}
-        if bad:
-            refuse(f"{len(bad):,} of {len(there):,} pictures of {about.title} cannot be decoded",
-                   [bad[file] for file in sorted(bad)], "Unpack them again", skip_bad)
+        refuse([Problem(f"of {len(there):,} pictures of {about.title} cannot be decoded",
+                        tuple(bad[file] for file in sorted(bad)), "Unpack them again")], skip_bad)
         left_out |= bad
         sizes = dict(zip(there, looked.sizes, strict=True))
         key_of = dict(zip(there, looked.keys, strict=True))
@@ -400,7 +399,6 @@ def _missing_pictures(
     if len(absent) == len(everything):
         raise DataError(f"none of the {len(everything):,} pictures of {about.title} is there, beginning with "
                         f"{printable(str(root / everything[0]))}. {MISSING[name]}")
-    if absent:
-        refuse(f"{len(absent):,} of {len(everything):,} pictures of {about.title} are missing under {root}",
-               [printable(file) for file in sorted(absent)], "Unpack the archives again", skip_bad)
+    refuse([Problem(f"of {len(everything):,} pictures of {about.title} are missing under {root}",
+                    tuple(printable(file) for file in sorted(absent)), "Unpack the archives again")], skip_bad)
     return {file: f"{printable(file)} is missing." for file in absent}

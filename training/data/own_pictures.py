@@ -10,7 +10,7 @@ import numpy as np
 from training.data import splits as cuts
 from training.data.datasets import LongTailed, PictureFiles, listed
 from training.data.scan import glance_at, look_at
-from training.data.tables import Listing, left_out_in_words, list_folder, list_table, refuse
+from training.data.tables import Listing, Problem, left_out_in_words, list_folder, list_table, refuse
 from training.errors import DataError
 from zoo.files import printable
 
@@ -33,16 +33,18 @@ class CutRule:
 def load_folder(
     root: Path, *, test: Path | None = None, meta: Path | None = None, meta_per_class: int = 10,
     test_share: float = 0.2, subset_seed: int = 0, skip_bad: bool = False, look: bool = True,
+    leaf_folders: bool = False,
 ) -> LongTailed:
     """Class folders ROOT/CLASS/picture.jpg, or ROOT/train/CLASS with test/ (and val/ or meta/) beside it.
 
     test, meta   folders of the same classes, where they are kept elsewhere
+    leaf_folders   each folder that pictures lie in is a class, at any depth
     skip_bad     leave out pictures that cannot be decoded and classes too small to use, instead of stopping
     look         decode every picture once; without it damaged ones and copies go unseen, and sizes are not known
     What is not given is cut by training.data.splits. Raises DataError.
     """
     rule = CutRule(meta_per_class, test_share, subset_seed, skip_bad, look)
-    return assemble(list_folder(root.expanduser(), test, meta, skip_bad), rule)
+    return assemble(list_folder(root.expanduser(), test, meta, leaf_folders), rule)
 
 
 def load_table(
@@ -57,7 +59,7 @@ def load_table(
     found by their usual names (training.data.tables.COLUMN_NAMES) or named. Otherwise as load_folder.
     """
     rule = CutRule(meta_per_class, test_share, subset_seed, skip_bad, look)
-    return assemble(list_table(table, root, skip_bad, path=path_column, label=label_column, split=split_column,
+    return assemble(list_table(table, root, path=path_column, label=label_column, split=split_column,
                                group=group_column), rule)
 
 
@@ -77,17 +79,16 @@ class _Parts:
 
 def assemble(listing: Listing, rule: CutRule) -> LongTailed:
     """Decode every picture once, leave out what is bad (or stop), take the given splits, cut those not given."""
-    _check_several(listing.label_names)
+    left_out = refuse([*listing.problems, listing.empty_classes], rule.skip_bad)
+    _check_left(listing, left_out)
     look = look_at if rule.look else glance_at
     looked = look([listing.root / name for name in listing.names], [printable(name) for name in listing.names])
-    left_out = list(listing.left_out)
-    if looked.errors:
-        reasons = [looked.errors[i] for i in sorted(looked.errors)]
-        refuse(f"{len(reasons):,} of {len(listing.names):,} pictures cannot be used", reasons,
-               "Mend or remove them", rule.skip_bad)
-        left_out += reasons
+    reasons = tuple(looked.errors[i] for i in sorted(looked.errors))
+    left_out += refuse([Problem(f"of {len(listing.names):,} pictures cannot be used", reasons, "Mend or remove them")],
+                       rule.skip_bad)
     keep = np.array([i for i in range(len(listing.names)) if i not in looked.errors], np.int64)
     listing, keep = _without_small_classes(listing.at(keep), keep, rule, left_out)
+    _check_left(listing, left_out)
     keys = [looked.keys[i] for i in keep]
     parts = (_given_parts if any(s not in (None, "train") for s in listing.splits) else _cut_parts)(listing, keys, rule)
     if not parts.test.any():
@@ -109,15 +110,18 @@ def assemble(listing: Listing, rule: CutRule) -> LongTailed:
 def _without_small_classes(
     listing: Listing, keep: np.ndarray, rule: CutRule, left_out: list[str]
 ) -> tuple[Listing, np.ndarray]:
-    """Without the classes that nothing is left of. A class of one picture is trained on and not tested."""
-    counts = np.bincount(listing.labels, minlength=len(listing.label_names))
+    """Without the classes that no picture is left to train on. A class of one picture is trained on and not tested."""
+    classes = len(listing.label_names)
+    trained = np.array([split in (None, "train") for split in listing.splits], bool)
+    counts, others = (np.bincount(listing.labels[of], minlength=classes) for of in (trained, ~trained))
     small = np.flatnonzero(counts == 0)
     if not len(small):
         return listing, keep
-    names = [f"the class {listing.label_names[c]} has no usable pictures." for c in small]
-    refuse(f"{len(names)} class{'es have' if len(names) > 1 else ' has'} no pictures", names,
-           "Add pictures, join classes or remove them", rule.skip_bad)
-    left_out += names
+    left_out += refuse([Problem(
+        f"class{'es have' if len(small) > 1 else ' has'} no pictures to train on",
+        tuple(f"the class {listing.label_names[c]} has no usable pictures"
+              + (f" to train on, and {others[c]:,} to test on." if others[c] else ".") for c in small),
+        "Add pictures, join classes or remove them")], rule.skip_bad)
     rest, places = listing.without_classes(small.tolist())
     return rest, keep[places]
 
@@ -238,14 +242,20 @@ def _mean_and_std(moments: np.ndarray) -> tuple[tuple[float, float, float], tupl
     return tuple(np.round(mean, 4).tolist()), tuple(np.round(std, 4).tolist())  # type: ignore[return-value]
 
 
+def _check_left(listing: Listing, left_out: Sequence[str]) -> None:
+    """Whether there is something to tell apart, after what was left out."""
+    names = listing.label_names
+    if len(names) > 1:
+        return
+    what = f"there is one class only, {names[0]}: nothing to tell apart" if names else "no picture is left to use"
+    inner = (f" Its pictures lie in folders of their own ({listed(listing.inner, ', ', 3)}): with --leaf-folders each "
+             "of them is a class." if listing.inner else "")
+    raise DataError(f"{listing.source}: {what}.{inner}"
+                    + (f" Not usable, {len(left_out):,}: {listed(left_out, ' ', 3)}" if left_out else ""))
+
+
 def _check_trainable(data: LongTailed) -> None:
     without = [data.label_names[c] for c, n in enumerate(data.class_counts) if n == 0]
     if without:
         raise DataError(f"{len(without)} classes have no training pictures: {listed(without, ', ')}. Add some, or "
                         "remove the classes.")
-    _check_several(data.label_names)
-
-
-def _check_several(label_names: Sequence[str]) -> None:
-    if len(label_names) < 2:
-        raise DataError(f"there is one class only, {label_names[0]}: nothing to tell apart.")

@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from zoo.errors import PictureError
+from zoo.files import PICTURE_SUFFIXES, READ_SUFFIXES, suffix
 from zoo.images import decode
 from zoo.machine import cores
 
@@ -64,8 +65,11 @@ def look_at(paths: Sequence[Path], names: Sequence[str]) -> Looked:
 
 
 def glance_at(paths: Sequence[Path], names: Sequence[str]) -> Looked:
-    """Only whether each file is there; of their pixels the usual ones are assumed (mean and spread of ImageNet)."""
+    """Only whether each file is there, in a format that is read; of their pixels the usual ones are assumed (mean and
+    spread of ImageNet)."""
     errors = {i: f"{names[i]} does not exist." for i, path in enumerate(paths) if not path.is_file()}
+    errors |= {i: f"{name} is of a kind that is not read: save it as JPEG or PNG." for i, name in enumerate(names)
+               if suffix(name) in PICTURE_SUFFIXES - READ_SUFFIXES}
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     return Looked(errors, [None] * len(paths), np.zeros((len(paths), 2), np.int32),
                   np.broadcast_to(np.stack([mean, mean**2 + std**2]), (len(paths), 2, 3)))

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from zoo.files import same_text
+
 SMALL_CLASS = 20  # under so many training pictures a class lends its meta pictures, as zoo.labels' tail
 
 
@@ -53,14 +55,14 @@ def tie(names: Sequence[str], group_ids: Sequence[str | None] | None = None,
     for i, unit in enumerate(of.tolist()):
         group = group_ids[i] if group_ids is not None else None
         # A group id sorts before every name, so that a group is hashed by its id.
-        own = f"0 {group}" if group is not None else f"1 {names[i]}"
+        own = f"0 {group}" if group is not None else f"1 {same_text(names[i])}"
         ids[unit] = min(ids.get(unit, own), own)
     return Units(of, tuple(ids[unit] for unit in range(len(ids))))
 
 
 def draw(name: str, purpose: str, seed: int) -> float:
     """A number in [0, 1) that depends on nothing but its arguments."""
-    text = f"{seed}\0{purpose}\0{name}".encode(errors="surrogateescape")
+    text = f"{seed}\0{purpose}\0{same_text(name)}".encode(errors="surrogateescape")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2**64
 
 

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from training.data.datasets import PICTURE_SUFFIXES, check_class_names, find_classes, find_files, listed
+from training.data.datasets import check_class_names, listed
 from training.errors import DataError
-
-# Pictures by their ending that zoo.images does not read: named like damaged ones, never passed over in silence.
-UNSUPPORTED_SUFFIXES = {".heic", ".heif", ".svg", ".jxl", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"}
+from zoo.files import folder_identity, left_behind, passed_over_in_words, same_text, walk
 
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
                "test": "test", "testing": "test", "meta": "meta"}
@@ -34,6 +32,9 @@ class Listing:
     names    relative to root          labels   int64 (N,)
     splits   train, val, test, meta, or None where that is not said
     groups   what must not be parted (an animal, a track, a camera), or None
+    problems    what was found and cannot be listed
+    empty       class folders without pictures
+    inner       folders of pictures in class folders that hold no picture themselves
     """
 
     root: Path
@@ -44,7 +45,14 @@ class Listing:
     splits: Sequence[str | None]
     groups: Sequence[str | None] | None = None
     notes: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
+    problems: tuple["Problem", ...] = ()
+    empty: tuple[str, ...] = ()
+    inner: tuple[str, ...] = ()
+
+    @property
+    def empty_classes(self) -> "Problem":
+        return Problem("class folder holds no pictures" if len(self.empty) == 1 else "class folders hold no pictures",
+                       tuple(f"{name} holds no pictures." for name in self.empty), "Fill or remove them")
 
     def at(self, keep: np.ndarray) -> "Listing":
         def take(values: Sequence) -> list:
@@ -64,10 +72,23 @@ class Listing:
                        label_names=tuple(self.label_names[c] for c in kept)), keep
 
 
-def refuse(what: str, each: Sequence[str], remedy: str, skip_bad: bool) -> None:
-    """One error that names the first few of what is bad; with `skip_bad` the caller leaves them out and says so."""
-    if not skip_bad:
-        raise DataError(f"{what}:\n  {listed(each, chr(10) + '  ')}\n{remedy}, or leave them out with --skip-bad.")
+@dataclass(frozen=True)
+class Problem:
+    """What cannot be used: `each` a sentence of its own."""
+
+    what: str
+    each: tuple[str, ...]
+    remedy: str
+
+
+def refuse(problems: Iterable[Problem], skip_bad: bool) -> list[str]:
+    """One error that counts every kind of problem and names the first few of each. With `skip_bad` all the sentences,
+    of what the caller then leaves out."""
+    problems = [problem for problem in problems if problem.each]
+    if problems and not skip_bad:
+        raise DataError("\n".join(f"{len(problem.each):,} {problem.what}:\n  " + listed(problem.each, "\n  ")
+                                  + f"\n{problem.remedy}, or leave them out with --skip-bad." for problem in problems))
+    return [reason for problem in problems for reason in problem.each]
 
 
 def left_out_in_words(left_out: Sequence[str]) -> list[str]:
@@ -78,62 +99,83 @@ def left_out_in_words(left_out: Sequence[str]) -> list[str]:
 # ---- class folders ----
 
 
-def list_folder(root: Path, test: Path | None = None, meta: Path | None = None, skip_bad: bool = False) -> Listing:
-    """The pictures of class folders, and of the split folders above them where there are such."""
+def list_folder(
+    root: Path, test: Path | None = None, meta: Path | None = None, leaf_folders: bool = False
+) -> Listing:
+    """The pictures of class folders, and of the split folders above them where there are such.
+
+    leaf_folders  each folder that pictures lie in is a class, at any depth; by default the outermost ones are
+    Raises DataError: no folder, none in it, names that clash.
+    """
     parts = _split_folders(root)
-    if test is not None:
-        parts["test"] = test.expanduser()
-    if meta is not None:
-        parts["meta"] = meta.expanduser()
-    training_folder = parts["train"]
+    parts |= {split: folder.expanduser() for split, folder in (("test", test), ("meta", meta)) if folder is not None}
+    first = next(iter(parts.values()))
     title = (root if SPLIT_NAMES.get(root.name.casefold()) != "train" else root.resolve().parent).resolve().name
     if len(parts) == 1:
-        root = training_folder  # names, and with them the cut, do not change where train/ is named itself
-    class_names = find_classes(training_folder)
-    place = {name: c for c, name in enumerate(class_names)}
-    names: list[str] = []
-    labels: list[int] = []
-    splits: list[str | None] = []
-    empty, others, notes = [], Counter[str](), []
-    for split, folder in parts.items():
-        for name in find_classes(folder):
-            files = find_files(folder / name)
-            found = [file for file in files if _suffix(file) in PICTURE_SUFFIXES | UNSUPPORTED_SUFFIXES]
-            others.update(_suffix(file) or "without ending" for file in set(files) - set(found))
-            if name not in place and found:
-                raise DataError(f"{folder} has the class {name}, which {training_folder} has not: a model cannot be "
-                                "tested on what it never sees. Rename or remove the folder.")
-            if not found and split == "train":
-                empty.append(name)
-            from_root = os.path.relpath(folder / name, root).replace(os.sep, "/")
-            names += [f"{from_root}/{file}" for file in found]
-            labels += [place[name]] * len(found) if found else []
-            splits += [None if len(parts) == 1 else split] * len(found)
-    if len(class_names) == 1:
-        inside = find_classes_quietly(training_folder / class_names[0])
-        hint = f" It holds folders itself ({', '.join(inside[:3])} …): did you mean that one?" if inside else ""
-        raise DataError(f"{training_folder} has one class only, {class_names[0]}: nothing to tell apart.{hint}")
-    loose = sum(_suffix(file) in PICTURE_SUFFIXES for file in os.listdir(training_folder))
-    if loose:
-        notes.append(f"Pictures that lie in {training_folder} itself, in no class, and are not used: {loose:,}.")
-    if others:
-        notes.append("No pictures by their ending, and not used: "
-                     + ", ".join(f"{n:,} {suffix}" for suffix, n in others.most_common(5)) + ".")
-    listing = Listing(root, f"{title} (class folders)", names, np.array(labels, np.int64),
-                      tuple(class_names), splits, notes=tuple(notes))
-    if empty:
-        refuse(f"{len(empty)} class folder{'s hold' if len(empty) > 1 else ' holds'} no pictures", empty,
-               "Fill or remove them", skip_bad)
-        listing, _ = listing.without_classes(place[name] for name in empty)
-        return replace(listing, left_out=tuple(f"{name} holds no pictures." for name in empty))
-    return listing
+        root = first  # names, and with them the cut, do not change where train/ is named itself
+    splits, folders, names = [], [], []  # of each picture
+    unread, passed_over, notes = [], Counter[str](), []
+    for split, part in parts.items():
+        check_class_names(class_folders(part), str(part))
+        prefix = os.path.relpath(part, root).replace(os.sep, "/") + "/"
+        loose = 0
+        for name, reason in walk(part, passed_over):
+            folder = name.rpartition("/")[0]
+            if reason is not None:
+                unread.append(reason)
+            elif folder:
+                splits.append(None if len(parts) == 1 else split)
+                folders.append(same_text(folder))
+                names.append(name if prefix == "./" else prefix + name)
+            else:
+                loose += 1
+        if loose:
+            notes.append(f"Pictures that lie in {part} itself, in no class, and are not used: {loose:,}.")
+    class_of = _leaves(set(folders)) if leaf_folders else {folder: folder.partition("/")[0] for folder in folders}
+    label_names = tuple(sorted(set(class_of.values())))
+    check_class_names(label_names, str(root))
+    place = {name: c for c, name in enumerate(label_names)}
+    inner = [] if leaf_folders else _only_folders(set(folders))
+    if inner:
+        notes.append(f"Class folders that hold only folders ({listed(inner, ', ', 3)}) count as one class each: "
+                     "--leaf-folders makes every folder of pictures a class.")
+    if passed_over:
+        notes.append(passed_over_in_words(passed_over))
+    return Listing(
+        root, f"{title} (class folders)", names, np.array([place[class_of[f]] for f in folders], np.int64), label_names,
+        splits, notes=tuple(notes), inner=tuple(inner),
+        problems=(Problem("folders or links cannot be read", tuple(unread), "Mend or remove them"),),
+        empty=() if leaf_folders else tuple(n for n in map(same_text, class_folders(first)) if n not in place))
+
+
+def _leaves(folders: set[str]) -> dict[str, str]:
+    """Each folder's class: its own name, or its whole path where another has that name."""
+    count = Counter(folder.rpartition("/")[2] for folder in folders)
+    return {folder: last if count[last := folder.rpartition("/")[2]] == 1 else folder for folder in folders}
+
+
+def _only_folders(folders: set[str]) -> list[str]:
+    """The folders of pictures in outermost folders that hold several of them, and no picture themselves."""
+    several = Counter(folder.partition("/")[0] for folder in folders)
+    return sorted(f for f in folders if several[f.partition("/")[0]] > 1 and f.partition("/")[0] not in folders)
+
+
+def list_class_folders(root: Path) -> tuple[list[Path], np.ndarray, tuple[str, ...]]:
+    """Pictures under root/CLASS/, classes and files in the order of their names.
+
+    Returns paths, labels int64 (N,), class names. Raises DataError: no folder, no class, a class without
+    pictures, two classes that differ only by case.
+    """
+    listing = list_folder(root)
+    refuse([*listing.problems, listing.empty_classes], skip_bad=False)
+    return [listing.root / name for name in listing.names], listing.labels, listing.label_names
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
     """{"train": root}, or the folders train, val, test, meta in it where it holds nothing else."""
-    folders = find_classes(root)
+    folders = class_folders(root)
     named = [SPLIT_NAMES.get(name.casefold()) for name in folders]
-    if "train" not in named or None in named or not find_classes_quietly(root / folders[named.index("train")]):
+    if "train" not in named or None in named or not _has_folders(root / folders[named.index("train")]):
         return {"train": root}
     parts: dict[str, Path] = {}
     for split, name in sorted(zip(named, folders, strict=True), key=lambda pair: pair[0] != "train"):
@@ -143,23 +185,31 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return parts
 
 
-def find_classes_quietly(folder: Path) -> list[str]:
+def class_folders(root: Path) -> list[str]:
+    """Names of the folders in `root`, sorted. Raises DataError where there is none."""
     try:
-        return find_classes(folder)
+        names = sorted(path.name for path in root.iterdir() if not left_behind(path.name) and folder_identity(path))
+    except NotADirectoryError:
+        raise DataError(f"{root} is no folder: name one that holds a folder of pictures for each class.") from None
+    except OSError as error:
+        raise DataError(f"{root} is no folder that can be listed ({error.strerror}): name one that holds a folder of "
+                        "pictures for each class.") from error
+    if not names:
+        raise DataError(f"{root} holds no class folders: expected {root}/CLASS/picture.jpg.")
+    return names
+
+
+def _has_folders(folder: Path) -> bool:
+    try:
+        return bool(class_folders(folder))
     except DataError:
-        return []
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
+        return False
 
 
 # ---- a table ----
 
 
-def list_table(
-    table: Path, root: Path | None = None, skip_bad: bool = False, **columns: str | None,
-) -> Listing:
+def list_table(table: Path, root: Path | None = None, **columns: str | None) -> Listing:
     """The rows of a CSV table (comma, semicolon or tab) as a listing; what each picture holds is not looked at yet.
 
     root      folder that the paths start from; without it the table's own
@@ -189,13 +239,9 @@ def list_table(
             raise DataError(f"{table}: {path} stands in line {before} as {_in_words(known)} and in line {line} as "
                             f"{_in_words(rest)}: keep one of them.")
         copies += before != line
-    if bad:
-        refuse(f"{table}: {len(bad):,} rows cannot be used", bad, "Mend them", skip_bad)
     if copies:
         notes.append(f"{copies:,} rows say again what another row says; each picture is used once.")
     label_names = sorted({str(rest[0]) for _, rest in first.values()}, key=_numbers_by_value)
-    if not label_names:
-        raise DataError(f"{table} has no row that names a picture.")
     check_class_names(label_names, str(table))
     place = {name: c for c, name in enumerate(label_names)}
     groups = None
@@ -205,7 +251,8 @@ def list_table(
                      "between training and test.")
     return Listing(root, f"{table.stem} (table)", list(first),
                    np.array([place[str(rest[0])] for _, rest in first.values()], np.int64), tuple(label_names),
-                   [rest[1] for _, rest in first.values()], groups, tuple(notes), tuple(f"{row}." for row in bad))
+                   [rest[1] for _, rest in first.values()], groups, tuple(notes),
+                   (Problem(f"rows of {table} cannot be used", tuple(f"{row}." for row in bad), "Mend them"),))
 
 
 def _read_table(table: Path) -> tuple[list[str], list[tuple[int, list[str]]], list[str]]:

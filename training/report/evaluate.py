@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -11,13 +12,13 @@ import numpy as np
 from tqdm import tqdm
 
 import zoo
-from training.data.datasets import list_class_folders, listed
-from training.data.tables import SPLIT_NAMES, list_table
+from training.data.datasets import listed
+from training.data.tables import SPLIT_NAMES, Problem, left_out_in_words, list_folder, list_table, refuse
 from training.errors import DataError, TrainingError
 from training.report.metrics import Tally, results_table
 from training.report.page import page, write_text
 from training.report.sentences import summary
-from zoo.files import printable
+from zoo.files import printable, same_text
 from zoo.predictor import Predictor, Prior
 
 BATCH = 256  # logits that are kept at a time
@@ -33,6 +34,7 @@ def evaluate(
     prior: Literal["uniform", "train"] | None = None,
     per_class: bool = False,
     skip_bad: bool = False,
+    leaf_folders: bool = False,
     out: Path | None = None,
     report: Path | None = None,
     predictions: Path | None = None,
@@ -45,13 +47,16 @@ def evaluate(
     Args:
         model: A name from `metasaug list`, or a model folder.
         data: Folder of class folders, DATA/CLASS/picture.jpg; or a CSV table with a row a picture, its path from the
-            table's own folder and its label. Of a table with splits the rows of test.
+            table's own folder and its label. Where either has splits, the pictures of test.
         backend: ONNX Runtime, or torch.
         device: auto takes CUDA where there is one.
         precision: int8 is the quantised ONNX file, where the model has one; on the CPU.
         prior: Answer for pictures whose classes are equally frequent, or as frequent as in training.
         per_class: Print a line for each class as well.
-        skip_bad: Leave unreadable pictures out (they are named) instead of stopping.
+        skip_bad: Leave out and name what cannot be measured (unreadable pictures, classes that the model does not
+            know) instead of stopping.
+        leaf_folders: Make every folder that pictures lie in a class, at any depth. By default only the outermost
+            folders are classes.
         out: Write the results as JSON here.
         report: Write a page with figures here: one HTML file that needs no other.
         predictions: Write a row for each picture here, as CSV: its label, the answer and how sure the model was.
@@ -60,7 +65,7 @@ def evaluate(
         if path is not None and path.is_dir():
             raise TrainingError(f"{path} is a folder: name a file to write.")
     predictor = zoo.load(model, backend=backend, device=device, precision=precision)
-    paths, labels = labelled_pictures(data, predictor, model)
+    paths, labels = labelled_pictures(data, predictor, model, skip_bad, leaf_folders)
     results, rows = measure(predictor, paths, labels, prior, skip_bad)
     results = {"split": str(data), **({"prior": prior} if prior else {}), **results}
     print(results_table(results))
@@ -77,25 +82,32 @@ def evaluate(
     return results
 
 
-def labelled_pictures(data: Path, predictor: Predictor, model: str) -> tuple[list[Path], np.ndarray]:
+def labelled_pictures(
+    data: Path, predictor: Predictor, model: str, skip_bad: bool = False, leaf_folders: bool = False
+) -> tuple[list[Path], np.ndarray]:
     """Paths of the pictures, and for each the place of its label among the model's classes. Raises DataError."""
-    if data.is_file():
-        listing = list_table(data)
-        keep = np.array([split == "test" for split in listing.splits])
-        if keep.any() and not keep.all():
-            print(f"{data}: the {keep.sum():,} rows whose split is test, of {len(keep):,}")
-            listing = listing.at(np.flatnonzero(keep))
-        paths, labels, names = [listing.root / name for name in listing.names], listing.labels, listing.label_names
-    else:
-        paths, labels, names = list_class_folders(data)
-    place = {name: c for c, name in enumerate(predictor.labels)}
-    unknown = sorted({names[c] for c in np.unique(labels)} - set(place))
-    if unknown:
-        splits = [name for name in unknown if name.casefold() in SPLIT_NAMES]
-        hint = f" Did you mean --data {data / splits[-1]}?" if splits and data.is_dir() else ""
-        raise DataError(f"{printable(str(data))} has classes that {model} does not know: {listed(unknown, ', ')}.{hint}"
-                        f" Its classes: {listed(predictor.labels, ', ')}.")
-    return paths, np.array([place.get(name, -1) for name in names])[labels]
+    listing = list_table(data) if data.is_file() else list_folder(data, leaf_folders=leaf_folders)
+    notes = list(listing.notes)
+    if listing.empty:
+        notes.append(f"Class folders without pictures, which are not measured: {listed(listing.empty, ', ')}.")
+    keep = np.array([split == "test" for split in listing.splits], bool)
+    if keep.any() and not keep.all():
+        notes.append(f"{data}: the {keep.sum():,} pictures whose split is test, of {len(keep):,}")
+        listing = listing.at(np.flatnonzero(keep))
+    place = {same_text(name): c for c, name in enumerate(predictor.labels)}
+    classes = np.array([place.get(name, -1) for name in listing.label_names], np.int64)[listing.labels]
+    unknown = Counter(listing.label_names[c] for c in listing.labels[classes < 0])
+    splits = [name for name in unknown if name.casefold() in SPLIT_NAMES]
+    hint = (f" Did you mean --data {data / splits[-1]}?" if splits and data.is_dir() else
+            " Did you mean --leaf-folders?" if listing.inner else "")
+    refused = Problem(f"class{'es' if len(unknown) > 1 else ''} of {printable(str(data))} unknown to {model}",
+                      tuple(f"{name}: {n:,} pictures." for name, n in sorted(unknown.items())),
+                      f"Its classes: {listed(predictor.labels, ', ')}.{hint} Rename or remove them")
+    left_out = refuse([*listing.problems, refused], skip_bad and unknown.total() < len(classes))
+    if not len(classes):
+        raise DataError(f"{printable(str(data))} holds no pictures to measure on. {' '.join(notes)}".strip())
+    print("\n".join([*notes, *left_out_in_words(left_out)]), end="\n" if notes or left_out else "")
+    return [listing.root / name for name in listing.at(np.flatnonzero(classes >= 0)).names], classes[classes >= 0]
 
 
 def measure(
