@@ -260,7 +260,7 @@ def test_a_table_says_the_same_as_class_folders(capsys, tiny_model_folder, label
     table.write_text("\n".join(["file,species,split", *(f"{line},{'train' if i % 2 else 'test'}"
                                                         for i, line in enumerate(lines))]))
     code, said = evaluate(capsys, tiny_model_folder, "--data", table)
-    assert code == 0 and "on 6 test pictures" in said and "the 6 rows whose split is test, of 12" in said
+    assert code == 0 and "on 6 test pictures" in said and "the 6 pictures whose split is test, of 12" in said
     # Pictures of one class are no training set, but can be measured on.
     first = lines[0].rsplit(",", 1)[1]
     table.write_text("\n".join(["file,species", *(line for line in lines if line.endswith(f",{first}"))]))
