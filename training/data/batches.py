@@ -145,7 +145,7 @@ def _resized_part(source: Picture, rng: random.Random, view: View) -> np.ndarray
 
     def shrink(*upright: int) -> int:
         nonlocal sides, part
-        sides, part = upright, _part(rng, *upright, view.crop_area)
+        sides, part = upright, _part(rng, upright[0], upright[1], view.crop_area)
         return _scale(part, view)
 
     picture = decode(source, shrink=shrink if view.reduced else None)
@@ -391,26 +391,25 @@ def shown(
     drawn   for each of `at` (View.draw); None: as predicting sees it
     """
     if isinstance(pictures, PictureFiles):
-        for batch in _decoded(pictures, view, at, drawn, parts, workers):
-            yield normalised(moved(batch, device), view)
+        for decoded in _decoded(pictures, view, at, drawn, parts, workers):
+            yield normalised(moved(decoded, device), view)
     elif drawn is not None and view.crops == "resized":  # parts of any size: one by one, as from disk
         for part in parts:
-            batch = [view.augmented(pictures.pictures[i], row)
-                     for i, row in zip(at[part], drawn[part], strict=True)]
-            yield normalised(moved(np.stack(batch), device), view)
+            made = [view.augmented(pictures.pictures[i], row) for i, row in zip(at[part], drawn[part], strict=True)]
+            yield normalised(moved(np.stack(made), device), view)
     else:
         whole = on_device(pictures.pictures, device) if pictures.pictures.shape[1:3] == view.size else None
         # The host sends what was drawn for all steps at once; none of them waits for it.
         places = moved(np.stack([at, *(() if drawn is None else _places(view, drawn))]), device)
         for part in parts:
-            index, *place = places[:, part]
+            index = places[0, part]
             if whole is None:
                 batch = moved(view.fit_all(pictures.pictures[at[part]]), device)
+                index = torch.arange(len(index), device=device)
             else:
-                batch = whole if place else whole.index_select(0, index)
-            if place:
-                batch = _gathered(batch, index if whole is not None else torch.arange(len(index), device=device),
-                                  *place, view)
+                batch = whole if drawn is not None else whole.index_select(0, index)
+            if drawn is not None:
+                batch = _gathered(batch, index, places[1, part], places[2, part], view)
             yield normalised(batch, view)
 
 
