@@ -196,8 +196,8 @@ class TrainBatch:
 
     def loss(self, features_NA: Tensor, head: Sequence[Tensor], S_U: Tensor | None) -> Tensor:
         """L as a function of the features, [W, b] and the covariances of `rows`, None for no augmentation."""
-        weight, bias = (*head, None)[:2]
-        return self.head_loss(features_NA, weight, bias, self.labels_N, S_U, self.strength, self.class_weights,
+        bias_C = head[1] if len(head) > 1 else None
+        return self.head_loss(features_NA, head[0], bias_C, self.labels_N, S_U, self.strength, self.class_weights,
                               self.rows[:2])
 
     def leave_gradient(self, S_U: Tensor | None) -> StepResult:
