@@ -95,7 +95,7 @@ def assert_step_is_double_backward(setting, lookahead, loss="ce", rtol=1e-10):
     twin_grad, twin_real = naive.double_backward_step(
         net, *data, S, twin_loss, 0.1, lookahead, cosine_scale=5.0 if loss == "ldam-published" else None
     )
-    batch = TrainBatch(net, *data[:2], head_loss, 0.5, w)
+    batch = TrainBatch(net, *data[:2], head_loss, 0.5, w, tangents=True)
     grad_U, _, _ = meta_gradient(batch, S[batch.rows.classes_U], *data[2:], 0.1, lookahead)
     # then they agree, absent classes have none, and the real gradient that a whole step leaves behind agrees too.
     grad = torch.zeros_like(S)
@@ -157,7 +157,7 @@ def test_float32_errs_no_more_than_double_backward(lookahead):
                 return naive.head_loss(f, W, b, y, S, 0.5, w=w_)
 
             twin, _ = naive.double_backward_step(net_, *data_, S, loss, 0.1, lookahead)
-            batch = TrainBatch(net_, *data_[:2], HeadLoss("ce"), 0.5, w_)
+            batch = TrainBatch(net_, *data_[:2], HeadLoss("ce"), 0.5, w_, tangents=True)
             ours, _, _ = meta_gradient(batch, S[batch.rows.classes_U], *data_[2:], 0.1, lookahead)
             grad = torch.zeros_like(S)
             batch.rows.put(grad, ours)
@@ -227,7 +227,7 @@ def test_learned_covariance_stays_a_covariance_under_huge_meta_steps(kind):
     # Given a meta rate so large that S - eta grad_S is no covariance (with one, the bound means something),
     net, data, running, _, w = a_setting(kind=kind)
     learned = LearnedCovariance(running)
-    batch = TrainBatch(net, *data[:2], HeadLoss("ce"), 0.5, w)
+    batch = TrainBatch(net, *data[:2], HeadLoss("ce"), 0.5, w, tangents=True)
     S_U = running.covariance[batch.rows.classes_U]
     grad_U, _, _ = meta_gradient(batch, S_U, *data[2:], 0.1)
 
