@@ -377,7 +377,7 @@ def hang_up(on: Target, long: bool) -> dict[str, Any]:
     job = Job(on, "large.zip", zip_of(image(5000, 5000), 60), "leaves")
     job.read(_progress)
     job.stream.close()
-    worked = []
+    worked: list[float] = []
     while len(worked) < 60 and (len(worked) < 2 or min(worked[-2:]) > 1.5 * resting + 0.02):
         worked.append(work())
     return {"resting_cpu": round(resting, 2), "s_until_rest": len(worked) - 2,

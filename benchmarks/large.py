@@ -184,7 +184,8 @@ def measure(rounds: int, folder: Path) -> list[Row]:
                f"{STEPS} steps an epoch, {EPOCHS} epochs")
     rows = [row for name, seconds in times.items() for row in time_rows(name, seconds, made_up)]
     rows += [figure_row(f"memory of a process that takes MetaSAug steps, {said}", process_memory(
-        what, step_of, "MetaSAug", folder) / 1e3, "GB", note=note)
+        what, step_of, "MetaSAug", folder) / 1e3  # type: ignore[arg-type]
+       , "GB", note=note)
         for what, said, note in (
             ("own", "its own", "after two steps (RssAnon)"),
             ("peak", "with mapped features", "VmHWM: the system maps around what is read as far as memory is free"))]

@@ -7,6 +7,7 @@ size (8142 x 2048, batch 256, diagonal covariances). Each ratio is of steps take
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def steps_of(method: str, num_classes: int, graphs: bool, **recipe) -> Callable[
     device = torch.get_default_device()
     whole: Recipe = dataclasses.replace(Cifar10LT(), epochs=2, stage2_epochs=2, lr=1e-3, **METHODS[method], **recipe)
     with torch.device("cpu"):  # what is made of numpy arrays goes to the device itself
-        run = loop.Run(whole, pictures(num_classes), None, device, loop.Options(graphs=graphs), loop.ALONE, None)
+        run = loop.Run(whole, pictures(num_classes), Path(), device, loop.Options(graphs=graphs), loop.ALONE, None)
         run.prepare()
         stage = run.stage(True)
         run.stepper.begin_epoch(stage)
@@ -107,20 +108,20 @@ def measure(rounds: int) -> list[Row]:
             for classes, times in head.items()
             for other, to_reach in (("autograd", {8142: 0.6}), ("plain", {8142: 8.5}))]
     for num_classes in (10, 100):
-        times = side_by_side({(method, graphs): steps_of(method, num_classes, graphs)  # type: ignore[misc]
-                              for method in METHODS for graphs in (True, False)}
-                             | {("plain", "bfloat16"): steps_of("plain", num_classes, True, precision="bfloat16")},
+        times = side_by_side({f"{method} {way}": steps_of(method, num_classes, way == "captured")
+                              for method in METHODS for way in ("captured", "eager")}
+                             | {"plain bfloat16": steps_of("plain", num_classes, True, precision="bfloat16")},
                              rounds)
         of_step = {name: [t / STEPS for t in taken] for name, taken in times.items()}
         for method in METHODS:
-            rows.append(ratio_row(f"{method}, captured / eager, {num_classes} classes", of_step[method, True],
-                                  of_step[method, False], TO_REACH.get(method)))
+            rows.append(ratio_row(f"{method}, captured / eager, {num_classes} classes", of_step[f"{method} captured"],
+                                  of_step[f"{method} eager"], TO_REACH.get(method)))
         for method in METHODS:
             if method != "plain":
-                rows.append(ratio_row(f"{method} / plain, both captured, {num_classes} classes", of_step[method, True],
-                                      of_step["plain", True], 4.1 if method == "network" else None))
+                rows.append(ratio_row(f"{method} / plain, both captured, {num_classes} classes",
+                                      of_step[f"{method} captured"], of_step["plain captured"], 4.1 if method == "network" else None))
         rows.append(ratio_row(f"plain in bfloat16 / float32 (TF32), captured, {num_classes} classes",
-                              of_step["plain", "bfloat16"], of_step["plain", True]))
+                              of_step["plain bfloat16"], of_step["plain captured"]))
     return rows
 
 

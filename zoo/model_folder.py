@@ -280,7 +280,7 @@ def check_config(config: Mapping[str, Any], where: str | Path) -> None:
     for key in ("name", "method", "dataset"):
         need(text(ours.get(key)), f"metasaug.{key}", "a text")
     prior = ours.get("prior")
-    need(prior in ("train", "uniform", None) or (numbers(prior, classes) and min(prior) > 0),
+    need(prior in ("train", "uniform", None) or (numbers(prior, int(classes or 0)) and min(prior) > 0),
          "metasaug.prior", f"train, uniform, {classes} numbers above 0, or null")
     scale = ours.get("cosine_scale")
     need(scale is None or (number(scale) and scale > 0), "metasaug.cosine_scale", "a number, or null")

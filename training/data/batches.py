@@ -141,11 +141,12 @@ def _flipped(picture: np.ndarray, flips: Sequence[int] | np.ndarray) -> np.ndarr
 def _resized_part(source: Picture, rng: random.Random, view: View) -> np.ndarray:
     """uint8 (H, W, 3): a random part of the picture in the view's size; a JPEG is decoded no larger than it takes."""
     height, width = view.size
-    sides = part = None
+    sides: tuple[int, int] | None = None
+    part: tuple[int, int, int, int] | None = None
 
-    def shrink(*upright: int) -> int:
+    def shrink(width: int, height: int) -> int:
         nonlocal sides, part
-        sides, part = upright, _part(rng, upright[0], upright[1], view.crop_area)
+        sides, part = (width, height), _part(rng, width, height, view.crop_area)
         return _scale(part, view)
 
     picture = decode(source, shrink=shrink if view.reduced else None)

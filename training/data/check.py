@@ -203,9 +203,9 @@ def measured(recipe: Recipe, data: LongTailed, device) -> dict[str, Any]:
         torch.nn.functional.cross_entropy(module(batch), labels).backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return (clock() - began) / cores
+        return (clock() - began) / threads
 
-    cores = torch.get_num_threads() if device.type == "cpu" else 1
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         step()

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -114,7 +114,7 @@ def measure(
     predictor: Predictor, paths: Sequence[Path], labels_N: np.ndarray, prior: Prior | None, skip_bad: bool
 ) -> tuple[dict, list[list]]:
     """Test results, and for each picture a row: path, label, answer, its probability, what was wrong with the file."""
-    own = prior if prior is not None else predictor.folder.config["metasaug"].get("prior")
+    own: Any = prior if prior is not None else predictor.folder.config["metasaug"].get("prior")
     tally = Tally(predictor.labels, predictor.class_counts, predictor.groups, own)
     shift_C = predictor.prior_shift(prior)
     logits: list[np.ndarray] = []

@@ -5,6 +5,7 @@ Shape suffixes: N samples, C classes, G groups, B bins of confidence, S shifted 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -228,7 +229,7 @@ def _log_shifts(
     targets_SC = np.log(np.stack(list(shifts.values())))
     if prior == "uniform":
         return targets_SC
-    own = class_counts if prior == "train" else prior
+    own: Any = class_counts if prior == "train" else prior
     return targets_SC - np.log(np.asarray(own) / sum(own)) if own is not None and min(own) > 0 else None
 
 

@@ -230,8 +230,9 @@ def choose(recipe: OwnPictures, data: LongTailed, device: str, cores: int) -> tu
         recipe = dataclasses.replace(recipe, **{flag: value})
         reasons.append(f"--{flag.replace('_', '-')} {value}: {reason}")
 
-    quiet = {"interpolation": "bilinear", "schedule": "steps", "flips": "mirror" if recipe.start == "none" else "auto",
-             "loss": "ce", "crop_area": 0.08}  # as ever
+    quiet: dict[str, Any] = {  # said nothing about
+        "interpolation": "bilinear", "schedule": "steps", "flips": "mirror" if recipe.start == "none" else "auto",
+        "loss": "ce", "crop_area": 0.08}
     recipe = dataclasses.replace(recipe, **{flag: value for flag, value in quiet.items()
                                             if getattr(recipe, flag) in ("auto", 0)})
     if not recipe.lr:

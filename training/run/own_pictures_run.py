@@ -99,7 +99,7 @@ class OwnPicturesRun:
             interrupted.model = self.model
             raise
         self.say_which()
-        return ModelFolder(self.model).results
+        return ModelFolder(self.model).results or {}
 
     def answer_first(self) -> dict[str, Tensor]:
         """Leave the first model, complete; returns the last layer that fine-tuning begins with."""
@@ -196,7 +196,7 @@ class FirstAnswer:
         if self.recipe.flips == "auto":
             self.module.load_state_dict(self.last_layer, strict=False)
             flips, why = self._flips()
-            self.recipe = dataclasses.replace(self.recipe, flips=flips)
+            self.recipe = dataclasses.replace(self.recipe, flips=flips)  # type: ignore[arg-type]
             print(f"--flips {flips}: {why}")
         return self.recipe
 

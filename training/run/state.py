@@ -115,7 +115,7 @@ class Sums:
         return {"pictures": self.pictures} | {name: values[name] for name in self.names} if self.pictures else {}
 
     def load(self, saved: dict[str, float]) -> None:
-        self.pictures = saved.get("pictures", 0)
+        self.pictures = int(saved.get("pictures", 0))
         self.names = tuple(name for name in saved if name != "pictures") or self.names
         self.values.copy_(torch.tensor([saved.get(name, 0.0) for name in self.NAMES], dtype=torch.float64))
 

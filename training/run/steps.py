@@ -1,7 +1,7 @@
 """One training step of a recipe, optimizer included: run eagerly or, on a GPU, as a CUDA graph."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,8 @@ class Stepper:
     def __init__(self, recipe: Recipe, state: State, compute: Compute, device: torch.device, graphs: bool = True,
                  say: Callable[[str], object] = tqdm.write):
         self.recipe, self.state, self.compute, self.device, self.say = recipe, state, compute, device, say
-        self.rates, self.stage = Rates(device), None
+        self.rates = Rates(device)
+        self.stage: Stage | None = None
         self.graphs: dict[Hashable, CapturedStep] = {}
         self.warm: Counter[Hashable] = Counter()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -115,17 +116,16 @@ class Stepper:
         pictures, labels, *meta_batch = batch
         finite, optimizer = self.compute.finite, self.state.optimizer
         with finite.keeping(self.state.module.buffers()):
-            result = self.gradient(pictures, labels, tuple(meta_batch) or None)
+            result = self.gradient(pictures, labels, meta_batch)
         figures = figures_of(result, labels)
         if finite.on_device:
-            optimizer.found_inf = (~finite.ok).float()  # the fused optimizer then leaves weights and momenta alone
+            # The fused optimizer then leaves weights and momenta alone.
+            optimizer.found_inf = (~finite.ok).float()  # type: ignore[attr-defined]
         optimizer.step()
         self.state.sums.add(figures, len(labels), finite)
         finite.end_step()
 
-    def gradient(
-        self, pictures: Tensor, labels: Tensor, meta_batch: tuple[Tensor, Tensor] | None
-    ) -> StepResult:
+    def gradient(self, pictures: Tensor, labels: Tensor, meta_batch: Sequence[Tensor]) -> StepResult:
         """One step but for the optimizer's: its gradients are left in `.grad`."""
         recipe, state, stage, rates, compute = self.recipe, self.state, self.stage, self.rates, self.compute
         assert stage is not None
@@ -133,14 +133,15 @@ class Stepper:
         if self.in_stage2 and recipe.augment == "isda":
             return isda_step(module, pictures, labels, state.covariance, stage.loss, rates.strength, stage.weights,
                              compute)
-        if meta_batch is None:
+        if not meta_batch:
             return plain_step(module, pictures, labels, stage.loss, stage.weights, compute)
+        meta_pictures, meta_labels = meta_batch
         if isinstance(state.learned, HeldOut):
-            return heldout_step(module, pictures, labels, *meta_batch, state.learned, stage.loss, rates.strength,
-                                stage.weights, compute)
-        return metasaug_step(module, pictures, labels, *meta_batch, state.learned, stage.loss, strength=rates.strength,
-                             inner_rate=rates.inner, meta_rate=recipe.meta_rate, lookahead=recipe.lookahead,
-                             fidelity=recipe.fidelity, class_weights=stage.weights, compute=compute)
+            return heldout_step(module, pictures, labels, meta_pictures, meta_labels, state.learned, stage.loss,
+                                rates.strength, stage.weights, compute)
+        return metasaug_step(module, pictures, labels, meta_pictures, meta_labels, state.learned, stage.loss,
+                             strength=rates.strength, inner_rate=rates.inner, meta_rate=recipe.meta_rate,
+                             lookahead=recipe.lookahead, fidelity=recipe.fidelity, class_weights=stage.weights, compute=compute)
 
     def failed_step(self) -> int:
         """The step, from 1, whose numbers were not finite."""
