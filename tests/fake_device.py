@@ -8,15 +8,17 @@ CUDA, copies go anywhere, and a number (a tensor without dimensions) and indices
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 DEVICE = torch.device("privateuseone", 0)
 MAY_MIX = {Tensor.copy_, torch._foreach_copy_, Tensor.data.__set__, torch._has_compatible_shallow_copy_type,
            Tensor.__getitem__, Tensor.__setitem__}
+MARKS = WeakIdKeyDictionary()  # beside the tensors: an attribute of theirs would be saved with them
 LEAVES = {Tensor.cpu, Tensor.tolist, Tensor.item}
 
 
 def marked(value: object) -> bool:
-    return isinstance(value, Tensor) and getattr(value, "on_fake_device", False)
+    return isinstance(value, Tensor) and MARKS.get(value, False)
 
 
 def tensors_in(value: object) -> list[Tensor]:
@@ -67,5 +69,5 @@ class FakeDevice(TorchFunctionMode):
             result = result.clone()
         for tensor in [*tensors_in(result), *(args[:1] if func == Tensor.data.__set__ else ())]:
             if not (func == Tensor.data.__set__ and tensor is not args[0]):
-                tensor.on_fake_device = there
+                MARKS[tensor] = there
         return result
