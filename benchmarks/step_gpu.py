@@ -119,7 +119,8 @@ def measure(rounds: int) -> list[Row]:
         for method in METHODS:
             if method != "plain":
                 rows.append(ratio_row(f"{method} / plain, both captured, {num_classes} classes",
-                                      of_step[f"{method} captured"], of_step["plain captured"], 4.1 if method == "network" else None))
+                                      of_step[f"{method} captured"], of_step["plain captured"],
+                                      4.1 if method == "network" else None))
         rows.append(ratio_row(f"plain in bfloat16 / float32 (TF32), captured, {num_classes} classes",
                               of_step["plain bfloat16"], of_step["plain captured"]))
     return rows

@@ -141,7 +141,8 @@ class Stepper:
                                 rates.strength, stage.weights, compute)
         return metasaug_step(module, pictures, labels, meta_pictures, meta_labels, state.learned, stage.loss,
                              strength=rates.strength, inner_rate=rates.inner, meta_rate=recipe.meta_rate,
-                             lookahead=recipe.lookahead, fidelity=recipe.fidelity, class_weights=stage.weights, compute=compute)
+                             lookahead=recipe.lookahead, fidelity=recipe.fidelity, class_weights=stage.weights,
+                             compute=compute)
 
     def failed_step(self) -> int:
         """The step, from 1, whose numbers were not finite."""
