@@ -6,6 +6,7 @@ import tyro
 
 from export.errors import ExportError
 from training.report.metrics import results_table
+from zoo.model_folder import ModelFolder
 
 
 def export(
@@ -56,3 +57,8 @@ def finish(folder: Path | None) -> None:
     difference = export_folder(folder)
     write_card(folder)
     print(f"{folder}: weights, ONNX (within {difference:.1e} of torch) and card")
+    opened = ModelFolder(folder)
+    results, classes = opened.results or {}, opened.config["num_classes"]
+    if results.get("macro_accuracy_interval", [1])[0] <= 1 / classes:
+        print(f"Warning: this model may be no better than guessing: mean accuracy of its classes "
+              f"{1 - results['macro_error']:.1%}, by chance {1 / classes:.1%}.")

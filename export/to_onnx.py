@@ -19,6 +19,7 @@ from zoo.onnx_file import refuse_unsafe
 from zoo.predictor import OUTPUTS, all_outputs, torch_module
 
 OPSET = 20
+MOST_LOGIT = 1e4  # beyond it a network is broken, and a difference in proportion says nothing
 MAX_DIFFERENCE = 1e-4  # of a logit, for logits of usual size (up to 10); in proportion above
 
 
@@ -117,6 +118,10 @@ def check_parity(
         ours = dict(zip(names, session.run(names, {"pictures": part}), strict=True))
         with torch.inference_mode():
             theirs = dict(zip(names, (t.numpy() for t in all_outputs(module, torch.from_numpy(part))), strict=True))
+        largest = float(np.abs(theirs["logits"]).max())
+        if not largest <= MOST_LOGIT:
+            raise ExportError(f"The network's logits are as large as {largest:.2g}: its weights have exploded; "
+                              "nothing was written. Train again with a smaller --lr.")
         for name in names:
             allowed = MAX_DIFFERENCE * max(1.0, float(np.abs(theirs[name]).max()) / 10)
             difference = float(np.abs(ours[name] - theirs[name]).max())

@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw
 
 from zoo.containers import av1_sizes
 from zoo.errors import PictureError
-from zoo.images import MAX_FILE_BYTES, decode, preprocess
+from zoo.images import decode, preprocess
+from zoo.pixels import MAX_FILE_BYTES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -327,7 +328,7 @@ def test_an_avif_is_as_large_as_the_video_frame_in_it(monkeypatch):
     for picture, options in ((small, {}), (small.convert("RGBA"), {}),
                              (small, {"save_all": True, "append_images": [Image.new("RGB", (90, 70), "red")]})):
         assert set(av1_sizes(as_bytes(picture, "AVIF", **options))) == {(90, 70)}
-    monkeypatch.setattr("zoo.images.MAX_PIXELS", 6000)
+    monkeypatch.setattr("zoo.pixels.MAX_PIXELS", 6000)
     with pytest.raises(PictureError, match="90 x 70"):
         decode(avif_that_says(64, 64, small))
     # Where no frame is found, or items overlap without end, it is no picture.
@@ -386,6 +387,8 @@ def test_truncated_files_are_one_clear_error(kind):
     content = as_bytes(Image.effect_noise((64, 64), 90).convert("P" if kind == "GIF" else "RGB"), kind)
     for share in (0.1, 0.3, 0.5, 0.7, 0.9):
         cut = content[: int(share * len(content))]
+        if kind == "JPEG" and share > 0.6:  # read as far as it goes: test_pixels
+            continue
         with pytest.raises(PictureError, match="holiday"):
             decode(cut, name="holiday")
 

@@ -53,7 +53,7 @@ def test_int8_is_small_standard_and_close_to_fp32(int8_folder, pictures_of_class
     # Given a folder with both files, when pictures go through each,
     fp32, int8 = zoo.load(int8_folder, device="cpu"), zoo.load(int8_folder, precision="int8")
     paths = sorted(pictures_of_classes.rglob("*.png"))
-    both = list(zip(fp32.predict_each(paths), int8.predict_each(paths), strict=True))
+    both = list(zip(*(model.predict_each(paths, feature_maps=True) for model in (fp32, int8)), strict=True))
     # then int8 gives nearly the same logits, features and map, over any batch,
     spread = np.std([a.logits for a, _ in both])
     assert np.mean([np.abs(a.logits - b.logits).mean() for a, b in both]) < 0.15 * spread

@@ -14,6 +14,7 @@ from training.data import splits as cuts
 from training.data.datasets import LongTailed
 from training.data.own_pictures import load_folder, load_table
 from training.errors import DataError
+from zoo.tables import Columns
 
 
 def paint(path, seed):
@@ -340,9 +341,9 @@ def test_files_that_are_no_table_are_told(tmp_path):
 
 def test_columns_may_be_named(sea):
     table = write_table(sea, rows_of(sea, SIZES), "bild,art")
-    assert load_table(table, path_column="bild", label_column="art").label_names == tuple(SIZES)
+    assert load_table(table, columns=Columns("bild", "art")).label_names == tuple(SIZES)
     with pytest.raises(DataError, match="--label-column"):
-        load_table(table, path_column="bild", label_column="kind")
+        load_table(table, columns=Columns("bild", "kind"))
 
 
 def test_numbers_as_labels_stay_in_their_order(tmp_path):

@@ -64,7 +64,7 @@ def test_onnx_and_torch_agree_in_any_batch(tiny_model_folder, model, batch):
     # Given 85 made-up pictures, when both backends see them in batches of 1, 3 and 7,
     by_torch = zoo.load(tiny_model_folder, backend="torch", device="cpu")
     pictures = noise(85, seed=batch)
-    mine, theirs = (m.predict_batch(pictures, batch_size=batch) for m in (model, by_torch))
+    mine, theirs = (m.predict_batch(pictures, batch_size=batch, feature_maps=True) for m in (model, by_torch))
     # then logits, features and feature maps agree, and so does the class named.
     for key in OUTPUTS:
         agree(np.stack([getattr(p, key) for p in mine]), np.stack([getattr(p, key) for p in theirs]))
@@ -137,7 +137,7 @@ def mixed_rows_equal_clean_rows(model, good: list, bad: list, seed: int) -> None
     is_bad = [not isinstance(p, np.ndarray) or p.ndim != 3 for p in mixed]
     kept = [p for p, b in zip(mixed, is_bad, strict=True) if not b]
     # when all are predicted,
-    rows, clean = model.predict_batch(mixed), model.predict_batch(kept)
+    rows, clean = (model.predict_batch(some, feature_maps=True) for some in (mixed, kept))
     # then there is a row for each, the bad ones with a reason and nothing else,
     assert len(rows) == len(mixed)
     assert [r.error is not None for r in rows] == is_bad
@@ -197,7 +197,7 @@ def test_a_stack_of_pictures_is_several(model):
 
 
 def test_probabilities_groups_and_the_top_fit_together(model):
-    for p in model.predict_batch(noise(20), top_k=3):
+    for p in model.predict_batch(noise(20), top_k=3, feature_maps=True):
         assert p.probabilities.shape == (10,) and p.probabilities.sum() == pytest.approx(1, abs=1e-5)
         by_hand = np.exp(p.logits.astype(np.float64) - p.logits.max())
         assert p.probabilities == pytest.approx(by_hand / by_hand.sum(), abs=1e-6)
@@ -212,6 +212,8 @@ def test_probabilities_groups_and_the_top_fit_together(model):
             assert c.probability == pytest.approx(p.probabilities[c.index], abs=1e-6)
         assert p.features.shape == (64,) and p.feature_map.shape == (64, 8, 8)
         assert p.feature_map.mean((1, 2)) == pytest.approx(p.features, rel=1e-5, abs=1e-5)
+    # A map, which is large, is kept where it is asked for.
+    assert all(p.feature_map is None for p in model.predict_batch(noise(2)))
 
 
 def test_top_k_is_cut_at_the_number_of_classes_and_refused_below_one(model):

@@ -31,6 +31,7 @@ from training.report.metrics import results_table
 from training.report.page import report_of_run
 from training.run.run_folder import alone_in, write_model
 from zoo.machine import cores
+from zoo.tables import USUAL, Columns
 
 
 @dataclass(frozen=True)
@@ -161,17 +162,7 @@ class TrainTable(Job[Table]):
     picture: path and label and, where you have them, split (train, val, test, meta) and group
     (an animal, a track, a camera: what must not be parted)."""
 
-    path_column: str | None = None
-    """Column of the picture's path, relative to --data or else to the table; found by its usual names."""
-
-    label_column: str | None = None
-    """Column of the class; found by its usual names."""
-
-    split_column: str | None = None
-    """Column of the split; found by its usual names."""
-
-    group_column: str | None = None
-    """Column of the group; found by its usual names."""
+    columns: Annotated[Columns, tyro.conf.arg(name="")] = USUAL
 
     def load(self, look: bool | None = None) -> LongTailed:
         from training.data.own_pictures import load_table
@@ -179,14 +170,12 @@ class TrainTable(Job[Table]):
         table, root = (self.table, self.options.data) if self.table else (self.options.data, None)
         if table is None:
             raise TrainingError("Which table? --data TABLE.csv, with the columns path and label.")
-        return load_table(table, root, path_column=self.path_column, label_column=self.label_column,
-                          split_column=self.split_column, group_column=self.group_column, look=look is not False,
-                          **_cutting(self.recipe))
+        return load_table(table, root, columns=self.columns, look=look is not False, **_cutting(self.recipe))
 
 
 def _cutting(recipe: OwnPictures) -> dict[str, Any]:
     return {"meta_per_class": recipe.meta_per_class, "test_share": recipe.test_share,
-            "subset_seed": recipe.subset_seed, "skip_bad": recipe.skip_bad}
+            "subset_seed": recipe.subset_seed, "skip_bad": recipe.skip_bad, "reading": recipe.reading}
 
 
 JOBS: tuple[Job, ...] = (

@@ -2,15 +2,13 @@
 
 from pathlib import Path
 
-from zoo.errors import ZooError
+from zoo.errors import DataError, ZooError
+
+__all__ = ["DataError", "DivergenceError", "Interrupted", "TrainingError"]
 
 
 class TrainingError(ZooError):
     """A run that cannot start or cannot go on; the message says what to do."""
-
-
-class DataError(TrainingError):
-    """Training pictures that are missing, unreadable or contradict each other."""
 
 
 class DivergenceError(TrainingError):

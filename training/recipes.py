@@ -15,6 +15,7 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 
 from training.errors import TrainingError
+from zoo.pixels import Reading
 
 Loss = Literal["ce", "focal", "ldam", "ldam-published", "balanced-softmax", "logit-adjustment"]
 Augment = Literal["none", "isda", "metasaug", "heldout"]
@@ -571,13 +572,33 @@ class OwnPictures(Recipe):
     skip_bad: bool = False
     """Leave out pictures that cannot be read and classes without any (all named), instead of stopping."""
 
+    page: int | Literal["max", "mean"] | None = None
+    """Page of a TIFF that has several, from 1; or max or mean over all of them, pixel by pixel (a focus series).
+    Without it the first."""
+
+    white: int | None = None
+    """The value that is white in 16-bit and 32-bit grey: 4095 for a camera of 12 bits. Without it what the file says,
+    else the range found over all pictures. The model keeps it."""
+
+    most_missing: float = 0
+    """Largest share of a JPEG that may be missing at its end: 0.25 trains on what is there of damaged ones."""
+
+    max_megapixels: float = 100
+    """Largest picture that is read, in megapixels, JPEGs four times as large; 178 at most. More needs more memory."""
+
     def __post_init__(self):
         super().__post_init__()
+        _ = self.reading  # which refuses what makes no sense
         if self.minutes < 0:
             raise TrainingError(f"--minutes {self.minutes:g}: how long the run may take, more than 0.")
         if self.start not in ("auto", "none") and (self.backbone or self.pretrained):
             raise TrainingError("--start is a network to train on from, as --pretrained, and --backbone one that is "
                                 "not trained: name one of the three.")
+
+    @property
+    def reading(self) -> Reading:
+        """What picture files leave open, as these flags say it."""
+        return Reading(self.page, self.white, self.most_missing, self.max_megapixels)
 
     @property
     def starts_pretrained(self) -> bool:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from zoo.errors import PictureError
 from zoo.files import no_picture, passed_over_in_words
-from zoo.images import MAX_FILE_BYTES, NamedPicture
+from zoo.images import NamedPicture
+from zoo.pixels import MAX_FILE_BYTES
 
 MAX_ENTRIES = 5_000
 MAX_UNPACKED_BYTES = 2_000_000_000

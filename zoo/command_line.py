@@ -19,9 +19,11 @@ from zoo.hub import OWNER, own_copies
 from zoo.listing import pictures_of
 from zoo.loading import open_folder
 from zoo.model_folder import CARD
+from zoo.pixels import LOCAL, Reading, Remarks
 from zoo.predictor import Prediction
 from zoo.registry import PAPER
 from zoo.rows import cells, header
+from zoo.tables import USUAL, Columns, pictures_in_table
 
 
 def list_table(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
@@ -76,12 +78,17 @@ def predict(
     backend: Literal["onnx", "torch"] = "onnx",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     precision: Literal["fp32", "int8"] = "fp32",
+    table: Path | None = None,
+    columns: Annotated[Columns, tyro.conf.arg(name="")] = USUAL,
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = LOCAL,
 ) -> int:
     """Classify pictures. Exit code 0: all read; 1: some could not be, each with its reason; 2: nothing was done.
 
     Args:
         model: A name from `metasaug list`, hf:owner/repo[@revision] on the Hub, or a model folder.
-        paths: Pictures, folders of them, or zip files of them, which are read without unpacking.
+        paths: Pictures, folders of them, zip files of them, which are read without unpacking, or tables (CSV, COCO
+            JSON) that name them by paths from the table's own folder.
+        table: A table, where the one PATH is the folder that its paths start from.
         out: Write rows here as CSV instead of printing; - is standard output.
         top_k: Classes shown for each picture.
         prior: Answer for pictures whose classes are equally frequent, or as frequent as in training.
@@ -94,9 +101,14 @@ def predict(
     missing = [str(path) for path in paths if not os.path.exists(path)]
     if len(missing) == len(paths):
         raise ZooError(f"{', '.join(missing)}: no such file or folder.")
+    if table is not None and len(paths) != 1:
+        raise ZooError("--table goes with one path: the folder that the table's paths start from.")
     predictor = zoo.load(model, backend=backend, device=device, precision=precision)
+    predictor.reading = reading.over(predictor.reading.to_dict())
     passed_over: Counter[str] = Counter()
-    rows = predictor.predict_each(pictures_of(paths, passed_over), top_k, prior)
+    remarks = Remarks()
+    pictures = pictures_in_table(table, paths[0], columns) if table else pictures_of(paths, passed_over, columns)
+    rows = remarks.noted(predictor.predict_each(pictures, top_k, prior))
     rows = itertools.chain([next(rows)], rows)  # a flag that makes no sense is told before a file is opened
     if out is None or str(out) == "-":
         code = _count_bad(_printed(rows) if out is None else _written(rows, sys.stdout, top_k))
@@ -107,8 +119,9 @@ def predict(
         except OSError as error:
             raise ZooError(f"--out {out} cannot be written: {error.strerror or error}.") from error
         print(f"{out} written", file=sys.stderr)
-    if passed_over:
-        print(passed_over_in_words(passed_over), file=sys.stderr)
+    for remark in (*remarks.in_words(predictor.reading), passed_over_in_words(passed_over)):
+        if remark:
+            print(remark, file=sys.stderr)
     return code
 
 

@@ -1,9 +1,12 @@
-"""Sizes that a container hides: icons and AVIF files hold pictures that may be larger than their outer header says.
+"""Sizes that a container hides: icons and AVIF files hold pictures that may be larger than their outer header says, and
+the tags of a TIFF or of EXIF data may point to the same bytes again and again.
 
-Without this, a file of 2 kB would be decoded to hundreds of megapixels before anybody knew.
+Without this, a file of 2 kB would be decoded to hundreds of megapixels, or read into gigabytes of tags, before anybody
+knew.
 """
 
 import io
+import re
 import struct
 from collections.abc import Iterator
 
@@ -11,6 +14,7 @@ from PIL import Image
 
 ICON, PNG = b"\0\0\1\0", b"\x89PNG\r\n\x1a\n"
 MOST_PARTS = 1000  # of AV1 data before its first picture; real files have a few
+MOST_PAGES = 1000  # of a TIFF; what follows is not looked at
 
 
 def largest_of_icon(content: bytes) -> bytes:
@@ -33,6 +37,53 @@ def av1_sizes(content: bytes) -> list[tuple[int, int]]:
     if not sizes:
         raise ValueError("no AV1 picture in it")
     return sizes
+
+
+# ---- the directories of a TIFF, which EXIF data is too (TIFF 6.0, section 2) ----
+
+_BYTES_OF_TYPE = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_KIND = 254  # of a page: bit 0, a smaller copy of another; bit 2, a mask
+TIFF = re.compile(rb"II[*+]\0|MM\0[*+]|MM[*+]\0|II\0[*+]")
+# Where Pillow reads EXIF data and the index of an MPO file when it opens a picture, or is asked how it is turned.
+_INSIDE = re.compile(rb"(?:Exif\0\0|eXIf|EXIF....|MPF\0|\0\0\0\0)(?=II\*\0|MM\0\*)", re.DOTALL)
+
+
+def check_tags(content: bytes) -> None:
+    """Raises ValueError where the tags of EXIF data in a picture's file would take more bytes than the file has."""
+    for found in _INSIDE.finditer(content):
+        tiff_pages(content[found.end() :], most=1)
+
+
+def tiff_pages(content: bytes, most: int = MOST_PAGES) -> list[int]:
+    """Numbers of a TIFF's pages, from 0, without smaller copies and masks of others. Raises ValueError where their tags
+    take more bytes than the file has."""
+    order, big = "<" if content[:1] == b"I" else ">", b"+" in content[2:4]
+    long, head, entry = ("Q", "Q", "HHQ") if big else ("I", "H", "HHI")
+    head_size, entry_size, width = (8, 20, 8) if big else (2, 12, 4)
+    pages: list[int] = []
+    seen: set[int] = set()
+    left, next_at = len(content), 8 if big else 4
+    while len(seen) < most and next_at + width <= len(content):
+        (at,) = struct.unpack_from(order + long, content, next_at)
+        if at in seen or not 0 < at <= len(content) - head_size:
+            break
+        seen.add(at)
+        (count,) = struct.unpack_from(order + head, content, at)
+        next_at = at + head_size + count * entry_size
+        kind = 0
+        for place in range(at + head_size, min(next_at, len(content) - entry_size), entry_size):
+            tag, type_, number = struct.unpack_from(order + entry, content, place)
+            size, value_at = number * _BYTES_OF_TYPE.get(type_, 0), place + entry_size - width
+            if size > width and struct.unpack_from(order + long, content, value_at)[0] + size > len(content):
+                break  # as Pillow does: such data is broken and not read on
+            left -= size if size > width else entry_size
+            if left < 0:
+                raise ValueError("its tags are larger than the file")
+            if tag == _KIND:
+                kind = struct.unpack_from(order + ("H" if type_ == 3 else "I"), content, value_at)[0]
+        if not pages or not kind & 5:
+            pages.append(len(seen) - 1)
+    return pages or [0]
 
 
 # ---- the boxes of an AVIF file (ISO 14496-12, 23008-12) ----

@@ -26,5 +26,9 @@ class BackendError(ZooError):
     """A backend or device that was asked for and is not here."""
 
 
+class DataError(ZooError):
+    """Pictures of a data set, or the table of them, that are missing, unreadable or contradict each other."""
+
+
 class PictureError(ZooError):
     """Bytes that are no picture, a truncated file, an unsupported format, or a picture over the caps."""

@@ -5,10 +5,12 @@ HF_HUB_OFFLINE and the progress bar. What it does not do, and this does: check h
 error what to do. A file of a pinned commit that is in the cache makes no request.
 """
 
+import errno
 import os
 import re
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -61,13 +63,29 @@ class HubFolder(ModelFolder):
         self.repo, self.revision = repo, revision or "main"
         self._local, self._token, self._cache = local_files_only, token, cache
         until = time.monotonic() + PATIENCE
-        manifest = self._download(MANIFEST, until)
+        try:
+            manifest = self._download(MANIFEST, until)
+        except HubError as error:
+            if getattr(error.__cause__, "errno", None) not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            manifest = self._in_cache(error)
         self.revision = manifest.parent.name  # the commit
         self._opened_twice(lambda: super(HubFolder, self).__init__(manifest.parent, manifest_sha256), MANIFEST)
         for name in files:
             if name in self.files:
                 until += _time_for(self.files[name][0])
                 self._fetch(name, until)
+
+    def _in_cache(self, error: HubError) -> Path:
+        """What a cache holds that cannot be written to, though the Hub may have a newer commit."""
+        self._local = True
+        try:
+            manifest = self._download(MANIFEST, time.monotonic() + PATIENCE)
+        except HubError:
+            raise error from error.__cause__
+        warnings.warn(f"{error} Until then {PREFIX}{self.repo} is used as it is in the cache, commit "
+                      f"{manifest.parent.name}; revision= with that commit says so without this warning.", stacklevel=4)
+        return manifest
 
     @property
     def source(self) -> str:

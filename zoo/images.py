@@ -1,25 +1,30 @@
 """From a file, bytes, a PIL image or an array to what a network takes: the only home of decoding, mean and std.
 
-Decoding, by rule: the first frame of an animation or page of a TIFF; EXIF orientation applied, broken EXIF ignored;
-grey, palette, CMYK and other colour modes to RGB; transparency over white; 16-bit scaled to 8 (never clipped). Caps:
-20 MB a file, 25 megapixels; baseline JPEG 100 megapixels, decoded at a quarter of its size above 25; JPEG 2000, whose
-decoder takes 40 bytes a pixel, 10 megapixels.
+Decoding, by rule: the first frame of an animation; EXIF orientation applied, broken EXIF ignored; grey, palette, CMYK
+and other colour modes to RGB; transparency over white; 16-bit colour by its high byte. What a file leaves open (pages,
+the range of 16-bit grey, a missing end) is read as zoo.pixels.Reading says. Caps: 20 MB a file, 25 megapixels; baseline
+JPEG 4 times as many, decoded at a quarter of its size above 25; JPEG 2000, whose decoder takes 40 bytes a pixel, 0.4
+times. `Reading.max_megapixels` moves them all.
 """
 
 import functools
 import io
 import math
 import os
+import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from zoo.containers import ICON, av1_sizes, bitmap_of_icon, largest_of_icon
+from zoo.containers import ICON, TIFF, av1_sizes, bitmap_of_icon, check_tags, largest_of_icon, tiff_pages
 from zoo.errors import PictureError
+from zoo.pixels import MAX_PIXELS, MOST_MEGAPIXELS, PUBLIC, Facts, Reading, scaled, to_grey
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
 
@@ -31,10 +36,7 @@ class NamedPicture(NamedTuple):
     picture: Picture | PictureError
 
 
-MAX_FILE_BYTES = 20_000_000
-MAX_PIXELS = 25_000_000
-MAX_JPEG_PIXELS = 100_000_000
-MAX_JPEG_2000_PIXELS = 10_000_000
+JPEG, JPEG_2000 = 4, 0.4  # times the cap of other pictures
 WHOLE_PIXELS = 4_000_000  # up to here a picture is resized before it is cropped, as torchvision does, to the bit
 
 # Formats that are decoded inside this process by code that takes hostile input. EPS, for one, would start Ghostscript.
@@ -63,8 +65,11 @@ _INTERPOLATIONS = {
 }  # fmt: skip
 
 
+Shrink = Callable[[int, int], int]
+
+
 def decode(
-    source: Picture, name: str | None = None, shrink: Callable[[int, int], int] | None = None
+    source: Picture, name: str | None = None, shrink: Shrink | None = None, reading: Reading = PUBLIC
 ) -> Image.Image:
     """The picture as 8-bit RGB, upright.
 
@@ -74,24 +79,31 @@ def decode(
     shrink  given the width and height of a file's upright picture: 1, 2, 4 or 8. A JPEG is decoded at that fraction of
             its sides, rounded up, and in the decoder's quick way: about a level less exact, colour edges unsmoothed.
             Pictures of other formats come whole.
+    reading   what files leave open, and the caps
     Raises PictureError, and nothing else, for anything that does not come out as a picture.
     """
+    return read(source, name, shrink, reading)[0]
+
+
+def read(
+    source: Picture, name: str | None = None, shrink: Shrink | None = None, reading: Reading = PUBLIC
+) -> tuple[Image.Image, Facts]:
+    """As `decode`, and what was seen of the file."""
     if isinstance(source, Image.Image):
         name = name or "the PIL image"
-        _check_pixels(source.width, source.height, MAX_PIXELS, name)
+        _check_pixels(source.width, source.height, reading.most_pixels, name)
     elif isinstance(source, np.ndarray):
         name = name or "the array"
-        source = _from_array(np.asarray(source), name)
+        source = _from_array(np.asarray(source), name, reading)
     elif isinstance(source, (bytes, bytearray, memoryview)):
-        name = name or "the bytes"
-        source = _open(bytes(source), name, shrink)
+        return _from_file(bytes(source), name or "the bytes", shrink, reading)
     elif isinstance(source, (str, os.PathLike)):
         name = name or os.fsdecode(source)
-        source = _open(_read(Path(os.fsdecode(source)), name), name, shrink)
+        return _from_file(_content(Path(os.fsdecode(source)), name, reading), name, shrink, reading)
     else:
         raise PictureError(f"{type(source).__name__} is no picture: give a path, bytes, a PIL image or an array.")
     try:
-        return _to_rgb(source)
+        return _to_rgb(source, reading)
     except Exception as error:  # Pillow's decoders raise whatever they stumble over, assertions among it
         raise PictureError(f"{name} is damaged or cut off: {_first_line(error)}.") from error
 
@@ -156,7 +168,7 @@ def _resize_and_crop(picture: Image.Image, height: int, width: int, interpolatio
 # ---- decoding ----
 
 
-def _read(path: Path, name: str) -> bytes:
+def _content(path: Path, name: str, reading: Reading) -> bytes:
     try:
         if path.is_dir():
             raise PictureError(f"{name} is a folder: name a picture in it, or use predict_folder.")
@@ -164,41 +176,97 @@ def _read(path: Path, name: str) -> bytes:
             raise PictureError(f"{name} does not exist.")
         if not path.is_file():
             raise PictureError(f"{name} is no regular file.")
-        _check_size(path.stat().st_size, name)
+        _check_size(path.stat().st_size, name, reading)
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise PictureError(f"{name} cannot be read: {_first_line(error)}.") from error
 
 
-def _open(content: bytes, name: str, shrink: Callable[[int, int], int] | None = None) -> Image.Image:
+def _from_file(content: bytes, name: str, shrink: Shrink | None, reading: Reading) -> tuple[Image.Image, Facts]:
+    picture, pages = _open(content, name, shrink, reading)
+    try:
+        if isinstance(reading.page, str) and len(pages) > 1:
+            return _all_pages(picture, pages, name, reading), Facts(len(pages))
+        rgb, facts = _to_rgb(picture, reading)
+        return rgb, replace(facts, pages=len(pages))
+    except PictureError:
+        raise
+    except Exception as error:
+        if picture.format not in ("JPEG", "MPO"):
+            raise PictureError(f"{name} is damaged or cut off: {_first_line(error)}.") from error
+        return _cut_off(content, name, shrink, reading, error)
+
+
+def _cut_off(
+    content: bytes, name: str, shrink: Shrink | None, reading: Reading, error: Exception
+) -> tuple[Image.Image, Facts]:
+    """What is there of a JPEG that lacks its end: with an end put to it, libjpeg leaves the rest in the middle grey."""
+    picture, _ = _open(content + b"\xff\xd9", name, shrink, reading)
+    try:
+        with _without_warnings():
+            picture.load()
+        grey = (np.asarray(picture.convert("RGB")) == 128).all((1, 2))
+        missing = float(np.argmin(grey[::-1]) if not grey.all() else len(grey)) / len(grey)
+        rgb, facts = _to_rgb(picture, reading)
+    except Exception:
+        raise PictureError(f"{name} is damaged or cut off: {_first_line(error)}.") from error
+    if missing > reading.most_missing or reading.most_missing == 0:
+        raise PictureError(f"{name} is cut off: {missing:.0%} of the picture is missing. --most-missing allows more.")
+    return rgb, replace(facts, missing=missing)
+
+
+def _open(content: bytes, name: str, shrink: Shrink | None, reading: Reading) -> tuple[Image.Image, list[int]]:
+    """The picture, not decoded yet, at the page that is to be read; and the pages of a TIFF."""
     if not content:
         raise PictureError(f"{name} is empty.")
-    _check_size(len(content), name)
+    _check_size(len(content), name, reading)
+    most = reading.most_pixels
     try:
         if content.startswith(ICON):  # which Pillow decodes on opening
             content = largest_of_icon(content)
             if content.startswith(ICON):
-                _check_pixels(*bitmap_of_icon(content), MAX_PIXELS, name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own, higher, bomb warning and remarks on broken metadata
+                _check_pixels(*bitmap_of_icon(content), most, name)
+        check_tags(content)
+        pages = tiff_pages(content) if TIFF.match(content) else [0]
+        with _without_warnings():
             picture = Image.open(io.BytesIO(content), formats=_formats())
-        cap, tile = _cap(picture, content), _tile(picture)
+            if isinstance(reading.page, int) and len(pages) > 1:
+                if reading.page > len(pages):
+                    raise PictureError(f"{name} has {len(pages)} pages, none with the number {reading.page}.")
+                picture.seek(pages[reading.page - 1])
+        cap, tile = _cap(picture, content, most), _tile(picture)
         inside = av1_sizes(content) if picture.format == "AVIF" else []
     except PictureError:
         raise
     except Image.DecompressionBombError:
-        raise PictureError(f"{name} has too many pixels (over {MAX_JPEG_PIXELS // 1_000_000} megapixels).") from None
+        raise PictureError(f"{name} has too many pixels (over {MOST_MEGAPIXELS} megapixels).") from None
     except Exception as error:
         raise PictureError(f"{name} {_what_it_is(content)}.") from error
     _check_pixels(picture.width, picture.height, cap, name)
-    _check_pixels(*tile, MAX_PIXELS, f"A tile of {name}")
+    _check_pixels(*tile, most, f"A tile of {name}")
     for size in inside:
         _check_pixels(*size, cap, name)
     _decode_smaller(picture, shrink)
-    return picture
+    return picture, pages
 
 
-def _decode_smaller(picture: Image.Image, shrink: Callable[[int, int], int] | None) -> None:
+def _all_pages(picture: Image.Image, pages: list[int], name: str, reading: Reading) -> Image.Image:
+    """The largest value or the mean of all pages, pixel by pixel."""
+    if len(pages) * picture.width * picture.height > 10 * reading.most_pixels:
+        raise PictureError(f"{name} has {len(pages)} pages of {picture.width} x {picture.height} pixels; at most "
+                           f"{10 * reading.most_pixels // 1_000_000} megapixels are read together. Name one by --page.")
+    size, together = picture.size, np.zeros((picture.height, picture.width, 3), np.float32)
+    for page in pages:
+        picture.seek(page)
+        if picture.size != size:
+            raise PictureError(f"{name} has pages of different sizes: name one by --page.")
+        _check_pixels(*_tile(picture), reading.most_pixels, f"A tile of {name}")
+        pixels = np.asarray(_to_rgb(picture, reading)[0])
+        together = np.maximum(together, pixels) if reading.page == "max" else together + pixels
+    return Image.fromarray(np.rint(together / (1 if reading.page == "max" else len(pages))).astype(np.uint8))
+
+
+def _decode_smaller(picture: Image.Image, shrink: Shrink | None) -> None:
     """Set the scale at which libjpeg decodes: a quarter of a huge picture, and of that what `shrink` says."""
     scale = 4 if picture.width * picture.height > MAX_PIXELS else 1
     if shrink is not None:
@@ -212,9 +280,10 @@ def _decode_smaller(picture: Image.Image, shrink: Callable[[int, int], int] | No
         picture.decoderconfig = (picture.decoderconfig[0], 1)  # type: ignore[attr-defined]  # quick, colours unsmoothed
 
 
-def _check_size(size: int, name: str) -> None:
-    if size > MAX_FILE_BYTES:
-        raise PictureError(f"{name} has {size / 1e6:.0f} MB; at most {MAX_FILE_BYTES / 1e6:.0f} MB are read.")
+def _check_size(size: int, name: str, reading: Reading) -> None:
+    if size > reading.most_bytes:
+        raise PictureError(f"{name} has {size / 1e6:.0f} MB; at most {reading.most_bytes / 1e6:.0f} MB are read. Make "
+                           "it smaller, or raise --max-megapixels.")
 
 
 def _check_pixels(width: int, height: int, cap: int, name: str) -> None:
@@ -222,17 +291,17 @@ def _check_pixels(width: int, height: int, cap: int, name: str) -> None:
         raise PictureError(f"{name} has no pixels.")
     if width * height > cap:
         raise PictureError(f"{name} has {width * height / 1e6:.0f} megapixels ({width} x {height}); at most "
-                           f"{cap // 1_000_000} are decoded of this kind. Make it smaller first.")
+                           f"{cap // 1_000_000} are decoded of this kind. Make it smaller, or raise --max-megapixels.")
 
 
-def _cap(picture: Image.Image, content: bytes) -> int:
+def _cap(picture: Image.Image, content: bytes, most: int) -> int:
     if picture.format == "JPEG2000":
-        return MAX_JPEG_2000_PIXELS
+        return round(JPEG_2000 * most)
     if picture.format not in ("JPEG", "MPO") or picture.info.get("progressive"):
-        return MAX_PIXELS
+        return most
     # Where not every colour is in the first scan, libjpeg holds the picture whole, as it does a progressive one.
     scan = content.rfind(b"\xff\xda", 0, picture.fp.tell())  # type: ignore[attr-defined]
-    return MAX_JPEG_PIXELS if content[scan + 4] == len(picture.getbands()) else MAX_PIXELS
+    return JPEG * most if content[scan + 4] == len(picture.getbands()) else most
 
 
 def _tile(picture: Image.Image) -> tuple[int, int]:
@@ -251,48 +320,78 @@ def _what_it_is(content: bytes) -> str:
         return "is a zip archive, not a picture"
     if start.startswith(b"%PDF"):
         return "is a PDF, not a picture: save its page as PNG"
+    if content.startswith(b"MM\0+"):
+        return "is a big-endian BigTIFF, which is not supported: save it as an ordinary TIFF or PNG"
+    if content.startswith((b"MM\0*", b"II*\0", b"II+\0")):
+        return ("is a TIFF of a kind that is not read (colour as floats, for one), or damaged: save it with 8 bits, or "
+                "as grey with 16")
+    if content.startswith(b"BM"):
+        return "is a BMP of a kind that is not read (colours in unusual fields, for one), or damaged: save it as PNG"
     return "is no picture in a supported format (JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF …), or its header is damaged"
 
 
-def _from_array(array: np.ndarray, name: str) -> Image.Image:
+def _from_array(array: np.ndarray, name: str, reading: Reading) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
         raise PictureError(f"{name} has shape {array.shape}: expected (H, W), (H, W, 3) or (H, W, 4).")
-    _check_pixels(array.shape[1], array.shape[0], MAX_PIXELS, name)
+    _check_pixels(array.shape[1], array.shape[0], reading.most_pixels, name)
     if array.dtype.newbyteorder("=") == np.uint16:
-        array = _scaled(array, 65535)
+        array = scaled(array, reading.white or 65535)
     elif array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
     elif np.issubdtype(array.dtype, np.floating):
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
             raise PictureError(f"{name} holds floats outside [0, 1]: scale them, or give uint8.")
-        array = _scaled(array, 1)
+        array = scaled(array, 1)
     elif array.dtype != np.uint8:
         raise PictureError(f"{name} is of {array.dtype}: expected uint8, uint16, bool, or floats in [0, 1].")
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+def _to_rgb(picture: Image.Image, reading: Reading) -> tuple[Image.Image, Facts]:
+    with _without_warnings():
         picture.load()
         transparent = picture.info.get("transparency")
-        picture = _upright(picture)
         if picture.mode.startswith("I") or picture.mode == "F":
-            return Image.fromarray(_deep_grey(np.asarray(picture), transparent)).convert("RGB")
+            grey, facts = to_grey(picture, transparent, reading)
+            return _upright(grey, _turn(picture)).convert("RGB"), facts
+        picture = _upright(picture, _turn(picture))
         if picture.mode in ("RGBa", "La"):
             picture = picture.convert(picture.mode[:-1] + "A")
         if picture.mode in ("RGBA", "LA", "PA") or transparent is not None:
             picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
             white = Image.new("RGB", picture.size, "white")
             white.paste(picture, mask=picture.getchannel("A"))
-            return white
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
+            return white, Facts()
+        return picture if picture.mode == "RGB" else picture.convert("RGB"), Facts()
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    turn = _turn(picture)
+_quiet, _decoding = threading.Lock(), 0
+_before: list = []
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Without Pillow's own, higher, bomb warning and its remarks on broken metadata. As warnings.catch_warnings, which
+    must not be left in another order than it was entered: here by the last thread that decodes."""
+    global _decoding, _before
+    with _quiet:
+        if _decoding == 0:
+            _before = warnings.filters[:]
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+        _decoding += 1
+    try:
+        yield
+    finally:
+        with _quiet:
+            _decoding -= 1
+            if _decoding == 0:
+                warnings.filters[:] = _before
+                warnings._filters_mutated()  # type: ignore[attr-defined]
+
+
+def _upright(picture: Image.Image, turn: Image.Transpose | None) -> Image.Image:
     return picture if turn is None else picture.transpose(turn)
 
 
@@ -301,29 +400,6 @@ def _turn(picture: Image.Image) -> Image.Transpose | None:
         return _UPRIGHT.get(picture.getexif().get(_ORIENTATION, 1))
     except Exception:  # broken metadata of a picture that is whole
         return None
-
-
-def _deep_grey(array: np.ndarray, transparent: Any) -> np.ndarray:
-    """Grey of more than 8 bits to uint8, the transparent value white. Integers: 65535 is white (larger ones: the
-    largest is). Floats: 1 is white where none is above, else 255, else the largest; what is not finite is black."""
-    if np.issubdtype(array.dtype, np.floating):
-        top = float(array.max(initial=0, where=np.isfinite(array)))
-        grey = _scaled(array, 1 if top <= 1 else 255 if top <= 255 else top)
-    else:
-        grey = _scaled(array, max(65535, int(array.max())))
-    if isinstance(transparent, int):
-        grey[array == transparent] = 255
-    return grey
-
-
-def _scaled(array: np.ndarray, white: float) -> np.ndarray:
-    """round(255 x / white) as uint8, below 0 and not finite as 0; in pieces, for memory."""
-    flat, scaled = array.reshape(-1), np.empty(array.size, np.uint8)
-    for start in range(0, flat.size, 1_000_000):
-        piece = flat[start : start + 1_000_000].astype(np.float64)
-        piece[~np.isfinite(piece)] = 0
-        scaled[start : start + 1_000_000] = np.rint(piece.clip(0, white) / white * 255)
-    return scaled.reshape(array.shape)
 
 
 def _first_line(error: BaseException) -> str:

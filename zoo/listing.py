@@ -1,4 +1,4 @@
-"""The pictures that a path stands for: one, those under a folder, or those in a zip."""
+"""The pictures that a path stands for: one, those under a folder, in a zip, or in a table."""
 
 import itertools
 import os
@@ -8,21 +8,25 @@ from pathlib import Path
 
 from zoo.archives import is_zip, open_zip
 from zoo.errors import PictureError
-from zoo.files import passed_over_in_words, walk
+from zoo.files import passed_over_in_words, suffix, walk
 from zoo.images import NamedPicture
+from zoo.tables import SUFFIXES, USUAL, Columns, pictures_in_table
 
 
 def pictures_of(
-    paths: Iterable[str | os.PathLike], passed_over: Counter[str] | None = None
+    paths: Iterable[str | os.PathLike], passed_over: Counter[str] | None = None, columns: Columns = USUAL
 ) -> Iterator[str | os.PathLike | NamedPicture]:
     """Path by path, lazily; a folder without pictures or a refused zip comes as its PictureError.
 
     passed_over  counts what is no picture by its name
+    columns      how tables (zoo.tables.SUFFIXES) are read
     """
     for path in paths:
         try:
             if os.path.isdir(path):
                 yield from pictures_under(path, passed_over)
+            elif suffix(os.fspath(path)) in SUFFIXES:
+                yield from pictures_in_table(Path(path), None, columns)
             elif is_zip(path):
                 yield from pictures_inside(path, passed_over)
             else:

@@ -282,6 +282,11 @@ def check_config(config: Mapping[str, Any], where: str | Path) -> None:
     prior = ours.get("prior")
     need(prior in ("train", "uniform", None) or (numbers(prior, int(classes or 0)) and min(prior) > 0),
          "metasaug.prior", f"train, uniform, {classes} numbers above 0, or null")
+    reading = ours.get("reading") or {}
+    need(isinstance(reading, dict) and set(reading) <= {"page", "white"}
+         and (reading.get("page") in (None, "max", "mean") or (type(reading["page"]) is int and reading["page"] >= 1))
+         and (reading.get("white") is None or (type(reading["white"]) is int and 1 <= reading["white"] < 2**32)),
+         "metasaug.reading", "an object with a page and the value that is white, or null")
     scale = ours.get("cosine_scale")
     need(scale is None or (number(scale) and scale > 0), "metasaug.cosine_scale", "a number, or null")
     variants = ours.get("variants")

@@ -14,12 +14,13 @@ import numpy as np
 from PIL import Image
 
 from zoo.errors import BackendError, ModelFolderError, PictureError, ZooError
-from zoo.images import NamedPicture, Picture, decode, preprocess
+from zoo.images import NamedPicture, Picture, preprocess, read
 from zoo.labels import GROUPS, UNKNOWN
 from zoo.listing import pictures_inside, pictures_under
 from zoo.machine import cores
 from zoo.model_folder import ONNX, ONNX_INT8, ModelFolder
 from zoo.onnx_file import refuse_unsafe
+from zoo.pixels import Facts, Reading
 from zoo.trial import check_outputs, require_harmless
 
 Backend = Literal["onnx", "torch"]
@@ -48,6 +49,7 @@ class Prediction:
     probabilities  (C,) float32, in the order of the model's labels; softmax of logits and prior
     logits         (C,) as the network gives them, before any prior
     features       (A,) what enters the last layer          feature_map   (A, H, W) whose mean they are, or None
+    facts, note    what was seen of the file, and in words where it was not read whole: pages, a missing end
     """
 
     source: str
@@ -58,12 +60,14 @@ class Prediction:
     features: np.ndarray | None = field(default=None, repr=False, compare=False)
     feature_map: np.ndarray | None = field(default=None, repr=False, compare=False)
     error: str | None = None
+    facts: Facts = field(default=Facts(), compare=False)
+    note: str = ""
 
     def __str__(self) -> str:
         if self.error is not None:
             return f"{self.source}\n  {self.error}"
         width = max(len(c.label) for c in self.top)
-        lines = [self.source] + [
+        lines = [self.source + (f" ({self.note})" if self.note else "")] + [
             f"  {c.label:<{width}}  {c.probability:7.2%}  {c.group:<7}"
             + ("" if c.train_images is None else f" seen {c.train_images:,} times in training")
             for c in self.top
@@ -78,6 +82,7 @@ class Predictor:
     folder      the ModelFolder, with its config, results and card
     device      "cpu" or "cuda", where it really runs
     precision   "fp32", or "int8": the quantised ONNX file, on the CPU
+    reading     what picture files leave open, as in training; replace it to read them otherwise, or larger ones
     """
 
     def __init__(
@@ -100,6 +105,7 @@ class Predictor:
         self.class_counts: tuple[int, ...] | None = None if counts is None else tuple(counts)
         self.groups: tuple[str, ...] = tuple(config["metasaug"]["groups"])
         self.groups_by: str = config["metasaug"]["groups_by"]
+        self.reading = Reading().over(config["metasaug"].get("reading") or {})
         self._module = None
         self._network: _Network = (_TorchNetwork(self.module, device) if backend == "torch"
                                    else self._onnx(ONNX_INT8, "cpu") if precision == "int8"
@@ -126,7 +132,11 @@ class Predictor:
 
     def preprocess(self, picture: Picture, name: str | None = None) -> np.ndarray:
         """What the network takes: float32 (3, H, W). Raises PictureError."""
-        return preprocess(decode(picture, name), self.folder.config["pretrained_cfg"])
+        return self._shown(picture, name)[0]
+
+    def _shown(self, picture: Picture, name: str | None = None) -> tuple[np.ndarray, Facts]:
+        decoded, facts = read(picture, name, reading=self.reading)
+        return preprocess(decoded, self.folder.config["pretrained_cfg"]), facts
 
     def predict(self, picture: Picture, top_k: int = 5, prior: Prior | None = None, tau: float = 1.0) -> Prediction:
         """The likeliest classes of one picture. Raises PictureError where it is none.
@@ -139,17 +149,21 @@ class Predictor:
         """
         _at_least_one(top_k=top_k)
         shift_C = self.prior_shift(prior, tau)
-        answer = self._answers([self.preprocess(picture)], [_name_of(picture, 0)], top_k, shift_C)[0]
+        shown, facts = self._shown(picture)
+        answer = self._answers([shown], [_name_of(picture, 0)], [facts], top_k, shift_C, feature_maps=True)[0]
         if answer.error is not None:
             raise ModelFolderError(f"{self.name}: {answer.error}")
         return answer
 
     def predict_batch(
         self, pictures: Iterable[Picture | NamedPicture], top_k: int = 5, prior: Prior | None = None, tau: float = 1.0,
-        batch_size: int = 64,
+        batch_size: int = 64, feature_maps: bool = False,
     ) -> list[Prediction]:
-        """One prediction a picture, in order; a bad picture is one with `error` and never ends the batch."""
-        return list(self.predict_each(pictures, top_k, prior, tau, batch_size))
+        """One prediction a picture, in order; a bad picture is one with `error` and never ends the batch.
+
+        feature_maps   keep them: 0.4 MB a picture for a ResNet-50
+        """
+        return list(self.predict_each(pictures, top_k, prior, tau, batch_size, feature_maps))
 
     def predict_folder(
         self, folder: str | os.PathLike, top_k: int = 5, prior: Prior | None = None, tau: float = 1.0,
@@ -182,7 +196,7 @@ class Predictor:
 
     def predict_each(
         self, pictures: Iterable[Picture | NamedPicture], top_k: int = 5, prior: Prior | None = None, tau: float = 1.0,
-        batch_size: int = 64,
+        batch_size: int = 64, feature_maps: bool = False,
     ) -> Iterator[Prediction]:
         """As `predict_batch`, one after another: endless input, constant memory."""
         _at_least_one(top_k=top_k, batch_size=batch_size)
@@ -190,15 +204,18 @@ class Predictor:
         shift_C = self.prior_shift(prior, tau)
         names: list[str] = []
         ready: list[np.ndarray] = []
+        seen: list[Facts] = []  # of each that is ready
         errors: dict[int, str] = {}
 
         def flush() -> Iterator[Prediction]:
             good = [i for i in range(len(names)) if i not in errors]
-            answers = iter(self._answers(ready, [names[i] for i in good], top_k, shift_C) if good else ())
+            answers = iter(self._answers(ready, [names[i] for i in good], seen, top_k, shift_C, feature_maps)
+                           if good else ())
             for i, name in enumerate(names):
                 yield Prediction(name, error=errors[i]) if i in errors else next(answers)
             names.clear()
             ready.clear()
+            seen.clear()
             errors.clear()
 
         # A batch is full when it has batch_size good pictures: bad ones between never change who is computed with
@@ -209,7 +226,9 @@ class Predictor:
             try:
                 if isinstance(content, PictureError):
                     raise content
-                ready.append(self.preprocess(content, name))
+                shown, facts = self._shown(content, name)
+                ready.append(shown)
+                seen.append(facts)
             except PictureError as error:
                 errors[len(names) - 1] = str(error)
             if len(ready) in (0, batch_size):
@@ -217,17 +236,18 @@ class Predictor:
         yield from flush()
 
     def _answers(
-        self, ready: list[np.ndarray], names: list[str], top_k: int, shift_C: np.ndarray | None
+        self, ready: list[np.ndarray], names: list[str], seen: list[Facts], top_k: int, shift_C: np.ndarray | None,
+        feature_maps: bool,
     ) -> list[Prediction]:
-        logits_NC, features_NA, feature_maps = self._network(np.stack(ready))
-        maps = itertools.repeat(None, len(ready)) if feature_maps is None else feature_maps
+        logits_NC, features_NA, made = self._network(np.stack(ready))
+        maps = itertools.repeat(None, len(ready)) if made is None or not feature_maps else made
         p_NC = self._probabilities(logits_NC, shift_C)
         return [
             Prediction(name, self._top(p_C, top_k), self._group_mass(p_C), p_C.astype(np.float32), logits_C,
-                       features_A, feature_map)
+                       features_A, feature_map, facts=facts, note=facts.note(self.reading))
             if np.isfinite(p_C).all() else Prediction(name, error=NOT_FINITE)
-            for name, p_C, logits_C, features_A, feature_map
-            in zip(names, p_NC, logits_NC, features_NA, maps, strict=True)
+            for name, facts, p_C, logits_C, features_A, feature_map
+            in zip(names, seen, p_NC, logits_NC, features_NA, maps, strict=True)
         ]
 
     @staticmethod

@@ -7,11 +7,11 @@ from zoo.predictor import Prediction
 
 def header(top_k: int) -> list[str]:
     """The columns of `cells`."""
-    return ["path", "label", "probability", "group", "train_images", *GROUPS, *_others(top_k), "error"]
+    return ["path", "label", "probability", "group", "train_images", *GROUPS, *_others(top_k), "error", "note"]
 
 
 def cells(row: Prediction, top_k: int) -> list[str]:
-    """One prediction: the likeliest class, the mass of each group, the next likeliest, and the error if any."""
+    """One prediction: the likeliest class, the mass of each group, the next likeliest, the error or a note if any."""
     first = ["", "", "", ""]
     if row.top:
         best = row.top[0]
@@ -20,7 +20,7 @@ def cells(row: Prediction, top_k: int) -> list[str]:
     mass = [f"{row.groups[g]:.6f}" if g in row.groups else "" for g in GROUPS]
     rest = [cell for c in row.top[1:top_k] for cell in (c.label, f"{c.probability:.6f}")]
     rest += [""] * (len(_others(top_k)) - len(rest))
-    return [safe(printable(cell)) for cell in (row.source, *first, *mass, *rest, row.error or "")]
+    return [safe(printable(cell)) for cell in (row.source, *first, *mass, *rest, row.error or "", row.note)]
 
 
 def safe(text: str) -> str:

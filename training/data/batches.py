@@ -35,6 +35,7 @@ from training.recipes import CropMode, Crops, Flips
 from zoo.errors import PictureError
 from zoo.images import Picture, decode, fitted
 from zoo.machine import memory
+from zoo.pixels import PUBLIC, Reading
 
 # Streams of randomness; each draw is np.random.default_rng([seed, epoch, STREAM, ...]).
 ORDER, CROPS, META = 0, 1, 2
@@ -59,6 +60,7 @@ class View:
     reduced      decode JPEGs for `resized` in the quick way, and at 1/2, 1/4 or 1/8 of their sides if the part keeps
                  `size` pixels there: on average less than 3 of 255 levels from the exact decoding, which
                  METASAUG_EXACT_JPEG=1 in the environment asks for
+    reading      what picture files leave open
     """
 
     size: tuple[int, int]
@@ -72,6 +74,7 @@ class View:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     crop_area: float = 0.08
     reduced: bool = os.environ.get("METASAUG_EXACT_JPEG") != "1"
+    reading: Reading = PUBLIC
 
     def __post_init__(self):
         height, width = self.size
@@ -123,7 +126,7 @@ class View:
     def augmented(self, source: Picture, drawn: np.ndarray) -> np.ndarray:
         """uint8 (H, W, 3), decoded and as drawn."""
         if self.crops == "shift":
-            return self.shifted(self.padded(self.fit(decode(source))), drawn)
+            return self.shifted(self.padded(self.fit(decode(source, reading=self.reading))), drawn)
         rng = random.Random(int(drawn[0]))  # made in a tenth of NumPy's time
         part = _resized_part(source, rng, self)
         return _flipped(_jittered(rng, part, self.color_jitter), drawn[2:])
@@ -149,7 +152,7 @@ def _resized_part(source: Picture, rng: random.Random, view: View) -> np.ndarray
         sides, part = (width, height), _part(rng, width, height, view.crop_area)
         return _scale(part, view)
 
-    picture = decode(source, shrink=shrink if view.reduced else None)
+    picture = decode(source, shrink=shrink if view.reduced else None, reading=view.reading)
     if sides is None or part is None:  # not asked
         sides, part = picture.size, _part(rng, *picture.size, view.crop_area)
     # On the grid of the smaller decoding, whether it was made or not: both show the same part.
@@ -215,7 +218,7 @@ class _Decoded(Dataset):
         for k, i in enumerate(at):
             try:
                 if self.drawn is None:
-                    pictures[k] = self.view.fit(decode(self.paths[i]))
+                    pictures[k] = self.view.fit(decode(self.paths[i], reading=self.view.reading))
                 else:
                     pictures[k] = self.view.augmented(self.paths[i], self.drawn[part][k])
             except PictureError as error:

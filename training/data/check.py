@@ -22,6 +22,7 @@ from zoo.files import printable
 from zoo.images import decode
 from zoo.labels import GROUPS, TAIL_BELOW, assign_groups, meaning_of
 from zoo.machine import cores
+from zoo.pixels import Reading
 
 # Steps of stage 2 against plain ones (docs/method.md): the look-ahead through the network costs most.
 STAGE2_STEP = {"none": 1.0, "isda": 1.1, "heldout": 1.5, "classifier": 1.4, "network": 3.8}
@@ -214,7 +215,7 @@ def measured(recipe: Recipe, data: LongTailed, device) -> dict[str, Any]:
     weights = sum(p.numel() for p in module.parameters()) * 4
     width: int = module.get_classifier().in_features  # type: ignore[operator, union-attr]
     covariance = len(data.label_names) * (width**2 if recipe.covariance == "full" else width) * 4
-    reading = 0.0 if isinstance(data.train, Split) else _seconds_to_read(data.train)
+    reading = 0.0 if isinstance(data.train, Split) else _seconds_to_read(data.train, data.reading)
     features = (recipe.cache_features * (len(data.train) + len(data.meta)) * 2 + len(data.test) * 4) * width
     return {
         "architecture": recipe.architecture, "input_size": size, "epochs": recipe.epochs, "device": str(device),
@@ -233,12 +234,12 @@ def run_bytes(weights: int, covariance: int) -> int:
     return 4 * (2 * weights + 2 * covariance)
 
 
-def _seconds_to_read(files: PictureFiles) -> float:
+def _seconds_to_read(files: PictureFiles, reading: Reading) -> float:
     """Of one core, a picture."""
     sample = _spread(files.names, 40)
     began = time.process_time()
     for name in sample:
-        decode(files.root / name)
+        decode(files.root / name, reading=reading)
     return (time.process_time() - began) / len(sample)
 
 

@@ -14,6 +14,7 @@ from training.errors import DataError
 from zoo.errors import PictureError
 from zoo.files import printable, same_text
 from zoo.images import decode
+from zoo.pixels import PUBLIC, Reading
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class LongTailed:
     shared_meta_classes   classes whose meta pictures are in training as well, being too small to spare them
     notes                 sentences about what was decided on the way: cuts, copies, how many pictures left out
     left_out              what --skip-bad left out, each with its reason
+    reading               how the files are read where they leave something open
     """
 
     train: Split | PictureFiles
@@ -87,6 +89,7 @@ class LongTailed:
     shared_meta_classes: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    reading: Reading = PUBLIC
 
     @property
     def class_counts(self) -> tuple[int, ...]:
@@ -111,6 +114,8 @@ class LongTailed:
             digest.update(pictures.labels.astype("<i8").tobytes())
             if isinstance(pictures, PictureFiles):
                 digest.update(same_text("\0".join(pictures.names)).encode(errors="surrogateescape"))
+        if kept := self.reading.to_dict():
+            digest.update(repr(kept).encode())
         return {"label_names": list(self.label_names), "class_counts": list(self.class_counts),
                 "pictures": digest.hexdigest()}
 

@@ -2,17 +2,19 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from training.data import splits as cuts
 from training.data.datasets import LongTailed, PictureFiles, listed
-from training.data.scan import glance_at, look_at
+from training.data.scan import Looked, glance_at, look_at
 from training.data.tables import Listing, Problem, left_out_in_words, list_folder, list_table, refuse
 from training.errors import DataError
 from zoo.files import printable
+from zoo.pixels import TO_TRAIN_ON, Reading
+from zoo.tables import USUAL, Columns
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class CutRule:
     subset_seed: int = 0
     skip_bad: bool = False
     look: bool = True
+    reading: Reading = TO_TRAIN_ON
 
     def __post_init__(self):
         if not 0 < self.test_share < 1:
@@ -33,7 +36,7 @@ class CutRule:
 def load_folder(
     root: Path, *, test: Path | None = None, meta: Path | None = None, meta_per_class: int = 10,
     test_share: float = 0.2, subset_seed: int = 0, skip_bad: bool = False, look: bool = True,
-    leaf_folders: bool = False,
+    leaf_folders: bool = False, reading: Reading = TO_TRAIN_ON,
 ) -> LongTailed:
     """Class folders ROOT/CLASS/picture.jpg, or ROOT/train/CLASS with test/ (and val/ or meta/) beside it.
 
@@ -41,29 +44,32 @@ def load_folder(
     leaf_folders   each folder that pictures lie in is a class, at any depth
     skip_bad     leave out pictures that cannot be decoded and classes too small to use, instead of stopping
     look         decode every picture once; without it damaged ones and copies go unseen, and sizes are not known
+    reading      what files leave open; the range of 16-bit grey is found over all pictures where it is not given
     What is not given is cut by training.data.splits. Raises DataError.
     """
-    rule = CutRule(meta_per_class, test_share, subset_seed, skip_bad, look)
+    rule = CutRule(meta_per_class, test_share, subset_seed, skip_bad, look, reading)
     return assemble(list_folder(root.expanduser(), test, meta, leaf_folders), rule)
 
 
 def load_table(
     table: Path, root: Path | None = None, *, meta_per_class: int = 10, test_share: float = 0.2, subset_seed: int = 0,
-    skip_bad: bool = False, look: bool = True, path_column: str | None = None, label_column: str | None = None,
-    split_column: str | None = None, group_column: str | None = None,
+    skip_bad: bool = False, look: bool = True, columns: Columns = USUAL, reading: Reading = TO_TRAIN_ON,
 ) -> LongTailed:
-    """A CSV table with a row a picture: path, label and, where there are such columns, split and group.
+    """A table (zoo.tables) with a row a picture: path, label and, where there are such columns, split and group.
 
-    root   folder that the paths start from; without it the table's own
-    Pictures of one group (an animal, a track, a camera) are never parted between training and test. The columns are
-    found by their usual names (training.data.tables.COLUMN_NAMES) or named. Otherwise as load_folder.
+    root      folder that the paths start from; without it the table's own
+    columns   their names, where they are not the usual ones
+    Pictures of one group (an animal, a track, a camera) are never parted between training and test. Otherwise as
+    load_folder.
     """
-    rule = CutRule(meta_per_class, test_share, subset_seed, skip_bad, look)
-    return assemble(list_table(table, root, path=path_column, label=label_column, split=split_column,
-                               group=group_column), rule)
+    rule = CutRule(meta_per_class, test_share, subset_seed, skip_bad, look, reading)
+    return assemble(list_table(table, root, columns), rule)
 
 
 # ---- from a listing to a data set ----
+
+
+ORDER = ("test", "val", "meta", "train")  # who keeps what stands in several given splits
 
 
 @dataclass
@@ -81,8 +87,7 @@ def assemble(listing: Listing, rule: CutRule) -> LongTailed:
     """Decode every picture once, leave out what is bad (or stop), take the given splits, cut those not given."""
     left_out = refuse([*listing.problems, listing.empty_classes], rule.skip_bad)
     _check_left(listing, left_out)
-    look = look_at if rule.look else glance_at
-    looked = look([listing.root / name for name in listing.names], [printable(name) for name in listing.names])
+    looked, reading, notes = _looked_at(listing, rule)
     reasons = tuple(looked.errors[i] for i in sorted(looked.errors))
     left_out += refuse([Problem(f"of {len(listing.names):,} pictures cannot be used", reasons, "Mend or remove them")],
                        rule.skip_bad)
@@ -90,7 +95,8 @@ def assemble(listing: Listing, rule: CutRule) -> LongTailed:
     listing, keep = _without_small_classes(listing.at(keep), keep, rule, left_out)
     _check_left(listing, left_out)
     keys = [looked.keys[i] for i in keep]
-    parts = (_given_parts if any(s not in (None, "train") for s in listing.splits) else _cut_parts)(listing, keys, rule)
+    parts = (_given_parts if any(s not in (None, "train") for s in listing.splits) else _cut_parts)(
+        listing, keys, rule, left_out)
     if not parts.test.any():
         raise DataError("no class has pictures to test on: every class is a single group or full of copies. Give a "
                         "test set of its own.")
@@ -101,10 +107,23 @@ def assemble(listing: Listing, rule: CutRule) -> LongTailed:
     data = LongTailed(
         files.at(train), files.at(meta), files.at(test), listing.label_names, listing.source,
         *_mean_and_std(moments), shared_meta_classes=parts.shared,
-        notes=(*listing.notes, *left_out_in_words(left_out), *parts.notes, *_contradictions(listing, keys)),
-        left_out=tuple(left_out))
+        notes=(*listing.notes, *notes, *left_out_in_words(left_out), *parts.notes, *_contradictions(listing, keys)),
+        left_out=tuple(left_out), reading=reading)
     _check_trainable(data)
     return data
+
+
+def _looked_at(listing: Listing, rule: CutRule) -> tuple[Looked, Reading, list[str]]:
+    """All pictures, decoded; how they are read from now on; and what there is to say of that."""
+    look, reading = look_at if rule.look else glance_at, rule.reading
+    given = [listing.root / name for name in listing.names], [printable(name) for name in listing.names]
+    looked, notes = look(*given, reading), list[str]()
+    if reading.white is None and (white := looked.remarks.white) not in (None, 65535):
+        notes.append(f"White is {white:,} in 16-bit grey: the largest value of all pictures is "
+                     f"{looked.remarks.deepest:,} (--white).")
+        reading = replace(reading, white=white)
+        looked = look(*given, reading)
+    return looked, reading, notes + looked.remarks.in_words(reading)
 
 
 def _without_small_classes(
@@ -126,7 +145,7 @@ def _without_small_classes(
     return rest, keep[places]
 
 
-def _cut_parts(listing: Listing, keys: Sequence, rule: CutRule) -> _Parts:
+def _cut_parts(listing: Listing, keys: Sequence, rule: CutRule, _left_out: list[str]) -> _Parts:
     units = cuts.tie(listing.names, listing.groups, keys)
     classes = len(listing.label_names)
     test = cuts.cut_test(units, listing.labels, classes, rule.test_share, rule.subset_seed)
@@ -143,7 +162,7 @@ def _cut_parts(listing: Listing, keys: Sequence, rule: CutRule) -> _Parts:
     return parts
 
 
-def _given_parts(listing: Listing, keys: Sequence, rule: CutRule) -> _Parts:
+def _given_parts(listing: Listing, keys: Sequence, rule: CutRule, left_out: list[str]) -> _Parts:
     """The splits as given. Without test, val is the test set, else it is cut; without meta, it is cut from val, else
     from train."""
     splits = np.array([split or "train" for split in listing.splits])
@@ -151,7 +170,7 @@ def _given_parts(listing: Listing, keys: Sequence, rule: CutRule) -> _Parts:
     if "test" not in splits and "val" in splits:
         splits[splits == "val"] = "test"
         notes.append("No test set is given: val is tested on.")
-    _check_groups(listing, splits)
+    splits = _without_torn_groups(listing, splits, rule, left_out)
     splits = _without_copies(listing, keys, splits, notes)
     classes = len(listing.label_names)
     units = cuts.tie(listing.names, listing.groups, keys)
@@ -192,16 +211,21 @@ def _meta_notes(listing: Listing, shared: Sequence[int], rule: CutRule) -> list[
             f"that can be spared: {len(shared)}. " + listed([listing.label_names[c] for c in shared], ", ") + "."]
 
 
-def _check_groups(listing: Listing, splits: np.ndarray) -> None:
+def _without_torn_groups(
+    listing: Listing, splits: np.ndarray, rule: CutRule, left_out: list[str]
+) -> np.ndarray:
+    """A group that stands in several given splits stays in the one named first: test, val, meta, train."""
     seen: dict[str, set[str]] = defaultdict(set)
     for group, split in zip(listing.groups or (), splits, strict=False):
         if group is not None:
             seen[group].add(str(split))
-    torn = sorted(group for group, found in seen.items() if len(found) > 1)
-    if torn:
-        raise DataError(f"{len(torn):,} group ids stand in more than one split, and pictures of one group are too "
-                        "alike to test on: " + listed([f"{g} ({', '.join(sorted(seen[g]))})" for g in torn], "; ")
-                        + ". Give each group one split, or leave the split column out and let it be cut.")
+    torn = {group: min(found, key=ORDER.index) for group, found in seen.items() if len(found) > 1}
+    left_out += refuse([Problem(
+        "group ids stand in more than one split, and pictures of one group are too alike to test on",
+        tuple(f"{group} ({', '.join(sorted(seen[group]))})." for group in sorted(torn)),
+        "Give each group one split, remove the split column (the groups are then cut whole)")], rule.skip_bad)
+    return np.array([split if torn.get(group, split) == split else "left out"
+                     for group, split in zip(listing.groups or [None] * len(splits), splits.tolist(), strict=True)])
 
 
 def _without_copies(listing: Listing, keys: Sequence, splits: np.ndarray, notes: list[str]) -> np.ndarray:
@@ -209,7 +233,7 @@ def _without_copies(listing: Listing, keys: Sequence, splits: np.ndarray, notes:
     splits = splits.copy()
     taken: dict[bytes, int] = {}
     dropped = []
-    for split in ("test", "val", "meta", "train"):
+    for split in ORDER:
         at = np.flatnonzero(splits == split)
         for i in at.tolist():
             if keys[i] is not None and keys[i] in taken and splits[taken[keys[i]]] != split:

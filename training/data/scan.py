@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from zoo.errors import PictureError
 from zoo.files import PICTURE_SUFFIXES, READ_SUFFIXES, suffix
-from zoo.images import decode
+from zoo.images import read
 from zoo.machine import cores
+from zoo.pixels import PUBLIC, Reading, Remarks
 
 AT_ONCE = 32  # pictures a task
 SHOWN_FROM = 2000  # pictures from which on a progress bar is worth its line
@@ -27,15 +28,17 @@ class Looked:
     keys        equal where the pixels are equal; None for an unreadable one
     sizes       int32 (N, 2): width and height, upright; 0 for an unreadable one
     moments     float64 (N, 2, 3): mean and mean square of each channel, in [0, 1]
+    remarks     what files left open: pages, missing ends, the range of 16-bit grey
     """
 
     errors: dict[int, str]
     keys: list[bytes | None]
     sizes: np.ndarray
     moments: np.ndarray
+    remarks: Remarks = field(default_factory=Remarks)
 
 
-def look_at(paths: Sequence[Path], names: Sequence[str]) -> Looked:
+def look_at(paths: Sequence[Path], names: Sequence[str], reading: Reading = PUBLIC) -> Looked:
     """Decode every picture, on all cores (Pillow's decoders run outside Python's lock). `names` are for messages."""
     looked = Looked({}, [None] * len(paths), np.zeros((len(paths), 2), np.int32), np.zeros((len(paths), 2, 3)))
 
@@ -43,10 +46,11 @@ def look_at(paths: Sequence[Path], names: Sequence[str]) -> Looked:
         places = range(start, min(start + AT_ONCE, len(paths)))
         for i in places:
             try:
-                picture = decode(paths[i], names[i])
+                picture, facts = read(paths[i], names[i], reading=reading)
             except PictureError as error:
                 looked.errors[i] = str(error)
                 continue
+            looked.remarks.add(facts)
             pixels = picture.tobytes()
             looked.keys[i] = hashlib.blake2b(pixels, digest_size=16, salt=picture.width.to_bytes(8, "big")).digest()
             looked.sizes[i] = picture.size
@@ -64,7 +68,7 @@ def look_at(paths: Sequence[Path], names: Sequence[str]) -> Looked:
     return looked
 
 
-def glance_at(paths: Sequence[Path], names: Sequence[str]) -> Looked:
+def glance_at(paths: Sequence[Path], names: Sequence[str], reading: Reading = PUBLIC) -> Looked:
     """Only whether each file is there, in a format that is read; of their pixels the usual ones are assumed (mean and
     spread of ImageNet)."""
     errors = {i: f"{names[i]} does not exist." for i, path in enumerate(paths) if not path.is_file()}

@@ -1,6 +1,5 @@
 """What somebody keeps, as a list of labelled pictures: class folders, or a table."""
 
-import csv
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,18 +11,10 @@ import numpy as np
 from training.data.datasets import check_class_names, listed
 from training.errors import DataError
 from zoo.files import folder_identity, left_behind, passed_over_in_words, same_text, walk
+from zoo.tables import COLUMN_NAMES, USUAL, Columns, OnDisk, read_table, value
 
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
                "test": "test", "testing": "test", "meta": "meta"}
-
-# What a column is called in the tables that people have; the first of each is ours.
-COLUMN_NAMES = {
-    "path": ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img_path"),
-    "label": ("label", "class", "class_name", "species", "category", "category_name"),
-    "split": ("split", "set", "subset", "partition"),
-    "group": ("group", "group_id", "animal", "animal_id", "individual", "track", "track_id", "camera", "sequence"),
-}
-
 
 @dataclass(frozen=True)
 class Listing:
@@ -209,108 +200,62 @@ def _has_folders(folder: Path) -> bool:
 # ---- a table ----
 
 
-def list_table(table: Path, root: Path | None = None, **columns: str | None) -> Listing:
-    """The rows of a CSV table (comma, semicolon or tab) as a listing; what each picture holds is not looked at yet.
+def list_table(table: Path, root: Path | None = None, columns: Columns = USUAL) -> Listing:
+    """The rows of a table (zoo.tables) as a listing; what each picture holds is not looked at yet.
 
     root      folder that the paths start from; without it the table's own
-    columns   path, label, split, group: the column's name, where it is none of COLUMN_NAMES
-    Raises DataError: no table, no such column, rows that lack a field or contradict each other.
+    columns   their names, where they are none of zoo.tables.COLUMN_NAMES
+    Raises DataError: no table, no such column. Rows that lack a field or contradict each other are problems.
     """
-    header, rows, notes = _read_table(table)
-    at = {meaning: _find_column(meaning, columns.get(meaning), header, table) for meaning in COLUMN_NAMES}
+    read = read_table(table, columns)
+    at = {meaning: read.column(meaning, getattr(columns, f"{meaning}_column"), meaning in ("path", "label"))
+          for meaning in COLUMN_NAMES}
+    disk = OnDisk(table.parent if root is None else root.expanduser())
     bad: list[str] = []
-    first: dict[str, tuple[int, list[str | None]]] = {}
-    root = table.parent if root is None else root.expanduser()
+    torn: dict[str, str] = {}
+    first: dict[str, tuple[str, tuple[str | None, ...]]] = {}
     copies = 0
-    for line, row in rows:
-        if len(row) != len(header):
-            bad.append(f"line {line}: {len(row)} fields, the header has {len(header)}")
+    for where, row in read.rows:
+        if len(row) != len(read.header):
+            bad.append(f"{where}: {len(row)} fields, the header has {len(read.header)}.")
             continue
-        path, *rest = (row[i].strip() or None if i is not None else None for i in at.values())
-        if path is None or rest[0] is None:
-            bad.append(f"line {line}: no {'path' if path is None else 'label'}")
+        path, label, split, group = (None if i is None else value(row[i]) for i in at.values())
+        if path is None or label is None:
+            lacking = "path" if path is None else "label"
+            bad.append(f"{where}: no {lacking} ({row[at[lacking] or 0].strip() or 'empty'}).")
             continue
-        if rest[1] is not None and (split := SPLIT_NAMES.get(rest[1].casefold())) is None:
-            raise DataError(f"{table}, line {line}: the split {rest[1]!r} is none of train, val, test, meta.")
-        rest[1] = split if rest[1] is not None else None
-        name = _native(root, path)
-        before, known = first.setdefault(name, (line, rest))
-        if known != rest:
-            raise DataError(f"{table}: {path} stands in line {before} as {_in_words(known)} and in line {line} as "
-                            f"{_in_words(rest)}: keep one of them.")
-        copies += before != line
+        if split is not None and split.casefold() not in SPLIT_NAMES:
+            bad.append(f"{where}: the split {split!r} is none of train, val, test, meta.")
+            continue
+        said = label, SPLIT_NAMES[split.casefold()] if split else None, group
+        name = disk.find(path)
+        before, known = first.setdefault(name, (where, said))
+        if known != said:
+            torn[name] = (f"{path} stands in {before} as {_in_words(known)} and in {where} as {_in_words(said)}.")
+        copies += before != where and known == said
+    notes = read.notes
     if copies:
         notes.append(f"{copies:,} rows say again what another row says; each picture is used once.")
-    label_names = sorted({str(rest[0]) for _, rest in first.values()}, key=_numbers_by_value)
+    if disk.without_ending:
+        notes.append(f"{disk.without_ending:,} paths lack their ending, which was found on the disk.")
+    rows = {name: said for name, (_, said) in first.items() if name not in torn}
+    label_names = sorted({str(label) for label, _, _ in rows.values()}, key=_numbers_by_value)
     check_class_names(label_names, str(table))
     place = {name: c for c, name in enumerate(label_names)}
     groups = None
     if at["group"] is not None:
-        groups = [rest[2] for _, rest in first.values()]
-        notes.append(f"Groups, by the column {header[at['group']]}: {len(set(groups) - {None}):,}; none is parted "
+        groups = [group for _, _, group in rows.values()]
+        notes.append(f"Groups, by the column {read.header[at['group']]}: {len(set(groups) - {None}):,}; none is parted "
                      "between training and test.")
-    return Listing(root, f"{table.stem} (table)", list(first),
-                   np.array([place[str(rest[0])] for _, rest in first.values()], np.int64), tuple(label_names),
-                   [rest[1] for _, rest in first.values()], groups, tuple(notes),
-                   (Problem(f"rows of {table} cannot be used", tuple(f"{row}." for row in bad), "Mend them"),))
+    return Listing(
+        disk.root, f"{table.stem} (table)", list(rows),
+        np.array([place[str(label)] for label, _, _ in rows.values()], np.int64), tuple(label_names),
+        [split for _, split, _ in rows.values()], groups, tuple(notes),
+        (Problem(f"rows of {table} cannot be used", tuple(bad), "Mend them"),
+         Problem(f"pictures stand in rows of {table} that disagree", tuple(torn.values()), "Keep one row of each")))
 
 
-def _read_table(table: Path) -> tuple[list[str], list[tuple[int, list[str]]], list[str]]:
-    """The header, the rows with their line numbers, blank ones left out, and notes."""
-    notes = []
-    try:
-        content = table.expanduser().read_bytes()
-    except OSError as error:
-        raise DataError(f"the table {table} cannot be read: {error.strerror or error}.") from error
-    if content[:4] == b"PK\x03\x04":
-        raise DataError(f"{table} is a spreadsheet or an archive: save the sheet as CSV.")
-    try:
-        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("cp1252", errors="replace")
-        notes.append(f"{table.name} is not UTF-8; it was read as Windows-1252.")
-    if "\0" in text:
-        raise DataError(f"{table} is no text: expected a CSV table with the columns path and label.")
-    lines = text.splitlines(keepends=True)
-    start = next((line for line in lines if line.strip()), "")
-    delimiter = max(",;\t", key=start.count)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    try:
-        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except csv.Error as error:
-        raise DataError(f"{table}, line {reader.line_num}: {error}. Is a quotation mark not closed?") from error
-    if len(rows) < 2:
-        raise DataError(f"{table} holds no rows: expected a header with path and label, and a row a picture.")
-    return [cell.strip() for cell in rows[0][1]], rows[1:], notes
-
-
-def _find_column(meaning: str, asked: str | None, header: list[str], table: Path) -> int | None:
-    has = f"{table} has the columns {', '.join(header)}"
-    if asked is not None:
-        if asked not in header:
-            raise DataError(f"{has}; there is no {asked!r} for --{meaning}-column.")
-        return header.index(asked)
-    plain = [name.casefold().replace(" ", "_").replace("-", "_") for name in header]
-    found = [i for i, name in enumerate(plain) if name in COLUMN_NAMES[meaning]]
-    if len(found) > 1 and plain.count(meaning) == 1:
-        return plain.index(meaning)
-    if len(found) > 1:
-        raise DataError(f"{has}; {' and '.join(header[i] for i in found)} could each be the {meaning}: choose one with "
-                        f"--{meaning}-column.")
-    if not found and meaning in ("path", "label"):
-        raise DataError(f"{has}; the {meaning} column is missing: call it {meaning!r} or name it with "
-                        f"--{meaning}-column.")
-    return found[0] if found else None
-
-
-def _native(root: Path, path: str) -> str:
-    """The path as this system writes it, one spelling a file: tables made on Windows hold backslashes."""
-    if "\\" in path and not os.path.lexists(root / path):
-        path = path.replace("\\", "/")
-    return os.path.normpath(path)
-
-
-def _in_words(row: list[str | None]) -> str:
+def _in_words(row: tuple[str | None, ...]) -> str:
     label, split, group = row
     return f"{label}" + (f", {split}" if split else "") + (f", group {group}" if group else "")
 

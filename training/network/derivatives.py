@@ -89,7 +89,8 @@ class Compute:
         if not self.compiled:
             return _Body(module)
         if id(module) not in self._bodies:
-            self._bodies[id(module)] = torch.compile(_Body(module), dynamic=False)
+            self._bodies[id(module)] = torch.compile(  # drawing random numbers as the same pass uncompiled
+                _Body(module), dynamic=False, options={"fallback_random": True})
         return self._bodies[id(module)]
 
 

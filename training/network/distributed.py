@@ -97,6 +97,7 @@ class Processes:
         """What rank 0 has, in every process (anything that can be pickled)."""
         if self.count == 1:
             return value
+        self.wait()  # which may last, where one of them loads for long
         box = [value]
         with _told():
             dist.broadcast_object_list(box, 0, device=self.device)

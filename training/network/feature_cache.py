@@ -159,6 +159,9 @@ class FeatureCache:
         """Where the features of a set lie, and all that they depend on."""
         view = self.view.pretrained_cfg if kind == "test" else {
             **dataclasses.asdict(self.view), "views": self.views, "seed": self.seed}
+        view.pop("reading", None)
+        if kept := self.view.reading.to_dict():
+            view["reading"] = kept
         if self.view.crops == "shift":  # where it changes no pixel
             view.pop("reduced", None)
         identity = json.dumps({

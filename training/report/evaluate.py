@@ -6,9 +6,10 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import tyro
 from tqdm import tqdm
 
 import zoo
@@ -19,7 +20,9 @@ from training.report.metrics import Tally, results_table
 from training.report.page import page, write_text
 from training.report.sentences import summary
 from zoo.files import printable, same_text
+from zoo.pixels import LOCAL, Reading, Remarks
 from zoo.predictor import Predictor, Prior
+from zoo.tables import USUAL, Columns
 
 BATCH = 256  # logits that are kept at a time
 
@@ -35,6 +38,9 @@ def evaluate(
     per_class: bool = False,
     skip_bad: bool = False,
     leaf_folders: bool = False,
+    table: Path | None = None,
+    columns: Annotated[Columns, tyro.conf.arg(name="")] = USUAL,
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = LOCAL,
     out: Path | None = None,
     report: Path | None = None,
     predictions: Path | None = None,
@@ -46,8 +52,9 @@ def evaluate(
 
     Args:
         model: A name from `metasaug list`, or a model folder.
-        data: Folder of class folders, DATA/CLASS/picture.jpg; or a CSV table with a row a picture, its path from the
-            table's own folder and its label. Where either has splits, the pictures of test.
+        data: Folder of class folders, DATA/CLASS/picture.jpg; or a table (CSV, COCO JSON) with a row a picture, its
+            path from the table's own folder and its label. Where either has splits, the pictures of test.
+        table: The table, where --data is the folder that its paths start from.
         backend: ONNX Runtime, or torch.
         device: auto takes CUDA where there is one.
         precision: int8 is the quantised ONNX file, where the model has one; on the CPU.
@@ -65,7 +72,8 @@ def evaluate(
         if path is not None and path.is_dir():
             raise TrainingError(f"{path} is a folder: name a file to write.")
     predictor = zoo.load(model, backend=backend, device=device, precision=precision)
-    paths, labels = labelled_pictures(data, predictor, model, skip_bad, leaf_folders)
+    predictor.reading = reading.over(predictor.reading.to_dict())
+    paths, labels = labelled_pictures(data, predictor, model, skip_bad, leaf_folders, table, columns)
     results, rows = measure(predictor, paths, labels, prior, skip_bad)
     results = {"split": str(data), **({"prior": prior} if prior else {}), **results}
     print(results_table(results))
@@ -83,10 +91,12 @@ def evaluate(
 
 
 def labelled_pictures(
-    data: Path, predictor: Predictor, model: str, skip_bad: bool = False, leaf_folders: bool = False
+    data: Path, predictor: Predictor, model: str, skip_bad: bool = False, leaf_folders: bool = False,
+    table: Path | None = None, columns: Columns = USUAL,
 ) -> tuple[list[Path], np.ndarray]:
     """Paths of the pictures, and for each the place of its label among the model's classes. Raises DataError."""
-    listing = list_table(data) if data.is_file() else list_folder(data, leaf_folders=leaf_folders)
+    listing = (list_table(table, data, columns) if table else list_table(data, None, columns) if data.is_file()
+               else list_folder(data, leaf_folders=leaf_folders))
     notes = list(listing.notes)
     if listing.empty:
         notes.append(f"Class folders without pictures, which are not measured: {listed(listing.empty, ', ')}.")
@@ -129,7 +139,8 @@ def measure(
             logits.clear()
             places.clear()
 
-    each = predictor.predict_each(paths, top_k=1, prior=prior)
+    remarks = Remarks()
+    each = remarks.noted(predictor.predict_each(paths, top_k=1, prior=prior))
     for i, answer in enumerate(tqdm(each, total=len(paths), unit="picture", disable=None, dynamic_ncols=True)):
         label = predictor.labels[labels_N[i]]
         if answer.logits is None:
@@ -148,6 +159,7 @@ def measure(
             raise DataError(f"{len(bad)} of {len(paths)} pictures cannot be read (--skip-bad leaves them out):\n"
                             f"  {few}")
         print(f"left out, unreadable:\n  {few}")
+    print("\n".join(remarks.in_words(predictor.reading)), end="\n" if remarks.in_words(predictor.reading) else "")
     return tally.results(), rows
 
 

@@ -66,6 +66,7 @@ def write_model(model: Path, name: str, recipe: Recipe, data, state, results: di
             "schedule": schedule or schedule_in_words(recipe),
             "command": command or command_in_words(),
             "code_version": code_version(),
+            **({"reading": kept} if (kept := view.reading.to_dict()) else {}),
             "versions": {"python": platform.python_version(), "torch": torch.__version__.split("+")[0],
                          "numpy": version("numpy")},
             "hardware": hardware(next(state.module.parameters()).device, processes),

@@ -49,7 +49,8 @@ def view_of(recipe: Recipe, data: LongTailed) -> View:
     else:
         raise TrainingError("--input-size is needed: these pictures are of many sizes.")
     return View(size, recipe.mean or data.mean, recipe.std or data.std, recipe.crop_mode, recipe.crop_pct,
-                recipe.crops, recipe.flips, recipe.color_jitter, recipe.interpolation, recipe.crop_area)
+                recipe.crops, recipe.flips, recipe.color_jitter, recipe.interpolation, recipe.crop_area,
+                reading=data.reading)
 
 
 def make_stages(
