@@ -378,7 +378,7 @@ def _without_warnings() -> Iterator[None]:
     global _decoding, _before
     with _quiet:
         if _decoding == 0:
-            _before = warnings.filters[:]
+            _before = list(warnings.filters)
             warnings.filterwarnings("ignore", module=r"PIL\.")
         _decoding += 1
     try:
@@ -387,7 +387,7 @@ def _without_warnings() -> Iterator[None]:
         with _quiet:
             _decoding -= 1
             if _decoding == 0:
-                warnings.filters[:] = _before
+                warnings.filters[:] = _before  # type: ignore[index]
                 warnings._filters_mutated()  # type: ignore[attr-defined]
 
 

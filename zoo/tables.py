@@ -157,7 +157,8 @@ def _coco(path: Path, text: str, notes: list[str], group: str | None) -> Table:
             lost += of is None or name is None
             if of is not None and name is not None:
                 of[name] = None
-        keys = [key for key in (group, "location", "seq_id") if any(key in image for image in parts["images"])][:1]
+        usual = [group] if group else ["location", "seq_id"]
+        keys = [key for key in usual if any(key in image for image in parts["images"])][:1]
         rows = [(f"image {image['id']}", [str(image["file_name"]), label, *(str(image.get(key, "")) for key in keys)])
                 for image in parts["images"] for label in labels[image["id"]] or [""]]
     except (AttributeError, KeyError, TypeError) as error:
@@ -168,7 +169,7 @@ def _coco(path: Path, text: str, notes: list[str], group: str | None) -> Table:
         notes.append(f"{path.name}: {lost:,} annotations are of images or categories that it does not list.")
     if keys and group is None:
         notes.append(f"{path.name}: pictures are grouped by {keys[0]} (--group-column for another).")
-    return Table(path, ["path", "label", *(key if group else "group" for key in keys)], rows, notes)
+    return Table(path, ["path", "label", *[group or "group"] * len(keys)], rows, notes)
 
 
 # ---- the files that it names ----

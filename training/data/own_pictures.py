@@ -224,7 +224,7 @@ def _without_torn_groups(
         "group ids stand in more than one split, and pictures of one group are too alike to test on",
         tuple(f"{group} ({', '.join(sorted(seen[group]))})." for group in sorted(torn)),
         "Give each group one split, remove the split column (the groups are then cut whole)")], rule.skip_bad)
-    return np.array([split if torn.get(group, split) == split else "left out"
+    return np.array([split if group is None or torn.get(group, split) == split else "left out"
                      for group, split in zip(listing.groups or [None] * len(splits), splits.tolist(), strict=True)])
 
 

@@ -80,10 +80,10 @@ def evaluate(
     print("\n" + "\n".join(summary(predictor.folder.config, results)))
     if per_class:
         print(per_class_table(results))
-    table = io.StringIO()
-    csv.writer(table).writerows([["path", "label", "answer", "probability", "error"], *rows])
+    written = io.StringIO()
+    csv.writer(written).writerows([["path", "label", "answer", "probability", "error"], *rows])
     for path, text in ((out, lambda: json.dumps(results, indent=1) + "\n"),
-                       (report, lambda: page(predictor.folder.config, results)), (predictions, table.getvalue)):
+                       (report, lambda: page(predictor.folder.config, results)), (predictions, written.getvalue)):
         if path is not None:
             write_text(path, text())
             print(f"{path} written")
