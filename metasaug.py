@@ -7,25 +7,29 @@ from typing import NamedTuple
 
 
 class Command(NamedTuple):
+    group: str
     function: str  # "module:name"; its docstring and annotations are the command's help and flags
     summary: str
-    then: str | None = None  # "module:name", called with what the function returned
+    then: str | None = None  # "module:name", called with the function's result
+    help: str | None = None  # "module:name", called with the arguments; by default tyro's help
 
 
+USE, TRAIN, SHARE = "Use a model", "Train a model", "Share models"
 COMMANDS = {
-    "demo": Command("app:demo", "the Gradio app, on the bundled models"),
-    "list": Command("zoo.command_line:list_table", "the models: data, weights, errors"),
-    "info": Command("zoo.command_line:info", "the card of a model"),
-    "predict": Command("zoo.command_line:predict", "classify pictures"),
-    "evaluate": Command("training.report.evaluate:evaluate",
+    "demo": Command(USE, "app:demo", "try models in the browser, on examples or your own pictures"),
+    "list": Command(USE, "zoo.command_line:list_table", "list the models: data, weights, test error"),
+    "info": Command(USE, "zoo.command_line:info", "show a model's card"),
+    "predict": Command(USE, "zoo.command_line:predict", "classify pictures, folders and zip files"),
+    "evaluate": Command(USE, "training.report.evaluate:evaluate",
                         "measure a model on labelled pictures, per group and class"),
-    "data check": Command("training.data.check:check", "look at a data set before training: faults, cuts, the tail"),
-    "train": Command("training.command_line:train", "train on a benchmark; ends in a model folder",
-                     then="export.command_line:finish"),
-    "import": Command("export.authors_files:import_file", "a model folder from a checkpoint that its authors released"),
-    "export": Command("export.command_line:export", "ONNX beside the weights of a model folder"),
-    "publish": Command("export.publish:publish", "a model folder to the Hugging Face Hub"),
-    "release": Command("export.release:release", "train, measure, export and publish every cell that is not out yet"),
+    "data check": Command(TRAIN, "training.data.check:check",
+                          "check your data before training: bad files, class counts, splits, cost"),
+    "train": Command(TRAIN, "training.command_line:train", "train on your own pictures or on a benchmark",
+                     then="export.command_line:finish", help="training.help:help_of"),
+    "import": Command(SHARE, "export.authors_files:import_file", "make a model folder from the authors' checkpoint"),
+    "export": Command(SHARE, "export.command_line:export", "write ONNX beside the weights of a model folder"),
+    "publish": Command(SHARE, "export.publish:publish", "upload a model folder to the Hugging Face Hub"),
+    "release": Command(SHARE, "export.release:release", "train, measure, export and publish the zoo's missing models"),
 }
 
 # What each missing library belongs to.
@@ -34,7 +38,7 @@ EXTRAS = {"torch": "train", "torchvision": "train", "onnx": "train", "onnxscript
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0 done, 2 an error told in one message, 130, 143 and 129 stopped."""
+    """Run one command. Exit code 0: done; 2: an error, explained in one message; 130, 143 and 129: stopped."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name = " ".join(arguments[:words]) or "--help"
@@ -77,11 +81,14 @@ def _call(name: str, arguments: list[str]) -> int:
     import tyro
 
     command = COMMANDS[name]
+    if command.help is not None and {"-h", "--help"} & set(arguments):
+        print(_found(command.help)(arguments))
+        return 0
     try:
         result = tyro.cli(_found(command.function), prog=f"metasaug {name}", args=arguments)
     except Exception as error:
         if command.then is not None and (left := getattr(error, "model", None)) is not None:
-            _found(command.then)(left)  # a run that was stopped, with a model of before
+            _found(command.then)(left)  # the run was stopped, and has saved a model before
         raise
     if command.then is not None:
         _found(command.then)(result)
@@ -95,9 +102,11 @@ def _found(where: str):
 
 
 def overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: metasaug COMMAND [flags]      metasaug COMMAND --help", "", *lines])
+    lines = ["usage: metasaug COMMAND [flags]      metasaug COMMAND --help"]
+    for group in (USE, TRAIN, SHARE):
+        lines += ["", f"{group}:", *(f"  {name:<10}  {command.summary}" for name, command in COMMANDS.items()
+                                     if command.group == group)]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

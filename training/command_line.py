@@ -33,57 +33,67 @@ from training.run.run_folder import alone_in, write_model
 from zoo.machine import cores
 from zoo.tables import USUAL, Columns
 
+if TYPE_CHECKING:
+    from training.network.distributed import Processes
+
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where from, where to, on what. None of it changes the weights."""
+    """Where the pictures are, where the run goes, and the device. Nothing here changes the weights."""
 
     data: Annotated[Path | None, tyro.conf.arg(aliases=["--root"])] = None
-    """Folder of the pictures; without it ./data, and the error says which layout is expected."""
+    """Folder of the pictures. Benchmarks look into ./data by default."""
 
     out: Path | None = None
-    """Run folder; without it runs/NAME, the name made from the recipe."""
+    """Run folder. By default runs/NAME, named after the data set and the flags."""
 
     name: str | None = None
-    """What the model is called in its card; without it the name made from the recipe."""
+    """Name of the model in its card. By default made from the data set and the flags."""
 
     resume: bool = False
-    """Go on from the newest good checkpoint in the run folder (from the start where there is none)."""
+    """Continue from the newest good checkpoint in the run folder, or start if there is none."""
 
     stage1: Path | None = None
-    """Run folder (or checkpoint file) whose stage 1 is to be used; its recipe must agree up to there."""
+    """Run folder or checkpoint file whose stage 1 this run reuses. The flags of stage 1 must be the same."""
 
     features: Path | None = None
-    """Folder of the features that --cache-features keeps, which several runs may share; without it RUN/features."""
+    """Folder for the features of --cache-features; several runs may share it. By default RUN/features."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: cuda where there is one, else cpu."""
+    """Device to train on. auto: cuda if there is one, else cpu."""
 
     evaluate_every: int = 10
-    """Epochs between looks at the test set for the log; the result is always that of the last epoch."""
+    """Epochs between test errors in the log. The result is always that of the last epoch."""
 
     save_minutes: float = 10
-    """Minutes between checkpoints within an epoch; 0: only at the end of each epoch. SIGINT (exit code 130), SIGTERM
+    """Minutes between checkpoints within an epoch. 0: at the end of each epoch only. Ctrl-C (exit code 130), SIGTERM
     (143) and SIGHUP (129) save at once."""
 
     tensorboard: bool = False
-    """Keep the log in RUN/tensorboard as well, for `tensorboard --logdir runs`."""
+    """Also write the log to RUN/tensorboard, for `tensorboard --logdir runs`."""
 
     deterministic: bool = True
-    """On CUDA: only kernels that give the same bits each time. Without, it may be faster, and a resumed run differs in
-    the last bits from an undisturbed one."""
+    """On CUDA, use only kernels that give the same bits every time. With --no-deterministic a run may be faster, but a
+    resumed run may differ in the last bits."""
 
     workers: int | None = None
-    """Processes that decode pictures which do not fit into memory; without it one for each core that is ours."""
+    """Processes that decode pictures, if these do not fit into memory. By default one per core."""
 
     dry_run: bool = False
-    """Print the resolved recipe and the data's counts, train nothing."""
+    """Print the chosen flags and the class counts, and stop."""
 
     def __post_init__(self):
         for flag, least in (("evaluate_every", 1), ("save_minutes", 0), ("workers", 0)):
             value = getattr(self, flag)
             if value is not None and not least <= value < math.inf:
                 raise TrainingError(f"--{flag.replace('_', '-')} {value}: must be a number from {least} up.")
+
+    def of_the_loop(self) -> dict[str, Any]:
+        """As options of training.run.loop.run."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine
+        return {"evaluate_every": self.evaluate_every, "save_minutes": self.save_minutes,
+                "workers": max(1, cores() // here) if self.workers is None else self.workers,
+                "tensorboard": self.tensorboard, "deterministic": self.deterministic, "features": self.features}
 
 
 Options = Annotated[RunOptions, tyro.conf.arg(name="")]
@@ -109,7 +119,7 @@ class Job(Generic[R]):
 @dataclass(frozen=True)
 class TrainCifar(Job[C]):
     download: bool = False
-    """Fetch the original data set into --data first."""
+    """Download the original data set into --data first."""
 
     def load(self, look: bool | None = None) -> LongTailed:
         from training.data.cifar import load_cifar
@@ -122,7 +132,7 @@ class TrainCifar(Job[C]):
 @dataclass(frozen=True)
 class TrainLargeSet(Job[L]):
     lists: Path | None = None
-    """Folder of the list or JSON files, where they are not in --data."""
+    """Folder of the list or JSON files. By default --data."""
 
     def load(self, look: bool | None = None) -> LongTailed:
         from training.data.imagenet_inat import load_imagenet_lt, load_inat
@@ -136,10 +146,10 @@ class TrainLargeSet(Job[L]):
 @dataclass(frozen=True)
 class TrainFolder(Job[Folder]):
     test: Path | None = None
-    """Class folders of a test set; without it DATA/test beside DATA/train, or a part of each class."""
+    """Class folders of a test set. By default DATA/test, or a part of each class."""
 
     meta: Path | None = None
-    """Class folders of a meta set; without it DATA/meta or DATA/val, or a part of each class."""
+    """Class folders of a meta set. By default DATA/meta or DATA/val, or a part of each class."""
 
     leaf_folders: bool = False
     """Make every folder that pictures lie in a class, at any depth (order/species/picture.jpg). By default only the
@@ -149,8 +159,7 @@ class TrainFolder(Job[Folder]):
         from training.data.own_pictures import load_folder
 
         if self.options.data is None:
-            raise TrainingError("Where are the pictures? --data DIR, where DIR holds a folder of pictures for each "
-                                "class.")
+            raise TrainingError("Where are the pictures? Give --data DIR, with a folder of pictures per class in DIR.")
         return load_folder(self.options.data, test=self.test, meta=self.meta, look=look is not False,
                            leaf_folders=self.leaf_folders, **_cutting(self.recipe))
 
@@ -158,9 +167,8 @@ class TrainFolder(Job[Folder]):
 @dataclass(frozen=True)
 class TrainTable(Job[Table]):
     table: Path | None = None
-    """The table, where --data is the folder that its paths start from; else --data is the table itself. A row a
-    picture: path and label and, where you have them, split (train, val, test, meta) and group
-    (an animal, a track, a camera: what must not be parted)."""
+    """CSV file with one row per picture: path, label and, if you have them, split (train, val, test, meta) and group
+    (an animal, a track, a camera). Its paths are relative to --data, or to the table."""
 
     columns: Annotated[Columns, tyro.conf.arg(name="")] = USUAL
 
@@ -169,7 +177,7 @@ class TrainTable(Job[Table]):
 
         table, root = (self.table, self.options.data) if self.table else (self.options.data, None)
         if table is None:
-            raise TrainingError("Which table? --data TABLE.csv, with the columns path and label.")
+            raise TrainingError("Which table? Give --table TABLE.csv, with the columns path and label.")
         return load_table(table, root, columns=self.columns, look=look is not False, **_cutting(self.recipe))
 
 
@@ -230,28 +238,34 @@ def _train(job: Job, processes) -> Path | None:
         print(json.dumps({**recipe.to_dict(), "run": str(folder), "class_counts": counts}, indent=1))
         return None
 
-    from training.run import loop, stages
+    from training.run.stages import check
 
-    stages.check(recipe, data)
+    check(recipe, data)
     print(f"{run_name(job.recipe)} on {processes.device}"
           + (f" and {processes.count - 1} more" if processes.count > 1 else "") + f", into {folder}")
     with alone_in(folder) if processes.first else nullcontext():
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine
-        workers = max(1, cores() // here) if options.workers is None else options.workers
-        how: dict[str, Any] = {
-            "resume": options.resume, "stage1": options.stage1, "processes": processes,
-            "evaluate_every": options.evaluate_every, "save_minutes": options.save_minutes, "workers": workers,
-            "tensorboard": options.tensorboard, "deterministic": options.deterministic, "features": options.features}
-        model, name = folder / "model", options.name or run_name(job.recipe)
-        if isinstance(recipe, OwnPictures) and recipe.starts_pretrained and processes.count == 1:
-            from training.run.own_pictures_run import OwnPicturesRun
+        return run_to_model(recipe, data, folder, options.name or run_name(job.recipe), processes,
+                            resume=options.resume, stage1=options.stage1, **options.of_the_loop())
 
-            results = OwnPicturesRun(recipe, data, folder, processes.device, name, how).train()
-        else:
-            state, results = loop.run(recipe, data, folder, processes.device, **how)
-            if not processes.first:
-                return None
-            write_model(model, name, recipe, stages.data_of_stage(recipe, data, 2), state, results, processes.count)
+
+def run_to_model(recipe: Recipe, data: LongTailed, folder: Path, name: str, processes: "Processes",
+                 **how: Any) -> Path | None:
+    """Train in the run folder, write the model folder and the report there; None except in the first process.
+
+    how   arguments of training.run.loop.run
+    """
+    from training.run import loop, stages
+
+    model, how = folder / "model", {**how, "processes": processes}
+    if isinstance(recipe, OwnPictures) and recipe.starts_pretrained and processes.count == 1:
+        from training.run.own_pictures_run import OwnPicturesRun
+
+        results = OwnPicturesRun(recipe, data, folder, processes.device, name, how).train()
+    else:
+        state, results = loop.run(recipe, data, folder, processes.device, **how)
+        if not processes.first:
+            return None
+        write_model(model, name, recipe, stages.data_of_stage(recipe, data, 2), state, results, processes.count)
     print(results_table(results))
     print(report_of_run(folder, results))
     return model

@@ -1,7 +1,7 @@
-"""One frozen dataclass per benchmark; its fields are the flags of `metasaug train`.
+"""Every flag of a training, with its default: one frozen dataclass per data set.
 
-Defaults are the paper's (MetaSAug, CVPR 2021) as its released code runs them; what the paper does not state is in
-docs/method.md. What each expects is stated for the paper's hardware, what we ran ourselves in the README.
+A field's docstring is the flag's help text (training/help.py groups them). Defaults are those of the authors' released
+code; docs/method.md lists what the paper leaves open.
 """
 
 import dataclasses
@@ -34,120 +34,121 @@ RANGES = {"beta": (0, 1 - 1e-9), "strength": (0, 1e6), "meta_rate": (0, 1e6), "l
 
 
 def without_place(source: str) -> str:
-    """Of a path its last name, which says nothing of whose folder it lay in; a name of a library or the Hub whole."""
+    """A path's last part, without the user's folders; names of torchvision, timm and the Hub stay whole."""
     return source if source.startswith(("torchvision:", "timm:", "hf:")) else PurePath(source).name
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the weights that come out, and nothing else: same recipe, same seed, same data, same weights."""
+    """Everything that decides the trained weights, and nothing else: same recipe, seed and data give same weights."""
 
     dataset: ClassVar[str] = ""
     CHOSEN: ClassVar[tuple[str, ...]] = ()
-    """Flags that may be left open, as 0, auto or nothing, to be chosen from the pictures (training.run.defaults)."""
+    """Flags that may be left at 0, auto or None: training.run.defaults chooses them from the pictures."""
 
     architecture: str = "resnet32"
-    """Network: resnet32 (for CIFAR), resnet10, resnet18, resnet34, resnet50, resnext50_32x4d … (NAME-small: for
-    pictures of up to 96 pixels), torchvision:NAME, timm:NAME."""
+    """Network: resnet32 (made for CIFAR), resnet10, resnet18, resnet34, resnet50, resnext50_32x4d, torchvision:NAME or
+    timm:NAME. Take resnet18-small and the like for pictures up to 96 pixels."""
 
     pretrained: str | None = None
-    """Start weights: torchvision:NAME, timm:NAME, a model of the zoo, a model folder, a .safetensors or .pth file.
-    Tensors of another shape, as the last layer of other classes, start fresh."""
+    """Start weights for the whole network: torchvision:NAME, timm:NAME, a model of the zoo, a model folder, or a
+    .safetensors or .pth file. Tensors whose shape does not fit, such as the last layer, start fresh."""
 
     backbone: str | None = None
-    """A ready network of which only the last layer is trained: torchvision:NAME and timm:NAME with their own weights, a
-    model of the zoo, a model folder, or a file (torchvision's, timm's, a stage 1 of classifier-balancing). It brings
-    --architecture and how pictures are shown, and a last layer where its classes are these."""
+    """Ready network, used as a feature extractor: only a last layer is trained. torchvision:NAME or timm:NAME with
+    their pretrained weights, a model of the zoo, a model folder, or a weights file of torchvision, timm or
+    classifier-balancing. It also sets --architecture and how pictures are resized and normalised."""
 
     last_layer: Literal["auto", "fresh", "ready"] = "auto"
-    """With --backbone. ready: go on with its own last layer, in stage 2 alone; fresh: stage 1 trains a new one; auto:
-    ready where its classes are these."""
+    """With --backbone. ready: keep the last layer it has, and run stage 2 only; fresh: train a new one in stage 1;
+    auto: ready if its classes are your classes."""
 
     cache_features: int = 0
-    """Compute the features of so many views of each picture once, where only the last layer is trained: every epoch is
-    then matrix products. 0: off, a new view an epoch. Disk: views x pictures x features x 2 bytes."""
+    """Compute features once, for this many random views of each picture, then train the last layer on them: epochs
+    take seconds. 0: a new view every epoch. Disk space: views x pictures x features x 2 bytes."""
 
     loss: Loss = "ce"
-    """Loss; ldam: margins only, as the authors use it; ldam-published: the LDAM paper's own."""
+    """Loss. ce: cross entropy; focal: focal loss; ldam: margins only, as in MetaSAug's code; ldam-published: as in the
+    LDAM paper, with a cosine classifier; balanced-softmax and logit-adjustment: add the log of the class prior."""
 
     stage1_loss: Literal["auto", "ce", "same"] = "auto"
-    """Loss of stage 1. ce: plain cross entropy, as the authors' code has with every loss; same: --loss; auto: ce
-    with an augmentation, same otherwise. (ldam-published has its own in both.)"""
+    """Loss of stage 1. ce: cross entropy, as in the authors' code; same: as --loss; auto: ce if --augment is on, else
+    same. ldam-published uses its own loss in both stages."""
 
     augment: Augment = "metasaug"
-    """Stage 2: none, isda (covariances as estimated), metasaug (covariances learned on the meta set) or heldout
-    (covariances measured on the meta set, about the training means)."""
+    """Augmentation of features in stage 2. none; isda: with class covariances of the training features; metasaug (the
+    paper's): with covariances learned on the meta set; heldout: with covariances measured on the meta set."""
 
     class_weights: Literal["auto", "none", "balanced"] = "auto"
-    """Weights of classes in stage 2. balanced: by effective number of pictures; auto: balanced with an
-    augmentation, none otherwise. Balanced without augmentation is deferred re-weighting (DRW)."""
+    """Class weights in stage 2. balanced: by the effective number of pictures (--beta); auto: balanced if --augment
+    is on, else none. balanced with --augment none is deferred re-weighting (DRW)."""
 
     beta: float = 0.9999
-    """Effective number: a class of n pictures counts as (1 - beta^n) / (1 - beta)."""
+    """Class weights: a class of n pictures has the effective number (1 - beta^n) / (1 - beta)."""
 
     covariance: Literal["full", "diagonal"] = "full"
-    """Form of the class covariances: (A, A) a class, or only the variances."""
+    """Class covariances. full: a matrix per class; diagonal: variances only, which needs far less memory."""
 
     lookahead: Literal["classifier", "network"] = "classifier"
-    """How far the meta step looks ahead: through the last layer only, or through the whole network (the
-    paper's, about 3 times the time of a stage-2 step)."""
+    """Which weights the meta step updates virtually. classifier: the last layer, fast; network: all of them, as in the
+    paper, about 3 times as slow."""
 
     fidelity: Literal["fixed", "reference"] = "fixed"
-    """reference: with the quirks of the authors' code (a learned covariance lives for one step)."""
+    """fixed: with our corrections (docs/method.md); reference: as in the authors' code, where a learned covariance
+    lasts for one step only."""
 
     strength: float = 0.75
-    """Lambda of the augmentation at the last epoch; at epoch e it is lambda * e / epochs."""
+    """Strength of the augmentation (lambda) at the last epoch. At epoch e it is lambda * e / epochs."""
 
     meta_rate: float = 0.1
-    """Eta, the step size of the learned covariance."""
+    """Step size of the learned covariances (eta)."""
 
     meta_per_class: int = 10
-    """Pictures a class for the meta set, taken out before the long tail is cut."""
+    """Pictures per class in the meta set, taken out before the long tail is cut."""
 
     meta_in_training: Literal["never", "stage2", "always"] = "never"
-    """Train on the meta pictures as well: the fair control for methods that need none. stage2: in stage 2 only,
-    which is when MetaSAug sees them. With heldout all but a fifth of them, which it then measures on."""
+    """Also train on the meta pictures. stage2: in stage 2 only, when MetaSAug sees them too; always: in both stages,
+    the fair comparison for methods without a meta set. heldout keeps a fifth of them to measure on."""
 
     gamma: float = 1.0
-    """Focal loss: the exponent."""
+    """Focal loss: exponent."""
 
     max_margin: float = 0.5
-    """LDAM: the margin of the rarest class."""
+    """LDAM: margin of the rarest class."""
 
     scale: float = 30.0
-    """LDAM as published: the scale s of the normalised logits."""
+    """ldam-published: scale of the cosine classifier's logits."""
 
     tau: float = 1.0
-    """Logit adjustment: weight of the log prior."""
+    """Logit adjustment: weight of the log prior. 1 is balanced softmax."""
 
     epochs: int = 200
-    """Length of the run. The schedule scales with it: stage 2 and the first drop at 80 %, the second at 90 %."""
+    """Length of the run. The schedule scales with it: stage 2 starts at 80 %."""
 
     batch_size: int = 100
-    """Pictures a step."""
+    """Pictures per step."""
 
     lr: float = 0.1
-    """Learning rate before the drops (SGD with Nesterov momentum)."""
+    """Learning rate at the start (SGD with Nesterov momentum)."""
 
     lr_drop: float = 0.01
-    """Factor of each of the two drops."""
+    """Factor of each of the two learning rate drops."""
 
     schedule: Schedule = "steps"
-    """steps: a drop at the start of stage 2 and one in its middle; cosine: stage 1 falls to 0 along half a cosine,
-    stage 2 is at one rate; one-cycle: at each step, up for the first tenth of the run, then along half a cosine to 0
-    at its end, whatever the stage."""
+    """Learning rate over time. steps: a drop at the start of stage 2 and one in its middle; cosine: falls to 0 in
+    stage 1, constant in stage 2; one-cycle: rises for a tenth of the run, then falls to 0 along a cosine."""
 
     stage2_epochs: int | None = None
-    """Epochs of stage 2, the last ones of the run; without it the last fifth."""
+    """Epochs of stage 2, the last ones of the run. By default a fifth of --epochs."""
 
     stage2_lr: float | None = None
-    """Learning rate of stage 2; without it --lr times --lr-drop."""
+    """Learning rate of stage 2. By default --lr times --lr-drop."""
 
     stage2_batch_size: int | None = None
-    """Pictures a step in stage 2, and in the meta set's batches; without it --batch-size."""
+    """Pictures per step in stage 2, and per meta batch. By default --batch-size."""
 
     stage2_trains: Literal["network", "classifier"] = "network"
-    """classifier: stage 2 leaves all but the last layer as stage 1 made it (the paper's setting for large sets)."""
+    """What stage 2 trains. network: all weights; classifier: the last layer only, as the paper does on large sets."""
 
     momentum: float = 0.9
     """Momentum of SGD."""
@@ -156,53 +157,54 @@ class Recipe:
     """Weight decay of SGD."""
 
     input_size: int | None = None
-    """Height and width of the network's input; without it the pictures' own (CIFAR)."""
+    """Height and width of the network's input, in pixels. By default those of the pictures."""
 
     mean: tuple[float, float, float] | None = None
-    """Of each channel, in [0, 1], taken off the pictures; without it the --backbone's, or else the data's."""
+    """Per-channel mean in [0, 1], subtracted from the input. By default the start network's, or the data's."""
 
     std: tuple[float, float, float] | None = None
-    """Of each channel, which the pictures are divided by; without it the --backbone's, or else the data's."""
+    """Per-channel standard deviation that divides the input. By default the start network's, or the data's."""
 
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """How pictures are resized."""
+    """Filter that resizes pictures."""
 
     crop_mode: CropMode = "center"
-    """How a picture comes to that size. center: shorter side resized, centre crop; squash: both sides resized,
-    whatever the shape; border: the longer side resized, the rest filled. The model folder keeps it."""
+    """How test pictures become square. center: resize the shorter side, crop the centre; squash: resize both sides,
+    which distorts; border: resize the longer side, fill the rest. Stored with the model."""
 
     crop_pct: float = 1.0
-    """center: the crop's share of the shorter side; 0.875 is 224 of 256."""
+    """Side of the centre crop as a share of the picture's shorter side; 0.875 is 224 of 256 pixels."""
 
     crops: Crops = "shift"
-    """Training pictures. shift: moved by up to an eighth at random (the CIFAR papers'); resized: a random part,
-    resized (ImageNet's)."""
+    """Random crops of training pictures. shift: move by up to an eighth, usual for CIFAR; resized: cut a random part
+    and resize it, usual for ImageNet."""
 
     crop_area: float = 0.08
-    """Smallest share of a picture that --crops resized takes. 0.08 is ImageNet's; more for short runs."""
+    """--crops resized: smallest share of the picture's area. 0.08 is usual for ImageNet; use more in short runs."""
 
     flips: Flips = "mirror"
-    """Training pictures at random mirrored; all: upside down and turned by a quarter too, for things that have no
-    up; none: left as they are."""
+    """Random flips of training pictures. mirror: left and right; all: also upside down and quarter turns, for
+    pictures without an up; none: no flips, for writing and the like."""
 
     color_jitter: float = 0.0
-    """Training pictures' brightness, contrast and saturation times 1 plus or minus this (--crops resized)."""
+    """--crops resized: random factor, 1 plus or minus this, on brightness, contrast and saturation."""
 
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the backbone in training, by torch's autocast; the last layer, and all of it in tests, in float32."""
+    """Number format of the backbone in training (torch autocast). bfloat16 and float16 save time and memory on a GPU.
+    The last layer and the test always use float32."""
 
     accumulate: int = 1
-    """Parts in which a step's pictures follow each other where they do not fit into memory at once: a forward pass
-    more, and batch norm sees a part."""
+    """Split each step into this many parts if it does not fit into memory. Slower, and batch norm sees smaller
+    batches."""
 
     compile: bool = False
-    """torch.compile the backbone: minutes at the start, faster steps on a GPU."""
+    """Compile the backbone with torch.compile: minutes at the start, then faster steps on a GPU."""
 
     seed: int = 0
-    """Start weights, order and augmentation."""
+    """Seed of the start weights, the order of pictures and the augmentation."""
 
     subset_seed: int = 0
-    """Which pictures make the long tail and the meta set."""
+    """Seed that picks the pictures of the long tail, the meta set and the test set."""
 
     def __post_init__(self):
         for flag, value in vars(self).items():
@@ -223,25 +225,24 @@ class Recipe:
         if self.input_size is not None and not self.input_size <= 4096:
             raise TrainingError(f"--input-size {self.input_size}: at most 4096.")
         if self.stage2_epochs is not None and self.epochs and self.stage2_epochs > self.epochs:
-            raise TrainingError(f"--stage2-epochs {self.stage2_epochs}: they are among the {self.epochs} of --epochs, "
-                                "so at most as many.")
+            raise TrainingError(f"--stage2-epochs {self.stage2_epochs}: must be at most --epochs, {self.epochs}.")
         if self.backbone is not None and self.pretrained is not None:
-            raise TrainingError("--backbone is a ready network that is not trained, --pretrained one to train on: name "
-                                "one of them.")
+            raise TrainingError("Give --pretrained, which trains the whole network, or --backbone, which trains only "
+                                "the last layer, not both.")
         if self.last_layer == "ready" and self.backbone is None:
-            raise TrainingError("--last-layer ready goes with --backbone.")
+            raise TrainingError("--last-layer ready needs --backbone.")
         if self.cache_features < 0:
-            raise TrainingError(f"--cache-features {self.cache_features}: a number of views, or 0 for none.")
+            raise TrainingError(f"--cache-features {self.cache_features}: must be a number of views, or 0.")
         if self.cache_features and not self.stands_still(in_stage2=True):
-            raise TrainingError("--cache-features: features are computed once where the backbone stands still, which "
-                                "it does with --stage2-trains classifier or with a ready --backbone.")
+            raise TrainingError("--cache-features needs a backbone that is not trained: add --backbone or "
+                                "--stage2-trains classifier.")
         for flag in ("mean", "std"):
             if (values := getattr(self, flag)) is not None and not all(0 <= value <= 1 for value in values):
-                raise TrainingError(f"--{flag} {' '.join(map(str, values))}: of pictures in [0, 1]: each from 0 to 1.")
+                raise TrainingError(f"--{flag} {' '.join(map(str, values))}: each must be from 0 to 1.")
         if self.std is not None and min(self.std) < 1e-3:
-            raise TrainingError("--std: each at least 0.001.")
+            raise TrainingError(f"--std {' '.join(map(str, self.std))}: each must be at least 0.001.")
         if self.color_jitter and self.crops == "shift":
-            raise TrainingError("--color-jitter goes with --crops resized.")
+            raise TrainingError("--color-jitter needs --crops resized.")
 
     def stands_still(self, in_stage2: bool) -> bool:
         """Whether only the last layer is trained: all else is in eval mode, and its features may be cached."""
@@ -296,9 +297,8 @@ class Recipe:
     def implicit_prior(self, class_counts: Sequence[int]) -> list[float]:
         """The class frequencies that the network's probabilities assume; they sum to 1.
 
-        A softmax learns p(x|y) n_y w_y, with n_y pictures that weigh w_y each. Logit adjustment adds tau log n_y to
-        the logits in training, which leaves n_y^(1 - tau) of it; balanced softmax is its tau = 1. What margins and
-        the focal loss do is not a prior, and is not in it.
+        A softmax learns p(x|y) n_y w_y, for n_y pictures of weight w_y. Logit adjustment adds tau log n_y to the logits
+        in training, which leaves n_y^(1 - tau). Margins and the focal loss do not change the prior.
         """
         n_C = np.asarray(class_counts, np.float64)
         tau = {"balanced-softmax": 1.0, "logit-adjustment": self.tau}.get(self.loss, 0.0)
@@ -338,16 +338,16 @@ class Recipe:
 
     @classmethod
     def completed(cls, saved: dict) -> dict:
-        """What an earlier version saved by `to_dict`: a flag that it did not know counts as its default."""
+        """The dict that an earlier version saved with `to_dict`, with defaults for flags that it did not know."""
         return cls().to_dict() | saved
 
     @classmethod
     def completed_key(cls, saved: str) -> dict:
-        """The same for a `stage1_key`."""
+        """The same for the string of `stage1_key`."""
         return json.loads(cls().stage1_key()) | json.loads(saved)
 
     def to_dict(self) -> dict:
-        """Everything, where weights come from by its last name only: nobody's folders go into a model folder."""
+        """All flags; of paths to weights only the last part, so that a model folder never names the user's folders."""
         flags = dataclasses.asdict(self)
         for flag in ("pretrained", "backbone"):
             if flags[flag] is not None:
@@ -357,31 +357,29 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Cifar10LT(Recipe):
-    """CIFAR-10-LT: 10 classes, 4990 pictures in the largest, 4990 / IMBALANCE in the smallest.
+    """CIFAR-10-LT: 10 classes, 4,990 pictures in the largest, 4,990 / IMBALANCE in the smallest.
 
-    Expected: % error at imbalance 200, 100, 50, 20, 10, on the original pictures (the paper, ResNet-32, 200 epochs,
-    best test epoch): --loss ce 23.11, 19.46, 15.97, 12.36, 10.56; --loss ldam 22.65, 19.34, 15.66, 11.90, 10.32.
-    Cost: 124 steps an epoch at imbalance 100; about 18 s an epoch on 2 fast CPU cores, an hour for 200 epochs; minutes
-    on a GPU.
+    Expected: % error in the paper (ResNet-32, 200 epochs, best test epoch, original pictures) at imbalance 200, 100,
+    50, 20, 10. --loss ce: 23.11, 19.46, 15.97, 12.36, 10.56. --loss ldam: 22.65, 19.34, 15.66, 11.90, 10.32.
+    Cost: about 18 s an epoch at imbalance 100 on 2 fast CPU cores, an hour for 200 epochs; minutes on a GPU.
     """
 
     dataset: ClassVar[str] = "cifar10-lt"
 
     imbalance: float = 100
-    """Largest class / smallest class. The paper: 10, 20, 50, 100, 200; 1 is the balanced set."""
+    """Pictures in the largest class / pictures in the smallest. The paper uses 10, 20, 50, 100, 200; 1 is balanced."""
 
     subset: Literal["seeded", "authors"] = "seeded"
-    """authors: the very pictures that the paper's code draws; seeded: drawn by --subset-seed, without copies."""
+    """Which pictures. seeded: drawn by --subset-seed; authors: exactly those that the authors' code draws."""
 
 
 @dataclass(frozen=True)
 class Cifar100LT(Cifar10LT):
     """CIFAR-100-LT: 100 classes, 490 pictures in the largest, 490 / IMBALANCE in the smallest.
 
-    Expected: % error at imbalance 200, 100, 50, 20, 10, on the original pictures (the paper, ResNet-32, 200 epochs,
-    best test epoch): --loss ce 60.06, 53.13, 48.10, 42.15, 38.27; --loss ldam 56.91, 51.99, 47.73, 42.47, 38.72.
-    Cost: 107 steps an epoch at imbalance 100; about 16 s an epoch on 2 fast CPU cores, an hour for 200 epochs; minutes
-    on a GPU.
+    Expected: % error in the paper (ResNet-32, 200 epochs, best test epoch, original pictures) at imbalance 200, 100,
+    50, 20, 10. --loss ce: 60.06, 53.13, 48.10, 42.15, 38.27. --loss ldam: 56.91, 51.99, 47.73, 42.47, 38.72.
+    Cost: about 16 s an epoch at imbalance 100 on 2 fast CPU cores, an hour for 200 epochs; minutes on a GPU.
     """
 
     dataset: ClassVar[str] = "cifar100-lt"
@@ -389,26 +387,26 @@ class Cifar100LT(Cifar10LT):
 
 @dataclass(frozen=True)
 class LargeSet(Recipe):
-    """How the paper trains on large sets: plain first, then only the last layer, on features that stand still.
+    """How the paper trains on large sets: stage 1 trains the whole network, stage 2 only the last layer.
 
-    Stage 1 is the plain training of classifier-balancing (Kang et al. 2020); stage 2 that of MetaSAug's code.
+    Stage 1 is the plain training of classifier-balancing (Kang et al. 2020), stage 2 that of MetaSAug's code.
     """
 
     architecture: str = "resnet50"
-    """Network: resnet50 in the paper; resnext50_32x4d, resnet10 …, torchvision:NAME, timm:NAME."""
+    """Network: resnet50 as in the paper, resnext50_32x4d, resnet10, torchvision:NAME or timm:NAME."""
 
     epochs: int = 110
     """Length of the run, both stages."""
 
     batch_size: int = 512
-    """Pictures a step in stage 1."""
+    """Pictures per step in stage 1."""
 
     lr: float = 0.2
     """Learning rate at the start of stage 1 (SGD with Nesterov momentum)."""
 
     schedule: Literal["steps", "cosine"] = "cosine"
-    """cosine: stage 1 falls to 0 along half a cosine, stage 2 is at one rate; steps: a drop at the start of stage 2 and
-    one in its middle."""
+    """Learning rate over time. cosine: falls to 0 in stage 1, constant in stage 2; steps: a drop at the start of
+    stage 2 and one in its middle."""
 
     stage2_epochs: int | None = 20
     """Epochs of stage 2, the last ones of the run."""
@@ -417,58 +415,57 @@ class LargeSet(Recipe):
     """Learning rate of stage 2."""
 
     stage2_batch_size: int | None = 256
-    """Pictures a step in stage 2, and in the meta set's batches."""
+    """Pictures per step in stage 2, and per meta batch."""
 
     stage2_trains: Literal["network", "classifier"] = "classifier"
-    """classifier: stage 2 leaves all but the last layer as stage 1 made it; network: trains all of it."""
+    """What stage 2 trains. classifier: the last layer only; network: all weights."""
 
     covariance: Literal["full", "diagonal"] = "diagonal"
-    """Form of the class covariances: (A, A) a class, or only the variances. Full ones of 8142 classes would take
-    137 GB."""
+    """Class covariances. full: a matrix per class (137 GB for 8,142 classes); diagonal: variances only."""
 
     strength: float = 0.25
-    """Lambda of the augmentation at the last epoch."""
+    """Strength of the augmentation (lambda) at the last epoch."""
 
     input_size: int | None = 224
-    """Height and width of the network's input."""
+    """Height and width of the network's input, in pixels."""
 
     crop_pct: float = 0.875
-    """Test pictures: the crop's share of the shorter side; 0.875 is 224 of 256."""
+    """Side of the centre crop as a share of the picture's shorter side; 0.875 is 224 of 256 pixels."""
 
     crops: Crops = "resized"
-    """Training pictures. resized: a random part of 8 to 100 %, resized; shift: moved by up to an eighth."""
+    """Random crops of training pictures. resized: cut a random part and resize it; shift: move by up to an eighth."""
 
     subset: Literal["seeded", "authors"] = "seeded"
-    """The meta set. authors: the very pictures that the paper's code draws; seeded: drawn by --subset-seed."""
+    """Pictures of the meta set. seeded: drawn by --subset-seed; authors: exactly those that the authors' code draws."""
 
     skip_bad: bool = False
-    """Leave out pictures that are missing or cannot be read (all named), instead of stopping."""
+    """Leave out missing and unreadable pictures, and name them, instead of stopping."""
 
 
 @dataclass(frozen=True)
 class ImageNetLT(LargeSet):
-    """ImageNet-LT: 1,000 classes, 115,846 training pictures, 1,280 to 5 a class; tested on ImageNet's 50,000.
+    """ImageNet-LT: 1,000 classes, 115,846 training pictures, 1,280 to 5 per class. Tested on ImageNet's 50,000.
 
-    Expected: 52.33 % error (README of the authors, ResNet-50; an older one says 53.33). Meta set: 10 a class of its
-    val list.
-    Cost: not run by us. Reckoned, not measured: 90 epochs of 115,846 pictures at 800 a second (ResNet-50 at 224 in
-    TF32 on an A100) are 4 hours, and the 20 of the last layer another quarter of an hour.
+    Expected: 52.33 % error (authors' README, ResNet-50; an older version says 53.33). Meta set: 10 pictures per class
+    of its val list.
+    Cost: we have not run it. Estimate: 90 epochs at 800 pictures a second (ResNet-50 at 224 in TF32 on an A100) take
+    4 hours, and the 20 epochs of the last layer another quarter of an hour.
     """
 
     dataset: ClassVar[str] = "imagenet-lt"
 
     color_jitter: float = 0.4
-    """Training pictures' brightness, contrast and saturation times 1 plus or minus this (--crops resized)."""
+    """--crops resized: random factor, 1 plus or minus this, on brightness, contrast and saturation."""
 
 
 @dataclass(frozen=True)
 class INat17(LargeSet):
-    """iNaturalist 2017: 5,089 classes, 579,184 training pictures, 3,919 to 9 a class; tested on its val set.
+    """iNaturalist 2017: 5,089 classes, 579,184 training pictures, 3,919 to 9 per class. Tested on its val set.
 
-    Expected: 36.72 % error (second hand, ResNet-50; the authors' commands were never published). Meta set: 5 a class
-    of the training pictures, which stay in training.
-    Cost: not run by us. Reckoned, not measured: 200 epochs of 579,184 pictures at 800 a second (ResNet-50 at 224 in
-    TF32 on an A100) are 40 hours.
+    Expected: 36.72 % error (cited by others, ResNet-50; the authors' commands were never published). Meta set: 5
+    training pictures per class, which stay in training.
+    Cost: we have not run it. Estimate: 200 epochs at 800 pictures a second (ResNet-50 at 224 in TF32 on an A100) take
+    40 hours.
     """
 
     dataset: ClassVar[str] = "inat17"
@@ -477,100 +474,103 @@ class INat17(LargeSet):
     """Length of the run, both stages."""
 
     meta_per_class: int = 5
-    """Pictures a class for the meta set; they are training pictures and stay in training."""
+    """Pictures per class in the meta set. They are training pictures and stay in training."""
 
 
 @dataclass(frozen=True)
 class INat18(INat17):
-    """iNaturalist 2018: 8,142 classes, 437,513 training pictures, 1,000 to 2 a class; tested on its val set.
+    """iNaturalist 2018: 8,142 classes, 437,513 training pictures, 1,000 to 2 per class. Tested on its val set.
 
-    Expected: 30.50 % error (README of the authors, ResNet-50; cited elsewhere as 31.25). Meta set: 2 a class of the
-    training pictures, which stay in training.
-    Cost: not run by us. Reckoned, not measured: 200 epochs of 437,513 pictures at 800 a second (ResNet-50 at 224 in
-    TF32 on an A100) are 30 hours.
+    Expected: 30.50 % error (authors' README, ResNet-50; cited elsewhere as 31.25). Meta set: 2 training pictures per
+    class, which stay in training.
+    Cost: we have not run it. Estimate: 200 epochs at 800 pictures a second (ResNet-50 at 224 in TF32 on an A100) take
+    30 hours.
     """
 
     dataset: ClassVar[str] = "inat18"
 
     meta_per_class: int = 2
-    """Pictures a class for the meta set; they are training pictures and stay in training."""
+    """Pictures per class in the meta set. They are training pictures and stay in training."""
 
 
 @dataclass(frozen=True)
 class OwnPictures(Recipe):
-    """Your own pictures. Whatever is 0 or auto is chosen from the pictures and the machine (training.run.defaults)."""
+    """Your own pictures. training.run.defaults chooses what is 0, auto or None, from the pictures and the machine."""
 
     CHOSEN: ClassVar[tuple[str, ...]] = (
         "start", "architecture", "loss", "augment", "meta_in_training", "epochs", "batch_size", "lr", "schedule",
         "input_size", "mean", "std", "interpolation", "crop_mode", "crops", "crop_area", "flips", "covariance")
 
     start: str = "auto"
-    """Pretrained network to start from: small, medium, large (`training.network.starts`), timm:NAME, torchvision:NAME,
-    a file of weights; none: train from nothing; auto: the best one that this machine has or can fetch in time."""
+    """Pretrained network to fine-tune. small, medium, large: networks that we chose; timm:NAME; torchvision:NAME; a
+    weights file; none: train from random weights; auto: the best of ours that is installed or can be fetched."""
 
     minutes: float = 0
-    """With a start: minutes that the whole run may take. It sets --epochs and --input-size, once, by steps that are
-    timed at the beginning; 0: at most 50, less where there are few pictures."""
+    """Time budget of the whole run, with a pretrained start. Steps timed at the beginning decide --epochs and
+    --input-size. 0: up to 50 minutes, less for few pictures."""
 
     architecture: str = "auto"
-    """Network: resnet32, resnet18, resnet18-small …, torchvision:NAME, timm:NAME; auto: the start's; from nothing,
-    resnet32 up to 64 pixels, resnet18 above, resnet50 on a GPU with many pictures."""
+    """Network: resnet32, resnet18, resnet18-small (for pictures up to 96 pixels), torchvision:NAME or timm:NAME. auto:
+    that of --start; with --start none, resnet32 up to 64 pixels, else resnet18, or resnet50 on a GPU."""
 
     loss: Loss | Literal["auto"] = "auto"  # type: ignore[assignment]
-    """Loss; auto: logit-adjustment with a start, cross entropy otherwise."""
+    """Loss. ce: cross entropy; logit-adjustment, balanced-softmax: add the log of the class prior; focal; ldam; auto:
+    logit-adjustment with a pretrained start, else ce."""
 
     augment: Augment | Literal["auto"] = "auto"  # type: ignore[assignment]
-    """Stage 2: none, isda, metasaug (the paper's) or heldout; auto: none with a start, isda otherwise."""
+    """Augmentation of features in stage 2: none, isda, metasaug (the paper's) or heldout. auto: none with a pretrained
+    start, else isda."""
 
     meta_in_training: Literal["never", "stage2", "always", "auto"] = "auto"  # type: ignore[assignment]
-    """Train on the meta pictures as well; auto: in stage 2, unless --augment or --backbone needs them apart."""
+    """Also train on the meta pictures: in stage 2, or always. auto: in stage 2, unless --augment or --backbone needs
+    them apart."""
 
     epochs: int = 0
-    """Length of the run, stage 2 being the last fifth; 0: as many as --minutes allow or the number of pictures asks
-    for."""
+    """Length of the run; the last fifth is stage 2. 0: chosen by --minutes, or by the number of pictures."""
 
     batch_size: int = 0
-    """Pictures a step; 0: 32 with a start, else 100, fewer where there are few pictures."""
+    """Pictures per step. 0: 32 with a pretrained start, else 100; fewer for few pictures."""
 
     lr: float = 0
-    """Learning rate; 0: 0.02 with a start, 0.01 with --pretrained, 0.1 from nothing."""
+    """Learning rate at the start. 0: 0.02 with --start, 0.01 with --pretrained, 0.1 from random weights."""
 
     schedule: Schedule | Literal["auto"] = "auto"  # type: ignore[assignment]
-    """steps: a drop at the start of stage 2 and one in its middle; cosine: stage 1 falls to 0, stage 2 is at one rate;
-    one-cycle: at each step, up for a tenth of the run, then down to 0; auto: one-cycle with a start, else steps."""
+    """Learning rate over time. steps: a drop at the start of stage 2 and one in its middle; cosine: falls to 0 in
+    stage 1, constant in stage 2; one-cycle: rises for a tenth of the run, then falls to 0; auto: one-cycle with a
+    pretrained start, else steps."""
 
     input_size: int | None = None
-    """Height and width of the network's input; without it from the pictures' sizes and what the machine can do."""
+    """Height and width of the network's input, in pixels. By default chosen from the pictures and the machine."""
 
     interpolation: Literal["bilinear", "bicubic", "auto"] = "auto"  # type: ignore[assignment]
-    """How pictures are resized; auto: as the start was trained, else bilinear."""
+    """Filter that resizes pictures. auto: that of the pretrained start, else bilinear."""
 
     crop_mode: CropMode | Literal["auto"] = "auto"  # type: ignore[assignment]
-    """How a picture comes to that size. center: shorter side resized, centre crop; squash: both sides resized,
-    whatever the shape; border: the longer side resized, the rest filled; auto: squash where shapes differ much."""
+    """How test pictures become square. center: resize the shorter side, crop the centre; squash: resize both sides,
+    which distorts; border: resize the longer side, fill the rest; auto: squash if shapes differ much, else center."""
 
     crops: Crops | Literal["auto"] = "auto"  # type: ignore[assignment]
-    """Training pictures. shift: moved by up to an eighth at random; resized: a random part, resized; auto: resized
-    with a start or above 96 pixels."""
+    """Random crops of training pictures. shift: move by up to an eighth; resized: cut a random part and resize it;
+    auto: resized with a pretrained start or above 96 pixels, else shift."""
 
     crop_area: float = 0
-    """Smallest share of a picture that --crops resized takes; 0: 0.35 with a start, else 0.08."""
+    """--crops resized: smallest share of the picture's area. 0: 0.35 with a pretrained start, else 0.08."""
 
     flips: Flips | Literal["auto"] = "auto"  # type: ignore[assignment]
-    """Training pictures at random mirrored; all: upside down and turned by a quarter too; none: left as they are; auto:
-    with a start, what the first answer is not confused by, else mirror."""
+    """Random flips of training pictures. mirror: left and right; all: also upside down and quarter turns; none: no
+    flips; auto: those that the first model still recognises, or mirror without a pretrained start."""
 
     covariance: Literal["full", "diagonal", "auto"] = "auto"  # type: ignore[assignment]
-    """Form of the class covariances: (A, A) a class, or only the variances; auto: full where they take under 64 MB."""
+    """Class covariances. full: a matrix per class; diagonal: variances only; auto: full if they take under 64 MB."""
 
     lr_drop: float = 0.1
-    """Factor of each of the two drops."""
+    """Factor of each of the two learning rate drops."""
 
     test_share: float = 0.2
-    """Share of each class to test on, cut by file name, where no test set is given."""
+    """Share of each class to test on, if you give no test set. Pictures are picked by file name."""
 
     skip_bad: bool = False
-    """Leave out pictures that cannot be read and classes without any (all named), instead of stopping."""
+    """Leave out unreadable pictures and empty classes, and name them, instead of stopping."""
 
     page: int | Literal["max", "mean"] | None = None
     """Page of a TIFF that has several, from 1; or max or mean over all of them, pixel by pixel (a focus series).
@@ -590,10 +590,9 @@ class OwnPictures(Recipe):
         super().__post_init__()
         _ = self.reading  # which refuses what makes no sense
         if self.minutes < 0:
-            raise TrainingError(f"--minutes {self.minutes:g}: how long the run may take, more than 0.")
+            raise TrainingError(f"--minutes {self.minutes:g}: must be greater than 0, or 0 for the default.")
         if self.start not in ("auto", "none") and (self.backbone or self.pretrained):
-            raise TrainingError("--start is a network to train on from, as --pretrained, and --backbone one that is "
-                                "not trained: name one of the three.")
+            raise TrainingError("--start, --pretrained and --backbone each name a network: give one of the three.")
 
     @property
     def reading(self) -> Reading:
@@ -602,7 +601,7 @@ class OwnPictures(Recipe):
 
     @property
     def starts_pretrained(self) -> bool:
-        """Whether a first answer on the start's frozen features comes before training."""
+        """Whether the run starts from a pretrained network, with a first model on its frozen features."""
         return self.start not in ("auto", "none")
 
     def to_dict(self) -> dict:
@@ -610,11 +609,11 @@ class OwnPictures(Recipe):
 
     @classmethod
     def completed(cls, saved: dict) -> dict:
-        """As for every recipe; before there were starts, everything was trained from nothing."""
+        """As for every recipe. Versions without --start trained from random weights."""
         return cls(start="none", crop_area=0.08, interpolation="bilinear").to_dict() | saved
 
     def with_choices(self, saved: dict) -> Self:
-        """What is open here, as an earlier run chose it."""
+        """This recipe, with what it leaves open as an earlier run chose it."""
         saved = self.completed(saved)
         left_open = [flag for flag in self.CHOSEN if getattr(self, flag) in ("auto", 0, None)]
         return dataclasses.replace(self, **{flag: saved[flag] for flag in left_open if flag in saved})
@@ -622,13 +621,13 @@ class OwnPictures(Recipe):
 
 @dataclass(frozen=True)
 class Folder(OwnPictures):
-    """Your own pictures in class folders: DATA/CLASS/picture.jpg, or DATA/train/CLASS with test/ and val/ beside it.
+    """Your own pictures in class folders: DATA/CLASS/picture.jpg, or DATA/train/CLASS, DATA/test/CLASS …
 
-    No other flag is needed. The run starts from a pretrained network: a first model and report after minutes, then
-    fine-tuning for as long as --minutes allow, then the better of the two by pictures that neither was trained on.
-    Whatever is 0 or auto is chosen from the pictures and the machine, printed with its reason, and stored with the
-    model. A test set (a fifth of each class) and a meta set are cut by file name where none is given.
-    Cost: under an hour on a CPU, as printed before it starts; less on a GPU. Ctrl-C leaves the best model so far.
+    You need no flag except --data. The run starts from a pretrained network. After a few minutes you have a first
+    model and report; then it fine-tunes for --minutes and keeps the better of the two models, judged on pictures that
+    neither was trained on. Values of 0 and auto are chosen from your pictures and your machine, and printed with the
+    reason. If you give no test set or no meta set, they are cut from each class by file name.
+    Cost: under an hour on a CPU, less on a GPU; printed before it starts. Ctrl-C keeps the best model so far.
     """
 
     dataset: ClassVar[str] = "folder"
@@ -636,11 +635,11 @@ class Folder(OwnPictures):
 
 @dataclass(frozen=True)
 class Table(OwnPictures):
-    """Your own pictures in a CSV table: path and label and, where you have them, split and group.
+    """Your own pictures in a CSV table: path and label, and, if you have them, split and group.
 
-    Pictures of one group (an animal, a track, a camera) are never parted. What the table does not split is cut by file
-    name. All else is as for `metasaug train folder`.
-    Cost: under an hour on a CPU, as printed before it starts; less on a GPU. Ctrl-C leaves the best model so far.
+    Pictures of one group (an animal, a track, a camera) stay in one split. Rows without a split are cut by file name.
+    Everything else is as in `metasaug train folder`.
+    Cost: under an hour on a CPU, less on a GPU; printed before it starts. Ctrl-C keeps the best model so far.
     """
 
     dataset: ClassVar[str] = "table"
