@@ -1,60 +1,43 @@
-"""`metasaug release`: every named cell trained, measured, exported and published by one command.
+"""`metasaug release`: train, measure, export and publish the models of the zoo that are not published yet.
 
-What is done is read from the run folders and the Hub each time, never from a list of our own, so the command may be
-killed at any moment and given again. Each cell trains and is published in a process of its own: one that fails, or
-takes too much memory, takes nothing with it.
+The models form one queue (training.run.cells): those with the same first stage share it, and several of these commands
+may work side by side. What is left to do is read from the run folders and the Hub each time. So you may stop the
+command at any moment: the same command continues.
 """
 
-import functools
+import dataclasses
+import difflib
 import hashlib
 import importlib.util
 import json
-import math
 import shlex
-import shutil
-import textwrap
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tyro
 from huggingface_hub.utils import disable_progress_bars
 
+from export.command_line import finish
 from export.errors import ExportError
-from export.publish import WHERE, asked, on_hub
-from export.release_plan import (
-    AS_GIVEN,
-    FOLDERS,
-    Cell,
-    Planned,
-    Standing,
-    Work,
-    by_data_set,
-    cell_of,
-    classes_of,
-    disk_of,
-    entries_named,
-    in_cells,
-    plan_table,
-    rates_from,
-    results_by_cell,
-    work_of,
-)
-from export.release_runs import Children, Gauge, Line, launched
-from training.command_line import choose_device, settle
-from training.data.check import duration_in_words, size_in_words
-from training.data.datasets import LongTailed
-from training.errors import Interrupted, TrainingError
-from training.recipes import Recipe
-from training.run.run_folder import alone_in
-from zoo.errors import HubError, ModelFolderError, ZooError
+from export.publish import asked
+from export.publish import publish as upload
+from training.command_line import AnyJob, Job, choose_device, run_to_model, settle
+from training.errors import Interrupted
+from training.recipes import OwnPictures, Recipe
+from training.run.cells import Cell, Queue, Task, train
+from zoo.errors import HubError, ModelFolderError, UnknownModelError, ZooError
 from zoo.hub import PREFIX, HubFolder, own_copies
-from zoo.loading import open_entry
 from zoo.model_folder import CARD, CONFIG, FIGURE, MANIFEST, ONNX, ModelFolder
-from zoo.registry import Entry
+from zoo.registry import ENTRIES, Entry, find
 
-NO_ROOT = Path("ROOT")  # stands for a --root that was not given
+# Folder of each data set under --root.
+FOLDERS = {"cifar10-lt": "cifar10", "cifar100-lt": "cifar100", "imagenet-lt": "imagenet-lt", "inat17": "inat17",
+           "inat18": "inat18", "plankton": "plankton"}
+WIDTH = max(len(entry.name) for entry in ENTRIES)
 LIBRARIES = ("torch", "torchvision", "onnx", "onnxscript", "matplotlib")
 
 
@@ -64,374 +47,338 @@ def release(
     owner: str | None = None,
     out: Path = Path("runs/release"),
     data: tuple[str, ...] = (),
-    processes: int = 1,
-    pictures_per_second: tuple[str, ...] = (),
-    price_per_hour: float | None = None,
     again: bool = False,
     private: bool = False,
     publish: bool = True,
     dry_run: bool = False,
     flags: tyro.conf.Positional[tuple[str, ...]] = (),
 ) -> int:
-    """Train, measure, export and publish every named cell that is not out yet. First it tells what that takes.
+    """Train, measure, export and publish each named model that is not published yet.
 
-    Stopped or killed at any moment, the same command goes on where it was: no cell is trained or published twice. What
-    follows a lone -- goes to each `metasaug train`, as in `metasaug release --cells inat18 … -- --workers 32`.
-    Exit code 0: all is done; 1: some cells failed, each with its reason; 2: nothing was begun; 129, 130,
-    143: stopped.
+    You may stop the command at any time; the same command continues. On a machine with several GPUs, start it once per
+    GPU (CUDA_VISIBLE_DEVICES=0, 1, …): each takes models that no other is training. Flags after a lone -- go to each
+    `metasaug train`, as in `metasaug release --cells inat18 … -- --workers 32`.
+    Exit code 0: all done; 1: some models failed, each with its reason; 2: nothing was started; 129, 130, 143: stopped.
 
     Args:
-        cells: Names from `metasaug list`, data sets (all their cells that are not out), or all; with commas or spaces.
+        cells: Names from `metasaug list`, data sets (all their models), or all. Separate several by commas or spaces.
         root: Folder of the data sets: ROOT/cifar10, cifar100, imagenet-lt, inat17, inat18, plankton, each as `metasaug
             train` reads it.
-        owner: User or organisation on the Hub; models go to OWNER/NAME. Without it METASAUG_HUB_OWNER.
-        out: Folder of the runs, OUT/NAME, each with the output of its training in output.log.
-        data: DATASET=DIR, for a data set that lies elsewhere than under --root.
-        processes: Processes of each training, started by torchrun; one a GPU.
-        pictures_per_second: Speed of plain training here, for the plan: a number for all data sets, or DATASET=NUMBER.
-        price_per_hour: What the machine costs, for the plan.
-        again: Cells that are out already, too.
+        owner: User or organisation on the Hub. Models go to OWNER/NAME. By default METASAUG_HUB_OWNER.
+        out: Folder of the runs. Models with the same first stage share OUT/GROUP.
+        data: DATASET=DIR for a data set outside --root.
+        again: Also make models that are published already.
         private: Make the repositories private.
-        publish: Put the models on the Hub; without it all stays in the runs.
-        dry_run: Print the plan and leave; needs neither data nor GPU, and does not ask the Hub.
+        publish: Upload the models to the Hub. With --no-publish they stay in the run folders.
+        dry_run: Print the plan and stop. Needs no data, no GPU and no connection.
         flags: Flags for `metasaug train`, after --.
     """
     if flags and not flags[0].startswith("-"):
-        raise ExportError(f"{shlex.join(flags)}: cells are named with --cells; what follows -- are flags of `metasaug "
-                          "train`.")
-    if processes < 1:
-        raise ExportError(f"--processes {processes}: at least 1.")
-    if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
-        raise ExportError(f"--price-per-hour {price_per_hour}: a number, 0 or more.")
-    disable_progress_bars()  # the Hub's; ours is a line a cell
-    places = {name: Path(place).expanduser() for name, place in by_data_set(data, "data").items()}
-    base = NO_ROOT if root is None else root.expanduser()
-    order = Order(
-        [cell_of(entry, places.get(entry.dataset, base / FOLDERS[entry.dataset]), out, flags)
-         for entry in entries_named(cells)],
-        out, (owner or own_copies()) if publish else None, publish, private, again, processes,
-        rates_from(pictures_per_second), price_per_hour)
+        raise ExportError(f"{shlex.join(flags)}: give names with --cells. Only flags of `metasaug train` follow --.")
+    disable_progress_bars()  # the Hub's
+    places = by_data_set(data)
+    models = [model_of(entry, places.get(entry.dataset) or (root and root.expanduser() / FOLDERS[entry.dataset]), flags)
+              for entry in entries_named(cells)]
+    order = Order(models, out, (owner or own_copies()) if publish else None, publish, private, again)
     if dry_run:
-        print(order.plan_in_words())
-        missing = order.look_at_data() if root is not None or places else []
-        print("\n".join([*missing, "Dry run: nothing was begun"
-                         + (", and the Hub was not asked which of these are out." if publish else ".")]))
+        print(order.plan())
+        print("Dry run: nothing was started" + (", and the Hub was not asked." if publish else "."))
         return 0
-    with alone_in(out), Children() as children:
-        unready = order.look_round()
-        print(order.plan_in_words(), flush=True)
-        if unready:
-            raise ExportError("not ready, and nothing was begun:\n\n" + "\n\n".join(unready))
-        return order.carry_out(children)
+    missing = order.what_is_missing()
+    print(order.plan(), flush=True)
+    if missing:
+        raise ExportError("nothing was started:\n\n" + "\n\n".join(missing))
+    return order.carry_out()
+
+
+# ---- which models ----
+
+
+@dataclass(frozen=True)
+class Model:
+    """An entry of the registry, and how it is trained here."""
+
+    entry: Entry
+    job: Job
+    words: tuple[str, ...]  # its command, after `metasaug train`
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def cell(self) -> Cell:
+        """Its place in the queue. What is chosen from the pictures has no first stage to share."""
+        recipe = self.job.recipe
+        if isinstance(recipe, OwnPictures):
+            return Cell(f"{self.name}/{self.name}", recipe, whole=True)
+        group = hashlib.sha256(recipe.stage1_key().encode()).hexdigest()[:8]
+        return Cell(f"{recipe.dataset}-{group}/{self.name}", recipe)
+
+
+def entries_named(words: Sequence[str]) -> list[Entry]:
+    """Entries by name, alias, data set or `all`, each once, in the registry's order.
+
+    words   each may hold several, separated by commas. Raises UnknownModelError, with the nearest names.
+    """
+    found, unknown = set[str](), []
+    for word in (word for each in words for word in each.replace(",", " ").split()):
+        entry = find(word)
+        named = [entry] if entry else [each for each in ENTRIES if word in (each.dataset, "all")]
+        found |= {each.name for each in named}
+        if not named:
+            known = ["all", *FOLDERS, *(name for each in ENTRIES for name in (each.name, *each.aliases))]
+            near = difflib.get_close_matches(word.lower(), known)
+            unknown.append(f"No model or data set is called {word!r}."
+                           + (f" Did you mean {' or '.join(near)}?" if near else ""))
+    if unknown or not found:
+        raise UnknownModelError("\n".join([*unknown, "--cells takes names from `metasaug list`, data sets ("
+                                           f"{', '.join(FOLDERS)}), or all."]))
+    return [entry for entry in ENTRIES if entry.name in found]
+
+
+def model_of(entry: Entry, data: Path | None, flags: Sequence[str]) -> Model:
+    """The entry's own command, for these pictures.
+
+    flags   of `metasaug train`, added to the command. Raises ExportError if it does not take them.
+    """
+    words = [*shlex.split(entry.command)[2:], *flags]  # after "metasaug train"
+    try:
+        job = tyro.cli(AnyJob, args=words, prog="metasaug train")
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ExportError(f"`metasaug train {words[0]}`, for {entry.name}, does not take {shlex.join(flags)}: see "
+                          "above.") from None
+    asked_for = job.options
+    place = Path(words[words.index("--data") + 1])
+    if asked_for != dataclasses.replace(asked_for, data=place, out=None, name=None, stage1=None, resume=False,
+                                        dry_run=False):
+        raise ExportError("After --, no --data, --out, --name, --stage1, --resume or --dry-run: give release's own "
+                          "--root, --data and --out before the --.")
+    return Model(entry, dataclasses.replace(job, options=dataclasses.replace(asked_for, data=data)), tuple(words))
+
+
+def by_data_set(words: Sequence[str]) -> dict[str, Path]:
+    """{"inat18": Path("DIR")} of ["inat18=DIR"]."""
+    given = {}
+    for word in words:
+        name, _, place = word.partition("=")
+        if name not in FOLDERS or not place:
+            raise ExportError(f"--data {word}: give DATASET=DIR, where DATASET is one of {', '.join(FOLDERS)}.")
+        given[name] = Path(place).expanduser()
+    return given
 
 
 @dataclass
 class Order:
-    """What was asked for, and what was found on the way."""
+    """What to make, and what is on the Hub already."""
 
-    cells: list[Cell]
+    models: list[Model]
     out: Path
     owner: str | None
     publish: bool
     private: bool
     again: bool
-    processes: int
-    rates: Mapping[str, tuple[float, str]]
-    price: float | None
-    on_hub: dict[str, HubFolder] = field(default_factory=dict)  # what is published under the cells' names
-    pictures: dict[str, tuple[int, int]] = field(default_factory=dict)  # of a data set: for training, and classes
-    pace: dict[str, float] = field(default_factory=dict)  # of a data set: measured seconds for one that was reckoned
+    on_hub: dict[str, HubFolder] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # reasons, by model or run folder
 
-    # ---- where everything stands ----
+    # ---- what is left ----
 
-    def repo(self, cell: Cell) -> str:
-        return f"{self.owner}/{cell.name}"
+    def run_of(self, model: Model) -> Path:
+        return self.out / model.cell.name
 
-    def standing(self, cell: Cell) -> Standing:
-        """As the registry, the Hub and the run folder have it."""
-        if cell.entry.weights != "unpublished" and not self.again:
-            return "out"
-        local, remote = finished(cell), self.on_hub.get(cell.name)
-        if local is not None and other_recipe(cell.recipe, local):
-            return "otherwise"
-        if remote is not None and local is not None and same(local, remote):
+    def standing(self, model: Model) -> str:
+        """published: bundled or on the Hub; trained: in its run folder, with ONNX and card; begun; new."""
+        if model.entry.weights != "unpublished" and not self.again:
             return "published"
-        if remote is not None and not self.again:
-            return "otherwise" if other_recipe(cell.recipe, remote) else "published"
+        local, remote = finished(self.run_of(model)), self.on_hub.get(model.name)
+        if remote is not None and (not self.again or (local is not None and same(local, remote))):
+            return "published"
         if local is not None:
             return "trained"
-        return "begun" if any((cell.run / "checkpoints").glob("*.pt")) else "new"
+        return "begun" if any((self.run_of(model) / "checkpoints").glob("*.pt")) else "new"
 
-    def _otherwise(self, cell: Cell) -> str:
-        """What to do about a model of this name that was trained otherwise."""
-        local, remote = finished(cell), self.on_hub.get(cell.name)
-        if local is not None and (other := other_recipe(cell.recipe, local)):
-            return (f"{cell.run} holds {cell.name} trained otherwise ({other}): name another --out, or remove that "
-                    "folder.")
-        assert remote is not None
-        return (f"{remote.source} is {cell.name} trained otherwise ({other_recipe(cell.recipe, remote)}). With --again "
-                "it is replaced, by a new commit.")
+    def left(self) -> list[Model]:
+        done = ("published",) if self.publish else ("published", "trained")
+        return [model for model in self.models if self.standing(model) not in done]
 
-    def is_done(self, cell: Cell) -> bool:
-        return self.standing(cell) in (("out", "published") if self.publish else ("out", "published", "trained"))
-
-    def plan(self) -> list[Planned]:
-        """The cells that are not done, what is left of each, and from which the first stage is taken."""
-        ready, begun, rows = stage1_runs(self.out), dict[str, str](), []
-        for cell in self.cells:
-            standing = self.standing(cell)
-            if self.is_done(cell):
-                continue
-            name, recipe = cell.entry.dataset, cell.recipe
-            pictures, classes = self.pictures.get(name, (None, classes_of(recipe)))
-            rate = self.rates.get(name)
-            work = work_of(recipe, pictures, rate and rate[0] * (1 if rate[1] == AS_GIVEN else self.processes))
-            taken = next((run.name for run, saved in ready if fits(recipe, saved)), begun.get(recipe.stage1_key()))
-            begun.setdefault(recipe.stage1_key(), cell.name)
-            taken = taken if work.first and taken != cell.name else None
-            share = 1.0 if standing == "trained" else max(share_done(cell, work), work.first if taken else 0.0)
-            rows.append(Planned(cell, standing, work, taken, work.steps and round(work.steps * (1 - share)),
-                                work.total - work.done(share), disk_of(recipe, pictures, classes)))
-        return rows
-
-    def plan_in_words(self) -> str:
-        plan = self.plan()
-        left = {row.cell.name for row in plan}
-        where = (f"to {PREFIX}{self.owner or 'OWNER'}/NAME{' (private)' if self.private else ''}" if self.publish else
-                 "not published")
-        lines = [f"{in_cells(len(plan))} to do, {where}; runs in {self.out}"]
-        done: dict[str, list[str]] = {}
-        for cell in self.cells:
-            if cell.name not in left:
-                done.setdefault(self._why_done(cell), []).append(cell.name)
-        for why, names in done.items():
-            lines += textwrap.wrap(f"{why}: {', '.join(names)}", 108, initial_indent="  ", subsequent_indent="    ",
-                                   break_on_hyphens=False)
-        return "\n".join(lines + (["", plan_table(plan, self.price, self.processes, self.rates), ""] if plan else []))
-
-    def _why_done(self, cell: Cell) -> str:
-        standing = self.standing(cell)
-        if standing == "out":
-            return f"out already ({cell.entry.weights}), not made again without --again"
-        return f"published already as {PREFIX}{self.owner}/NAME" if standing == "published" else "trained already"
+    def plan(self) -> str:
+        """A line for each model that is left."""
+        left, first = self.left(), dict[str, str]()
+        where = f"to {PREFIX}{self.owner or 'OWNER'}/NAME" if self.publish else "not published"
+        lines = [f"{len(left)} of {len(self.models)} models to do, {where}; runs in {self.out}", ""]
+        if left:
+            lines.append(f"{'model':<{WIDTH}} {'epochs':>9}  {'state':<8} first stage")
+        for model in left:
+            recipe = model.job.recipe
+            shared = first.setdefault(model.cell.group, model.name)
+            epochs = f"{recipe.stage2_epoch} + {recipe.epochs - recipe.stage2_epoch}" if recipe.epochs else "chosen"
+            lines.append(f"{model.name:<{WIDTH}} {epochs:>9}  {self.standing(model):<8} "
+                         + ("its own" if shared == model.name else f"that of {shared}"))
+        return "\n".join(lines) + "\n"
 
     # ---- what is needed ----
 
-    def look_round(self) -> list[str]:
-        """Everything that would stop the order later, each with what to do. Asks the Hub."""
-        unready = self._look_at_hub() if self.publish else []
-        lacking = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
-        if lacking:
-            unready.append(f"Training and export need {', '.join(lacking)}: pip install 'metasaug[train]'.")
-        unready += [self._otherwise(cell) for cell in self.cells if self.standing(cell) == "otherwise"]
-        return [*unready, *self.look_at_data(), *self._look_at_machine()]
+    def what_is_missing(self) -> list[str]:
+        """Everything that would stop the order later, with what to do. Asks the Hub, and reads all data sets."""
+        missing = self._look_at_hub() if self.publish else []
+        if lacking := [name for name in LIBRARIES if importlib.util.find_spec(name) is None]:
+            missing.append(f"Training and export need {', '.join(lacking)}: pip install 'metasaug[train]'.")
+        for model in self.left():
+            folder = finished(self.run_of(model))
+            if folder is not None and (other := other_recipe(model.job.recipe, folder)):
+                missing.append(f"{folder.path} was trained with other flags ({other}): remove it, or give another "
+                               "--out.")
+        return missing + self._look_at_data()
 
-    def look_at_data(self) -> list[str]:
-        """Each data set that is needed, read as training reads it, but no picture decoded; what is missing."""
+    def _look_at_data(self) -> list[str]:
+        """Each data set, read as training reads it, but without decoding pictures."""
         missing = []
-        needed = {row.cell.entry.dataset: row.cell for row in reversed(self.plan()) if row.standing != "trained"}
-        for name, cell in needed.items():
-            place = cell.job.options.data
-            if place == NO_ROOT / FOLDERS[name]:
-                missing.append(f"Where is {name}? --root DIR, with {FOLDERS[name]} in it, or --data {name}=DIR.")
+        needed = {model.entry.dataset: model for model in self.left() if self.standing(model) != "trained"}
+        for name, model in needed.items():
+            place = model.job.options.data
+            if place is None:
+                missing.append(f"Where is {name}? Give --root DIR, with {FOLDERS[name]} in it, or --data {name}=DIR.")
                 continue
             try:
-                loaded = cell.job.load(look=False)
+                loaded = model.job.load(look=False)
             except ZooError as error:
-                missing.append(f"{name}, looked for in {place} (--data {name}=DIR for elsewhere): {error}"
-                               + (" They are the training pictures of the National Data Science Bowl (2015), a folder "
-                                  "for each of the 121 classes." if name == "plankton" else ""))
+                missing.append(f"{name} in {place} (give --data {name}=DIR for another place): {error}"
+                               + (" It needs the 121 class folders of the National Data Science Bowl (2015)."
+                                  if name == "plankton" else ""))
                 continue
-            print(f"{name}: {len(loaded.train):,} training pictures in {len(loaded.label_names):,} classes, in {place}"
-                  + "".join(f"\n  {note}" for note in loaded.notes), flush=True)
-            missing += self._nameless(name, loaded)
-            if not hasattr(cell.recipe, "imbalance"):  # of which there are as many sizes
-                self.pictures[name] = len(loaded.train), len(loaded.label_names)
-            try:
-                self.cells = [self._settled(cell, loaded) if cell.entry.dataset == name else cell
-                              for cell in self.cells]
-            except ZooError as error:
-                missing.append(str(error))
+            print(f"{name}: {len(loaded.train):,} training pictures in {len(loaded.label_names):,} classes, in {place}",
+                  flush=True)
+            if self.publish and all(label == str(c) for c, label in enumerate(loaded.label_names)):
+                missing.append(f"{name}: its classes have numbers instead of names, and `metasaug publish` refuses "
+                               "those. Use the JSON files of the data set, or --no-publish.")
         return missing
 
-    def _settled(self, cell: Cell, loaded: LongTailed) -> Cell:
-        """The cell with what its recipe leaves open chosen, as its training will."""
-        device = choose_device(cell.job.options.device)
-        return cell.with_recipe(settle(cell.recipe, loaded, device, cell.run)[0])
-
-    def _nameless(self, name: str, loaded: LongTailed) -> list[str]:
-        if self.publish and all(label == str(c) for c, label in enumerate(loaded.label_names)):
-            return [f"{name}: the classes have numbers for names, and `metasaug publish` refuses those. Use the JSON "
-                    "files of the data set, or --no-publish."]
-        return []
-
-    def _look_at_machine(self) -> list[str]:
-        plan = self.plan()
-        unready = []
-        if any(row.standing != "trained" for row in plan):
-            import torch
-
-            try:
-                device = choose_device(plan[0].cell.job.options.device)
-            except TrainingError as error:
-                return [str(error)]
-            if device.type == "cpu" and any(row.cell.recipe.architecture == "resnet50" for row in plan):
-                print("No GPU here: the hours of the large sets below are those of one.")
-            if device.type == "cuda" and self.processes > torch.cuda.device_count():
-                unready.append(f"--processes {self.processes}: there are {torch.cuda.device_count()} GPUs here.")
-        there = sum(file.stat().st_size for row in plan for file in row.cell.run.rglob("*") if file.is_file())
-        needed = sum(row.disk or 0 for row in plan) - there
-        free = shutil.disk_usage(self.out).free
-        if needed > free:
-            unready.append(f"The runs take {size_in_words(needed)} more, and {self.out} has {size_in_words(free)} free:"
-                           " make room, or name another --out.")
-        return unready
-
     def _look_at_hub(self) -> list[str]:
-        """Whether we may write there, and what is there already."""
+        """Whether the account may write for the owner, and which models are there."""
         from huggingface_hub import HfApi
 
         if self.owner is None:
-            return ["Whose are the models on the Hub? --owner NAME, or METASAUG_HUB_OWNER; or --no-publish."]
+            return ["Who owns the models on the Hub? Give --owner NAME, set METASAUG_HUB_OWNER, or use --no-publish."]
         try:
             who = asked(self.owner, HfApi().whoami)
         except HubError as error:
-            return [f"The Hub does not say who is logged in: {error} Log in with a token that may write (`hf auth "
-                    "login`, or HF_TOKEN), or --no-publish."]
-        lack = may_not_write(who, self.owner)
-        if lack:
+            return [f"The Hub does not know who you are: {error} Log in with a token that may write (`hf auth login`, "
+                    "or HF_TOKEN), or use --no-publish."]
+        if lack := may_not_write(who, self.owner):
             return [lack]
         unready = []
-        for cell in self.cells:
+        for model in self.models:
+            if self.standing(model) == "published":  # bundled, or on the Hub by the registry
+                continue
             try:
-                if self.standing(cell) != "out" and (folder := published(self.repo(cell))) is not None:
-                    self.on_hub[cell.name] = folder
+                if (folder := on_the_hub(f"{self.owner}/{model.name}")) is not None:
+                    self.on_hub[model.name] = folder
+                    if not self.again and (other := other_recipe(model.job.recipe, folder)):
+                        unready.append(f"{folder.source} was trained with other flags ({other}). --again replaces it.")
             except ZooError as error:
                 unready.append(str(error))
         return unready
 
     # ---- doing it ----
 
-    def carry_out(self, children: Children) -> int:
-        """Every cell that is not done, one after the other; the results of all. 0, or 1 where some failed."""
-        failed: dict[str, str] = {}
-        stuck: dict[str, str] = {}  # first stages that failed, and in which cell
-        plan = self.plan()
-        for number, row in enumerate(plan, 1):
-            cell, key = row.cell, row.cell.recipe.stage1_key()
-            with Line(f"[{number}/{len(plan)}] {cell.name}") as line:
-                try:
-                    if key in stuck and row.standing == "new":
-                        raise ExportError(f"not begun, as its first stage is that of {stuck[key]}.")
-                    self._make(row, plan[number:], children, line)
-                except Interrupted:
-                    raise
-                except (ZooError, OSError) as error:
-                    failed[cell.name] = str(error)
-                    line.say(f"failed: {str(error).splitlines()[0]}")
-                    if row.work.first and finished(cell) is None and stage1_for(cell, self.out) is None:
-                        stuck.setdefault(key, cell.name)
-        print(self.results())
-        for name, reason in failed.items():
+    def carry_out(self) -> int:
+        """Make every model that is left. 0, or 1 if some failed."""
+        left = {model.cell.name: model for model in self.left()}
+        for model in left.values():
+            if self.standing(model) == "trained":
+                self._attempt(model.name, partial(self._publish, model))
+        queue = Queue([model.cell for model in left.values()], self.out,
+                      done=lambda: {name for name, model in left.items()
+                                    if self.standing(model) in ("trained", "published")},
+                      may_take=lambda name: name not in self.failed)
+        for task in queue.tasks():
+            print(f"\n{len(queue.left())} left to train: {task.name}", flush=True)
+            self._attempt(task.name, partial(self._do, task, left[task.cell.name]))
+        print("\n" + results_table(self.models, self._config))
+        waiting = [cell.name for cell in queue.left() if cell.name not in self.failed]
+        for name, reason in self.failed.items():
             print(f"\nFailed: {name}: {reason}")
-        if failed:
-            print(f"\n{in_cells(len(failed))} of {len(plan)} failed; once mended, the same command goes on with "
-                  f"{'it' if len(failed) == 1 else 'them'} alone.")
-        return int(bool(failed))
+        if waiting:
+            print(f"\nNot started, because their first stage failed: {', '.join(waiting)}")
+        return int(bool(self.failed))
 
-    def _make(self, row: Planned, later: list[Planned], children: Children, line: Line) -> None:
-        cell, log = row.cell, row.cell.run / "output.log"
-        if row.standing != "trained":
-            line.show(f"training, its output in {log}", always=True)
-            stage1 = stage1_for(cell, self.out)
-            words = [*cell.words, *(["--stage1", str(stage1)] if stage1 not in (None, cell.run) else [])]
-            with alone_in(cell.run, wait=True):  # one that outlived a killed release saves, and leaves
-                pass
-            gauge = Gauge(row.work, lambda here, pace: self._tell(row, later, here, pace), line,
-                          duration_in_words(row.seconds + sum(each.seconds for each in later)))
-            children.run(launched(words, self.processes), log, "metasaug train", gauge.look)
-            if finished(cell) is None:
-                raise ExportError(f"training left no whole model in {cell.run}: see {log}.")
-        result = finished(cell)
-        assert result is not None and result.results is not None
-        done = f"error {result.results['error']:.2%}"
+    def _attempt(self, name: str, action: Callable[[], None]) -> None:
+        """A model that fails stops no other."""
+        try:
+            action()
+        except Interrupted:
+            raise
+        except (ZooError, OSError, RuntimeError) as error:  # RuntimeError: torch's, such as no memory
+            self.failed[name] = str(error)
+            print(f"Failed: {name}: {str(error).splitlines()[0]}", flush=True)
+
+    def _do(self, task: Task, model: Model) -> None:
+        from training.network.distributed import Processes
+
+        options = model.job.options
+        device, how = choose_device(options.device), options.of_the_loop()
+        if model.job.recipe.cache_features:  # models on one backbone share its features
+            how["features"] = options.features or self.out / "features"
+        data = model.job.load()
+        if task.is_stage1:
+            train(task, data, device, **how)
+            return
+        sys.argv[1:] = ["train", *model.words]  # the command that the model's card shows
+        recipe, _ = settle(task.cell.recipe, data, device, task.folder)
+        finish(run_to_model(recipe, data, task.folder, model.name, Processes(device=device), resume=True,
+                            stage1=task.stage1, **how))
         if self.publish:
-            line.show("publishing")
-            children.run(["-m", "metasaug", "publish", str(cell.run), "--repo", self.repo(cell),
-                          *(["--private"] if self.private else [])], log, "metasaug publish")
-            folder = published(self.repo(cell))
-            if folder is None or not same(result, folder):
-                raise ExportError(f"{PREFIX}{self.repo(cell)} does not hold what was published: see {log}.")
-            self.on_hub[cell.name] = folder
-            done += f", published as {folder.source}"
-        line.say(done)
+            self._publish(model)
 
-    def _tell(self, row: Planned, later: list[Planned], here: float, pace: float) -> str:
-        """The time left, of this cell and of all, by the speed measured."""
-        self.pace[row.cell.entry.dataset] = pace
-        total = here + sum(each.seconds * self.pace.get(each.cell.entry.dataset, 1.0) for each in later)
-        money = "" if self.price is None else f" ({total / 3600 * self.price:,.2f})"
-        return f"{duration_in_words(here)} left, with all that follow {duration_in_words(total)}{money}"
+    def _publish(self, model: Model) -> None:
+        repo = f"{self.owner}/{model.name}"
+        upload(self.run_of(model) / "model", repo, private=self.private)
+        if (folder := on_the_hub(repo)) is not None:
+            self.on_hub[model.name] = folder
 
-    def results(self) -> str:
-        """What every named cell got, beside the published figures; what to paste where something was published."""
-        rows: list[tuple[Entry, Mapping[str, Any] | None]] = []
-        for cell in self.cells:
-            folder = self.on_hub.get(cell.name) or finished(cell)
-            if folder is None and cell.entry.bundled:
-                folder = open_entry(cell.entry)
-            config = folder.config if folder else None
-            if config or cell.entry.measured_error is not None:
-                rows.append((cell.entry, (config or {}).get("metasaug", {}).get("results")))
-        parts = ["\n" + results_by_cell(rows, lambda entry: entry.measured_error)] if rows else []
-        pasted = [on_hub(folder.config, folder.repo, folder.revision,
-                         hashlib.sha256((folder.path / MANIFEST).read_bytes()).hexdigest())
-                  for folder in self.on_hub.values()]
-        return "\n".join(parts + (["", WHERE, *pasted] if pasted else []))
+    def _config(self, model: Model) -> Mapping[str, Any] | None:
+        folder = self.on_hub.get(model.name) or finished(self.run_of(model)) or (
+            ModelFolder(model.entry.folder) if model.entry.bundled else None)
+        return None if folder is None else folder.config
 
 
 # ---- what is there already ----
 
 
-def finished(cell: Cell) -> ModelFolder | None:
-    """The run's model, measured and exported; None where there is none yet. (Publishing checks every byte.)"""
+def finished(run: Path) -> ModelFolder | None:
+    """The run's model, if it is measured and exported. (Publishing checks every byte.)"""
     try:
-        folder = ModelFolder(cell.run / "model")
+        folder = ModelFolder(run / "model")
         return folder if ONNX in folder and CARD in folder and folder.results else None
     except ModelFolderError:  # not there, or killed while it was written
         return None
 
 
 def other_recipe(recipe: Recipe, folder: ModelFolder) -> str | None:
-    """In what the model was trained otherwise than by this recipe."""
+    """The flags in which the model differs from this recipe, apart from those that the recipe leaves open."""
     saved = recipe.completed(folder.config["metasaug"].get("recipe") or {})
-    ours, theirs = (json.loads(json.dumps(one)) for one in (as_chosen(recipe, saved).to_dict(), saved))
-    differing = [f"{flag} {theirs[flag]}, not {value}" for flag, value in ours.items() if theirs[flag] != value]
-    return ", ".join(differing[:5]) or None
+    usual = type(recipe)().to_dict()
 
-
-def as_chosen(recipe: Recipe, saved: Mapping[str, Any]) -> Recipe:
-    """The recipe, what it leaves to be chosen from the pictures or its backbone being as it was for a saved one."""
-    usual = type(recipe)()
-
-    def left_open(flag: str) -> bool:
-        value = getattr(recipe, flag)
+    def left_open(flag: str, value: Any) -> bool:
         return (flag in recipe.CHOSEN and value in ("auto", 0, None)) or (
-            recipe.backbone is not None and value == getattr(usual, flag))
+            recipe.backbone is not None and value == usual[flag])
 
-    return replace(recipe, **{each.name: saved[each.name] for each in fields(recipe)
-                              if left_open(each.name) and each.name in saved})
+    ours = json.loads(json.dumps(recipe.to_dict()))
+    differing = [f"{flag} {saved[flag]}, not {value}" for flag, value in ours.items()
+                 if saved[flag] != value and not left_open(flag, value)]
+    return ", ".join(differing[:5]) or None
 
 
 def same(local: ModelFolder, remote: ModelFolder) -> bool:
     """Whether the Hub has these very weights and results; the card there names another place."""
-    apart = {CARD, FIGURE}
-    return ({name: entry for name, entry in local.files.items() if name not in apart}
-            == {name: entry for name, entry in remote.files.items() if name not in apart})
+    return ({name: entry for name, entry in local.files.items() if name not in (CARD, FIGURE)}
+            == {name: entry for name, entry in remote.files.items() if name not in (CARD, FIGURE)})
 
 
-def published(repo: str) -> HubFolder | None:
-    """The model folder in a repository, at its newest commit; None where there is none. Raises HubError."""
+def on_the_hub(repo: str) -> HubFolder | None:
+    """The model folder in a repository, at its newest commit, if there is one. Raises HubError."""
     from huggingface_hub import HfApi
 
     if not asked(repo, lambda: HfApi().file_exists(repo, MANIFEST)):
@@ -440,59 +387,29 @@ def published(repo: str) -> HubFolder | None:
 
 
 def may_not_write(who: Mapping[str, Any], owner: str) -> str | None:
-    """What keeps the account that is logged in from publishing for `owner`, as far as the Hub says."""
+    """Why the account may not publish for `owner`, as far as the Hub says."""
     name = who.get("name", "?")
     role = ((who.get("auth") or {}).get("accessToken") or {}).get("role")
     if role == "read":
         return f"The token of {name} on the Hub may only read: make one that may write, then `hf auth login`."
     roles = {org.get("name"): org.get("roleInOrg") for org in who.get("orgs") or []}
     if owner != name and owner not in roles:
-        return (f"--owner {owner}: {name} is logged in to the Hub, and is not of {owner}. It may write for "
-                f"{', '.join([name, *map(str, roles)])}.")
+        return (f"--owner {owner}: you are {name} on the Hub, who may write for "
+                f"{', '.join([name, *map(str, roles)])} only.")
     if roles.get(owner) == "read":
         return f"--owner {owner}: {name} may only read there; an administrator of {owner} can change that."
     return None
 
 
-def stage1_runs(out: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Runs whose first stage has ended, and what they say of it."""
-    found = ((folder.parent, _stage1_in(folder, tuple(sorted(file.name for file in folder.iterdir()))))
-             for folder in sorted(out.glob("*/stage1")))
-    return [(run, saved) for run, saved in found if saved is not None]
-
-
-@functools.cache
-def _stage1_in(folder: Path, _names: tuple[str, ...]) -> dict[str, Any] | None:
-    """What its newest whole checkpoint says, without the tensors; a file is never changed under its name."""
-    from training.run.checkpoints import load_newest
-
-    try:
-        newest = load_newest(folder)
-    except TrainingError:  # damaged: then it is trained again
-        return None
-    return None if newest is None else {key: newest[1][key] for key in ("stage1_key", "epoch", "recipe")}
-
-
-def fits(recipe: Recipe, saved: Mapping[str, Any]) -> bool:
-    """Whether a finished first stage is this recipe's."""
-    settled = as_chosen(recipe, saved["recipe"])
-    theirs = settled.completed_key(saved["stage1_key"])
-    agree = all(theirs.get(flag) == value for flag, value in json.loads(settled.stage1_key()).items())
-    return agree and saved["epoch"] == settled.stage2_epoch
-
-
-def stage1_for(cell: Cell, out: Path) -> Path | None:
-    return next((run for run, saved in stage1_runs(out) if fits(cell.recipe, saved)), None)
-
-
-def share_done(cell: Cell, work: Work) -> float:
-    """Share of the steps that the run's log has; by whole epochs."""
-    try:
-        epoch = json.loads((cell.run / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])["epoch"]
-    except (OSError, ValueError, IndexError, KeyError):
-        return 0.0
-    first, epochs = cell.recipe.stage2_epoch, cell.recipe.epochs
-    if not epochs:  # chosen from the pictures
-        return 0.0
-    second = work.first + (1 - work.first) * (epoch - first) / (epochs - first)
-    return second if epoch > first else work.first * epoch / first
+def results_table(models: Sequence[Model], config_of: Callable[[Model], Mapping[str, Any] | None]) -> str:
+    """Test errors beside the published ones, with their source."""
+    lines = [f"{'model':<{WIDTH}} {'error':>7} {'head':>7} {'medium':>7} {'tail':>7}  published"]
+    for model in models:
+        results = ((config_of(model) or {}).get("metasaug") or {}).get("results") or {}
+        groups = results.get("groups", {})
+        figures = [results.get("error"), *(groups.get(name, {}).get("accuracy") for name in ("head", "medium", "tail"))]
+        entry = model.entry
+        published = "" if entry.published_error is None else f"{entry.published_error:.2%}, {entry.published_source}"
+        lines.append(f"{model.name:<{WIDTH}} " + " ".join(f"{'–' if n is None else f'{n:.2%}':>7}" for n in figures)
+                     + f"  {published}")
+    return "\n".join([*lines, "", "head, medium, tail: accuracy of these classes."])

@@ -169,11 +169,11 @@ _IN_ORDER = (
     *_large("inat17", 36.72, SECOND_HAND, "inat2017", "inaturalist17", "inaturalist2017"),
     *_large("inat18", 30.50, f"{AUTHORS} (cited elsewhere: 31.25)", "inat2018", "inaturalist18", "inaturalist2018"),
     Entry("metasaug-plankton", "plankton", None, "metasaug", "ce",
-          "metasaug train folder --flips all --data pictures/"),
+          "metasaug train folder --start none --flips all --data pictures/"),
     Entry("heldout-plankton", "plankton", None, "heldout", "ce",
-          "metasaug train folder --flips all --augment heldout --data pictures/"),
+          "metasaug train folder --start none --flips all --augment heldout --data pictures/"),
     Entry("ce-plankton", "plankton", None, "ce", "ce",
-          "metasaug train folder --flips all --augment none --data pictures/"),
+          "metasaug train folder --start none --flips all --augment none --data pictures/"),
 )
 
 # Usable models first, bundled before Hub.

@@ -24,11 +24,13 @@ STAGE1 = "stage1"
 class Cell:
     """One training.
 
-    name     of its run folder in the queue's folder: GROUP/OWN; cells of a group share their first stage
+    name    of its run folder in the queue's folder: GROUP/OWN; cells of a group share their first stage
+    whole   train both stages in one task
     """
 
     name: str
     recipe: Recipe
+    whole: bool = False
 
     @property
     def group(self) -> str:
@@ -104,7 +106,7 @@ class Queue:
         """The first task that is free, with its lock; else whether one may become free."""
         wait, busy = False, set[str]()
         for cell in self.left():
-            stage1, begins_alone = self.stage1_of(cell), cell.recipe.stage2_epoch == 0
+            stage1, begins_alone = self.stage1_of(cell), cell.whole or cell.recipe.stage2_epoch == 0
             name = cell.name if stage1 or begins_alone else f"{cell.group}/{STAGE1}"
             if name in busy:
                 wait |= name != cell.name
