@@ -1,24 +1,14 @@
 """`metasaug import`: a checkpoint that somebody else released becomes a model folder, logits kept.
 
-Known layouts, of which DataParallel's "module." may stand before every name:
-
-    {"state_dict": {"conv1.weight": …, "linear.weight": …}}               MetaSAug's CIFAR files, ResNet-32
-    {"state_dict": {"feature": {…}, "classifier": {"fc.weight": …}}}      MetaSAug's ImageNet-LT and iNaturalist files
-    {"state_dict_best": {"feat_model": {…}, "classifier": {…}}}           classifier-balancing (Kang et al. 2020)
-
-and the tensors alone, without any of the outer names. Which network it is, is read off the tensors' shapes.
+training/network/checkpoint_files.py reads the file. The architecture follows from the tensors' shapes.
 """
 
 import functools
 import hashlib
-import io
 import json
-import pickle
 import re
 import sys
 import tempfile
-import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +22,7 @@ from torch import Tensor
 from export.errors import ExportError
 from training.data.cifar import CIFAR, CIFAR_MEAN, CIFAR_STD, long_tail_counts
 from training.data.imagenet_inat import IMAGENET_LT, INAT, read_inat_json, read_list
-from training.network.start_weights import PLAIN
+from training.network.checkpoint_files import open_checkpoint, tensors_in
 from zoo import label_names
 from zoo.architectures import ARCHITECTURES, create
 from zoo.labels import assign_groups
@@ -45,9 +35,6 @@ LAYOUTS = """Expected one of
   {"state_dict_best": {"feat_model": {…}, "classifier": {…}}}               classifier-balancing
 or the tensors alone, of a network that is one of """ + ", ".join(ARCHITECTURES) + "."
 
-_WRAPPERS = ("state_dict_best", "state_dict", "model_state_dict", "model", "net")
-_BACKBONES = ("feature", "feat_model", "feature_extractor", "backbone")
-_CLASSIFIERS = ("classifier", "fc", "head")
 _LAST_LAYERS = ("fc", "linear", "classifier", "head")
 
 _LICENCES = {"MetaSAug": "mit", "classifier-balancing": "bsd-3-clause"}
@@ -152,8 +139,10 @@ def nearly_released(content: bytes, name: str, checkpoint: Checkpoint) -> dict[s
 
 def read_checkpoint(content: bytes, name: str, cosine_scale: float | None = None) -> Checkpoint:
     """The network in the bytes of a checkpoint; see the module's docstring. Raises ExportError, and runs nothing."""
-    loaded = _load(content, name)
-    tensors, origin = _flatten(loaded, name)
+    loaded = open_checkpoint(content, name)
+    tensors, origin = tensors_in(loaded)
+    if not tensors:
+        raise ExportError(f"{name}: no weights found. It holds\n{_shown(loaded)}\n{LAYOUTS}")
     notes: list[str] = []
     backbone, weight, bias, scales = _split(tensors, name)
     weight, bias, scale = _last_layer(weight, bias, scales, backbone, cosine_scale, name, notes)
@@ -184,76 +173,7 @@ def _read(file: Path) -> bytes:
         raise ExportError(f"{file} cannot be read: {error.strerror or error}.") from error
 
 
-def _load(content: bytes, name: str) -> Mapping[str, Any]:
-    """torch.load that makes tensors and plain values, and nothing else."""
-    if content[:2] == b"PK":
-        _check_zip(content, name)
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN):
-            warnings.simplefilter("ignore")
-            loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's own text goes on to say how to load it all the same, which is the last thing to do.
-        asked = re.search(r"GLOBAL ([\w.]+)|but got <class '([\w.]+)'>", str(error))
-        if asked is None:
-            raise ExportError(f"{name} is no checkpoint of torch, or damaged. Fetch it again.") from error
-        raise ExportError(f"{name} holds more than tensors and plain values: it asks for {asked[1] or asked[2]}, which "
-                          "is refused, as loading it could run anything. Ask its makers for the state dict alone."
-                          ) from error
-    except Exception as error:  # a broken archive or pickle: torch has many types for it
-        raise ExportError(f"{name} is no checkpoint of torch, or cut off: {_first_line(error)}. Fetch it again."
-                          ) from error
-    if not isinstance(loaded, Mapping):
-        raise ExportError(f"{name} holds a {type(loaded).__name__}, no dictionary. {LAYOUTS}")
-    return loaded
-
-
-def _check_zip(content: bytes, name: str) -> None:
-    """What it unpacks to is no more than it is: torch packs nothing, a bomb does."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-            names = [entry.filename for entry in archive.infolist()]
-    except zipfile.BadZipFile as error:
-        raise ExportError(f"{name} is a damaged or cut off zip: {error}. Fetch it again.") from error
-    if not any(each.endswith("data.pkl") for each in names):
-        raise ExportError(f"{name} is a zip but no checkpoint of torch (it holds {', '.join(names[:5]) or 'nothing'}).")
-    if size > 2 * len(content) + 1_000_000:
-        raise ExportError(f"{name} would unpack to {size / 1e6:,.0f} MB from {len(content) / 1e6:,.0f} MB, which no "
-                          "checkpoint does: refused.")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200].rstrip(".:")
-
-
 # ---- from its layout to names of ours ----
-
-
-def _flatten(loaded: Mapping[str, Any], name: str) -> tuple[dict[str, Tensor], str]:
-    """Tensors by name, "classifier." before those of a part of its own, and whose layout it is."""
-    found: Any = loaded
-    while isinstance(found, Mapping):
-        inner = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)), None)
-        if inner is None:
-            break
-        found = inner
-    backbone = next((key for key in _BACKBONES if isinstance(found.get(key), Mapping)), None)
-    classifier = next((key for key in _CLASSIFIERS if isinstance(found.get(key), Mapping)), None)
-    if backbone is not None and classifier is not None:
-        tensors = {**_tensors(found[backbone]), **{f"classifier.{key}": tensor for key, tensor in
-                                                   _tensors(found[classifier]).items()}}
-        origin = {"feat_model": "classifier-balancing", "feature": "MetaSAug"}.get(backbone, "unknown")
-    else:
-        tensors = _tensors(found)
-        origin = "MetaSAug" if "linear.weight" in tensors else "unknown"
-    if not tensors:
-        raise ExportError(f"{name}: no weights found. It holds\n{_shown(loaded)}\n{LAYOUTS}")
-    return tensors, origin
-
-
-def _tensors(part: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {str(key).removeprefix("module."): value for key, value in part.items() if isinstance(value, Tensor)}
 
 
 def _split(

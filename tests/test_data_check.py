@@ -9,7 +9,8 @@ from metasaug import main
 from tests.test_datasets import write_class_folders
 from tests.test_list_files import make_imagenet_lt, make_inat
 from tests.test_own_pictures import SIZES, names_of, paint_classes
-from training.data.check import duration_in_words, size_in_words
+from training.data.check import duration_in_words
+from training.data.datasets import size_in_words
 from training.data.own_pictures import load_folder, load_table
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 
 from training.command_line import AnyJob, Job, choose_device, settle
-from training.data.datasets import LongTailed, PictureFiles, Split, content_key, listed
+from training.data.datasets import LongTailed, PictureFiles, Split, content_key, listed, size_in_words
 from training.data.tables import left_out_in_words
 from training.errors import DataError
 from training.recipes import Recipe
@@ -374,10 +374,3 @@ def duration_in_words(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}" if seconds > 10 * length else f"{seconds / length:.1f} {unit}"
     return f"{math.ceil(seconds)} seconds" if seconds > 1 else "a second"
-
-
-def size_in_words(n: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if n >= size:
-            return f"{n / size:.3g} {unit}"
-    return f"{n / 1e3:.0f} kB"

@@ -165,6 +165,14 @@ def listed(items: Sequence[str], between: str, most: int = 10) -> str:
     return between.join([*items[:most], *([f"… and {len(items) - most:,} more"] if len(items) > most else [])])
 
 
+def size_in_words(n: float) -> str:
+    """Bytes with a unit: 2.5 MB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n / 1e3:.0f} kB"
+
+
 def read_pictures(paths: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
     """uint8 (N, H, W, 3), decoded by zoo.images; every unreadable picture is named in one DataError."""
     pictures = np.empty((len(paths), *size, 3), np.uint8)

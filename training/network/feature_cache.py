@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.data.batches import Batches, View, at_once, batch_sizes, moved, on_device, own, shown, slices
-from training.data.datasets import PictureFiles, Split
+from training.data.datasets import PictureFiles, Split, size_in_words
 from training.errors import DataError, TrainingError
 from training.network.derivatives import Compute, features_of
 from training.network.distributed import ALONE, Processes
@@ -141,8 +141,8 @@ class FeatureCache:
         sizes = [self._bytes(kind, pictures, module) for kind, pictures in sets]
         there = sum(_bytes_at(self._file(kind, pictures, module)[0]) for kind, pictures in sets) if trained else 0
         if there < sum(sizes):
-            self.say(f"--cache-features {self.views}: {_size(sum(sizes))} of features in {self.folder}"
-                     + (f", of which {_size(there)} are there" if there else ""))
+            self.say(f"--cache-features {self.views}: {size_in_words(sum(sizes))} of features in {self.folder}"
+                     + (f", of which {size_in_words(there)} are there" if there else ""))
             self._check_free(sum(sizes) - there, sum(sizes))
 
     def _shape(self, kind: Kind, pictures: Split | PictureFiles, module: nn.Module) -> tuple[int, int, int]:
@@ -180,9 +180,9 @@ class FeatureCache:
         above = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(above).free
         if lacking > free:
-            raise TrainingError(f"--cache-features {self.views}: the features take {_size(needed)} in {self.folder}, "
-                                f"where {_size(free)} are free. Make room, take fewer views, or name a folder on "
-                                "another disk by --features.")
+            raise TrainingError(f"--cache-features {self.views}: the features take {size_in_words(needed)} in "
+                                f"{self.folder}, where {size_in_words(free)} are free. Make room, take fewer views, or "
+                                "give another folder with --features.")
 
     def of(self, kind: Kind, pictures: Split | PictureFiles, module: nn.Module,
            before_each: Callable[[], None] = lambda: None) -> np.ndarray:
@@ -382,10 +382,3 @@ def _backbone_key(module: nn.Module) -> str:
             digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _size(count: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count / 1e3:.0f} kB"

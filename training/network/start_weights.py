@@ -1,29 +1,18 @@
 """Weights to start from, and ready backbones: a model of the zoo or of a library, a model folder, a file of tensors."""
 
-import argparse
-import importlib
-import pickle
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from training.errors import TrainingError
+from training.network.checkpoint_files import LAST_LAYERS, first_line, read_tensors
 from zoo.architectures import ARCHITECTURES, TorchvisionNetwork, classifier_name
 from zoo.loading import open_folder
-
-# Plain values that checkpoints carry beside their tensors; nothing that could do anything.
-PLAIN: list[Any] = [argparse.Namespace, np.dtype, np.ndarray, *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU"}]
-PLAIN += [(getattr(importlib.import_module("numpy._core.multiarray"), name), f"numpy.{core}.multiarray.{name}")
-          for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
-
-# What the last layer of a file may be called, beside the name it has in the network itself.
-_LAST_LAYERS = ("fc", "linear", "classifier", "head", "classifier.fc", "fc.fc", "head.fc")
 
 
 def load_pretrained(module: nn.Module, source: str) -> list[str]:
@@ -65,37 +54,6 @@ def unwrapped(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mappi
 
 def _folder_weights(source: str) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array.copy()) for name, array in open_folder(source).weights().items()}
-
-
-def _read_file(path: Path, flag: str) -> dict[str, Tensor]:
-    """Tensors by name, those of a last layer that has a part of its own as "classifier.…"; nothing in it can run."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        with torch.serialization.safe_globals(PLAIN):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
-        raise TrainingError(f"{flag} {path} cannot be read as tensors: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # safetensors has an exception of its own
-        raise TrainingError(f"{flag} {path} is no file of weights: {error}") from error
-    for key in ("state_dict_best", "state_dict", "model", "model_state_dict", "net", "model_ema"):
-        if isinstance(saved, dict) and isinstance(saved.get(key), dict):
-            saved = saved[key]
-    if not isinstance(saved, dict):
-        raise TrainingError(f"{flag} {path} holds no weights by name.")
-    # classifier-balancing (Kang et al. 2020) and MetaSAug's large sets keep backbone and classifier apart.
-    body = next((saved[key] for key in ("feat_model", "feature") if isinstance(saved.get(key), dict)), None)
-    if body is not None:
-        last = saved.get("classifier")
-        saved = {**body, **{f"classifier.{_bare(key)}": value for key, value in
-                            (last if isinstance(last, dict) else {}).items()}}
-    return {_bare(name): tensor for name, tensor in saved.items() if isinstance(tensor, Tensor)}
-
-
-def _bare(name: Any) -> str:
-    return str(name).removeprefix("module.").removeprefix("_orig_mod.")
 
 
 # ---- ready backbones ----
@@ -161,7 +119,7 @@ def load_backbone(module: nn.Module, backbone: Backbone, last_layer: bool) -> No
     is_last = {name for name in own if name.startswith(f"{last}.")}
     if last + ".weight" not in weights:
         # Renamed where it has another name, and only where that is not one of the backbone's.
-        other = next((name for name in _LAST_LAYERS
+        other = next((name for name in LAST_LAYERS
                       if f"{name}.weight" in weights and f"{name}.weight" not in own), None)
         if other is not None:
             weights = {name.replace(f"{other}.", f"{last}.", 1) if name.startswith(f"{other}.") else name: tensor
@@ -182,12 +140,12 @@ def load_backbone(module: nn.Module, backbone: Backbone, last_layer: bool) -> No
 
 
 def _file(path: Path) -> Backbone:
-    weights = _read_file(path, "--backbone")
-    last = [weights[f"{name}.weight"] for name in _LAST_LAYERS if f"{name}.weight" in weights]
+    weights = read_tensors(path, "--backbone")
+    last = [weights[f"{name}.weight"] for name in LAST_LAYERS if f"{name}.weight" in weights]
     classes = len(last[0]) if last and last[0].dim() == 2 else None
     # A last layer with more than weight and bias (LWS's scales) is not the plain one that training goes on with.
     plain = all(name.rpartition(".")[2] in ("weight", "bias") for name in weights
-                if name.rpartition(".")[0] in _LAST_LAYERS)
+                if name.rpartition(".")[0] in LAST_LAYERS)
 
     def named(module: nn.Module) -> Mapping[str, Tensor]:
         ours = any(name.startswith("body.") for name in weights)  # as `metasaug train` writes them
@@ -214,7 +172,7 @@ def _torchvision(source: str, name: str) -> Backbone:
         except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; RuntimeError: the hash
             file = weights.url.rpartition("/")[2]
             raise TrainingError(
-                f"--backbone {source}: its weights could not be fetched ({_first_line(error)}). On a machine with a "
+                f"--backbone {source}: its weights could not be fetched ({first_line(error)}). On a machine with a "
                 f"network get {weights.url}, and name the file here: --backbone PATH/{file} (or put it into "
                 f"{Path(torch.hub.get_dir()) / 'checkpoints'}).") from error
 
@@ -229,7 +187,7 @@ def _torchvision_file(path: Path) -> Backbone | None:
         for weights in models.get_model_weights(name):
             if weights.url.rpartition("/")[2] == path.name:
                 return _of_torchvision(str(path), name, weights, lambda module: _torchvision_names(
-                    module, _read_file(path, "--backbone")))
+                    module, read_tensors(path, "--backbone")))
     return None
 
 
@@ -273,14 +231,10 @@ def _timm(source: str, name: str) -> Backbone:
         except Exception as error:  # of huggingface_hub, its network library, urllib or timm
             where = f"{cfg.hf_hub_id} on the Hugging Face Hub" if cfg.hf_hub_id else cfg.url
             raise TrainingError(
-                f"--backbone {source}: its weights could not be fetched ({_first_line(error)}). On a machine with a "
+                f"--backbone {source}: its weights could not be fetched ({first_line(error)}). On a machine with a "
                 f"network get the .safetensors or .bin file of {where}, and name it here: --backbone FILE "
                 f"--architecture {source}.") from error
 
     shown = {"input_size": list(cfg.input_size), "mean": list(cfg.mean), "std": list(cfg.std),
              "interpolation": cfg.interpolation or "bilinear", "crop_pct": cfg.crop_pct}
     return Backbone(source, fetch, source, cfg.num_classes or None, None, shown)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200].rstrip(".")

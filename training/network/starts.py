@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 from torch import Tensor, nn
 
 from training.errors import TrainingError
-from training.network.start_weights import Backbone, _read_file, find_backbone
+from training.network.checkpoint_files import read_tensors
+from training.network.start_weights import Backbone, find_backbone
 from zoo.errors import ZooError
 
 PATIENCE = 3  # seconds for the Hub's first answer
@@ -119,7 +120,7 @@ def _in_order(start: Start, file: Path) -> Backbone:
     """Weights under other names in the order of timm's own, each of the same shape."""
 
     def weights(module: nn.Module) -> Mapping[str, Tensor]:
-        theirs, own = list(_read_file(file, "--start").values()), module.state_dict()
+        theirs, own = list(read_tensors(file, "--start").values()), module.state_dict()
         last = [name for name in own if own[name].shape[:1] == (module.num_classes,)][-2:]
         pairs = list(zip(own, theirs, strict=False))
         if len(theirs) != len(own) or any(own[name].shape != tensor.shape for name, tensor in pairs
