@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import re
 import shutil
 import textwrap
 import typing
@@ -59,15 +60,35 @@ def help_of(arguments: Sequence[str]) -> str:
     """What `metasaug train ARGUMENTS` prints, where the arguments ask for help."""
     jobs = {job.recipe.dataset: job for job in JOBS}
     job = next((jobs[word] for word in arguments if word in jobs), None)
-    if job is None:
-        lines = [f"  {name:<12} {(inspect.getdoc(type(job.recipe)) or '').splitlines()[0]}"
-                 for name, job in sorted(jobs.items(), key=lambda item: not isinstance(item[1].recipe, OwnPictures))]
-        return OVERVIEW + "\n".join(["Data sets:", *lines])
-    return _help(job)
+    return OVERVIEW + _data_sets() if job is None else _help(job)
+
+
+def help_of_check(arguments: Sequence[str]) -> str:
+    """What `metasaug data check ARGUMENTS` prints, where the arguments ask for help."""
+    from training.data.check import check
+
+    about, _, texts = (inspect.getdoc(check) or "").partition("\n\nArgs:\n")
+    flags = [Flag(name, "PATH" if name == "write_table" else "", " ".join(text.split()), None)
+             for name, text in re.findall(r"^    (\w+): (.*(?:\n      .*)*)", texts, re.MULTILINE)]
+    return "\n\n".join([
+        "usage: metasaug data check DATA_SET [flags]", about,
+        "\n".join(["Flags:", *(_entry(flag._replace(name=flag.name.removeprefix("as_")), _width()) for flag in flags)]),
+        "Every flag of `metasaug train DATA_SET` works here too: see `metasaug train DATA_SET --help`.", _data_sets()])
+
+
+def _data_sets() -> str:
+    """A line for each, your own pictures first."""
+    recipes = sorted((job.recipe for job in JOBS), key=lambda recipe: not isinstance(recipe, OwnPictures))
+    return "\n".join(["Data sets:", *(f"  {recipe.dataset:<12} {(inspect.getdoc(type(recipe)) or '').splitlines()[0]}"
+                                      for recipe in recipes)])
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size((100, 24)).columns, 120)
 
 
 def _help(job: Job) -> str:
-    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    width = _width()
     flags = {flag.name: flag for flag in flags_of(job)}
     parts = [f"usage: metasaug train {job.recipe.dataset} [flags]"]
     for paragraph in inspect.cleandoc(type(job.recipe).__doc__ or "").replace("\nCost:", "\n\nCost:").split("\n\n"):

@@ -1,4 +1,4 @@
-"""`metasaug data check`: everything that can be known of a data set before an hour is spent on it."""
+"""`metasaug data check`: everything worth knowing about a data set before you train on it."""
 
 import dataclasses
 import json
@@ -55,15 +55,15 @@ def check(
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
     write_table: Path | None = None,
 ) -> int:
-    """Look at a data set before training: what is missing or damaged, how it is cut, how long the tail is, what to
-    expect. Takes every flag of `metasaug train`. Exit code 0: ready; 1: something is left out that training would
-    stop at without --skip-bad; 2: no data set.
+    """Check a data set before training: missing and damaged pictures, splits, the long tail, the expected cost.
+
+    Exit code 0: ready; 1: training would stop at bad pictures, unless you add --skip-bad; 2: no data set.
 
     Args:
-        quick: Decode nothing: damaged pictures and copies go unseen, sizes are not known.
-        per_class: Print a line for each class.
-        as_json: Print everything found as JSON instead.
-        write_table: Write the pictures and their splits as a CSV table, for `metasaug train table`: the cut, for good.
+        quick: Decode no picture. Damaged pictures, copies and sizes remain unknown.
+        per_class: Print a line per class.
+        as_json: Print everything as JSON.
+        write_table: Write pictures and splits to this CSV file. `metasaug train table` then keeps the splits.
     """
     stops = not getattr(job.recipe, "skip_bad", False)
     data = _tolerant(job).load(look=not quick)
