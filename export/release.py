@@ -25,7 +25,7 @@ from export.command_line import finish
 from export.errors import ExportError
 from export.publish import asked
 from export.publish import publish as upload
-from training.command_line import AnyJob, Job, choose_device, run_to_model, settle
+from training.command_line import Job, choose_device, job_of, run_to_model, settle
 from training.errors import Interrupted
 from training.recipes import OwnPictures, Recipe
 from training.run.cells import Cell, Queue, Task, train
@@ -144,7 +144,7 @@ def model_of(entry: Entry, data: Path | None, flags: Sequence[str]) -> Model:
     """
     words = [*shlex.split(entry.command)[2:], *flags]  # after "metasaug train"
     try:
-        job = tyro.cli(AnyJob, args=words, prog="metasaug train")
+        job = job_of(words)
     except SystemExit as stop:
         if not stop.code:
             raise

@@ -436,7 +436,7 @@ REFUSED = {
     "cut old file": (legacy_truncated, "cut off"),
     "zip of pictures": (lambda: zip_of(**{"a.jpg": b"x"}), r"a zip but no checkpoint of torch \(it holds a\.jpg"),
     "zip bomb": (lambda: zip_of(**{"m/data.pkl": b"\x80\x02}.", "m/data/0": bytes(50_000_000)}), "unpack to 50 MB"),
-    "no dictionary": (lambda: saved([1, 2]), r"holds a list(?s:.*)Expected one of"),
+    "no dictionary": (lambda: saved([1, 2]), r"holds a list, not a dictionary"),
     "no weights": (lambda: saved({"epoch": 3, "args": "x"}), r"no weights found(?s:.*)epoch: int(?s:.*)Expected one"),
     "weights of something else": (lambda: saved({"state_dict": {"a.weight": torch.ones(2, 3)}}),
                                   r"no last layer(?s:.*)a\.weight: float32 \(2, 3\)(?s:.*)Expected one of"),

@@ -79,7 +79,7 @@ def test_a_release_stopped_anywhere_continues_and_does_nothing_twice(hub, tmp_pa
 
     # when the release gets SIGTERM in its first stage, then the stage is saved, and nothing is published;
     assert releases.stopped_once(lambda: any(releases.out.glob("*/stage1/checkpoints/*.pt")), signal.SIGTERM) == 143
-    assert not hub.repos
+    assert not any(name.startswith("me/") for name in hub.repos)
     # killed between training and publishing, then the model is there, and nothing is published yet;
     hub.fail("silent", "commit/main", "POST")
     releases.stopped_once(lambda: any("commit/main" in path for _, path, _ in hub.log))

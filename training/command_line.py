@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -191,19 +192,27 @@ JOBS: tuple[Job, ...] = (
     TrainLargeSet(INat18()), TrainFolder(Folder()), TrainTable(Table()))
 
 
+def _kind(job: Job) -> Any:
+    kind: Any = type(job)
+    return kind[type(job.recipe)] if kind in (TrainCifar, TrainLargeSet) else kind
+
+
 def _sub_command(job: Job) -> Any:
     """For tyro: the name, the defaults, and the recipe's docstring as help."""
-    kind: Any = type(job)
-    if kind in (TrainCifar, TrainLargeSet):
-        kind = kind[type(job.recipe)]
     description = inspect.cleandoc(type(job.recipe).__doc__ or "")
-    return Annotated[kind, tyro.conf.subcommand(job.recipe.dataset, default=job, description=description)]
+    return Annotated[_kind(job), tyro.conf.subcommand(job.recipe.dataset, default=job, description=description)]
 
 
 if TYPE_CHECKING:
     AnyJob = Job
 else:
     AnyJob = Annotated[Union[tuple(map(_sub_command, JOBS))], tyro.conf.arg(name="")]  # noqa: UP007
+
+
+def job_of(words: Sequence[str]) -> Job:
+    """The job of `metasaug train WORDS`. Raises SystemExit for flags that it does not take."""
+    job = next(job for job in JOBS if job.recipe.dataset == words[0])
+    return tyro.cli(_kind(job), args=words[1:], default=job, prog=f"metasaug train {words[0]}")
 
 
 def train(job: AnyJob) -> Path | None:
