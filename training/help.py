@@ -19,8 +19,9 @@ GROUPS = {
         "data", "table", "download", "imbalance", "out", "minutes", "start", "loss", "augment", "epochs", "resume",
         "device", "dry_run"),
     "Data: which pictures are in which split": (
-        "test", "meta", "leaf_folders", "path_column", "label_column", "split_column", "group_column", "test_share",
-        "lists", "subset", "meta_per_class", "meta_in_training", "skip_bad", "subset_seed"),
+        "test", "meta", "leaf_folders", "path_column", "label_column", "split_column", "group_column", "encoding",
+        "test_share", "lists", "subset", "meta_per_class", "meta_in_training", "skip_bad", "subset_seed"),
+    "Reading picture files": ("page", "white", "most_missing", "max_megapixels"),
     "Network": ("architecture", "pretrained", "backbone", "last_layer", "cache_features", "features"),
     "Input: how pictures are resized, normalised and varied": (
         "input_size", "mean", "std", "interpolation", "crop_mode", "crop_pct", "crops", "crop_area", "flips",
@@ -94,8 +95,10 @@ def _help(job: Job) -> str:
     for paragraph in inspect.cleandoc(type(job.recipe).__doc__ or "").replace("\nCost:", "\n\nCost:").split("\n\n"):
         parts.append(textwrap.fill(" ".join(paragraph.split()), width))
     for title, names in GROUPS.items():
-        if shown := [_entry(flags[name], width) for name in names if name in flags]:
+        if shown := [_entry(flags.pop(name), width) for name in names if name in flags]:
             parts.append("\n".join([f"{title}:", *shown]))
+    if flags:
+        parts.append("\n".join(["Others:", *(_entry(flag, width) for flag in flags.values())]))
     return "\n\n".join(parts)
 
 

@@ -573,18 +573,18 @@ class OwnPictures(Recipe):
     """Leave out unreadable pictures and empty classes, and name them, instead of stopping."""
 
     page: int | Literal["max", "mean"] | None = None
-    """Page of a TIFF that has several, from 1; or max or mean over all of them, pixel by pixel (a focus series).
-    Without it the first."""
+    """Page of a TIFF with several pages, from 1; max or mean: over all pages, pixel by pixel (a focus series). By
+    default the first."""
 
     white: int | None = None
-    """The value that is white in 16-bit and 32-bit grey: 4095 for a camera of 12 bits. Without it what the file says,
-    else the range found over all pictures. The model keeps it."""
+    """Value of white in 16-bit and 32-bit grey pictures, such as 4095 for a 12-bit camera. By default what the file
+    says, or the range over all pictures. Stored with the model."""
 
     most_missing: float = 0
-    """Largest share of a JPEG that may be missing at its end: 0.25 trains on what is there of damaged ones."""
+    """Share of a JPEG that may be missing at its end. 0.25: also train on JPEGs that lack their last quarter."""
 
     max_megapixels: float = 100
-    """Largest picture that is read, in megapixels, JPEGs four times as large; 178 at most. More needs more memory."""
+    """Largest picture to read, in megapixels (JPEGs: four times as large); at most 178. More takes more memory."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -31,19 +31,19 @@ class Columns:
     """How to read a table. The flags of `train table`, `evaluate` and `predict`."""
 
     path_column: str | None = None
-    """Column of the picture's path, relative to the folder of pictures or else to the table; without it by its name."""
+    """Column of the picture's path. By default found by its usual names."""
 
     label_column: str | None = None
-    """Column of the class; without it by its name."""
+    """Column of the class. By default found by its usual names."""
 
     split_column: str | None = None
-    """Column of the split; without it by its name."""
+    """Column of the split. By default found by its usual names."""
 
     group_column: str | None = None
-    """Column of the group; without it by its name. Of a COCO file: location (the default) or seq_id."""
+    """Column of the group. By default found by its usual names. In a COCO file: location (the default) or seq_id."""
 
     encoding: str | None = None
-    """Encoding of the table's text: latin-1, cp1250 …; without it UTF-8, else UTF-16 or Windows-1252."""
+    """Encoding of the table, such as latin-1 or cp1250. By default UTF-8, or else UTF-16 or Windows-1252."""
 
 
 USUAL = Columns()
