@@ -19,7 +19,8 @@ COMMANDS = {
     "demo": Command(USE, "app:demo", "try models in the browser, on examples or your own pictures"),
     "list": Command(USE, "zoo.command_line:list_table", "list the models: data, weights, test error"),
     "info": Command(USE, "zoo.command_line:info", "show a model's card"),
-    "predict": Command(USE, "zoo.command_line:predict", "classify pictures, folders and zip files"),
+    "predict": Command(USE, "zoo.predict_command:predict", "classify pictures, folders and zip files"),
+    "convert": Command(USE, "zoo.exchange:convert", "convert predictions for Timelapse or Camtrap DP"),
     "evaluate": Command(USE, "training.report.evaluate:evaluate",
                         "measure a model on labelled pictures, per group and class"),
     "data check": Command(TRAIN, "training.data.check:check",
@@ -35,7 +36,7 @@ COMMANDS = {
 
 # What each missing library belongs to.
 EXTRAS = {"torch": "train", "torchvision": "train", "onnx": "train", "onnxscript": "train", "gradio": "demo",
-          "tensorboard": "tensorboard"}
+          "tensorboard": "tensorboard", "pyarrow": "parquet"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

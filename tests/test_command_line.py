@@ -61,7 +61,7 @@ def test_help_names_the_allowed_values(capsys):
     text = plain(run(capsys, "predict", "--help")[1])
     for flag in ("--out", "--top-k", "--prior", "{onnx,torch}", "{auto,cpu,cuda}", "uniform", "train"):
         assert flag in text
-    assert "Exit code 0: all read; 1: some could not be" in text
+    assert "Exit code 0: every picture was read; 1: some could not be" in text
 
 
 def test_the_version_is_the_distributions(capsys):

@@ -32,3 +32,11 @@ class DataError(ZooError):
 
 class PictureError(ZooError):
     """Bytes that are no picture, a truncated file, an unsupported format, or a picture over the caps."""
+
+
+class Interrupted(ZooError):  # noqa: N818  (it is a request that was honoured, not a fault)
+    """SIGINT, SIGTERM or SIGHUP arrived; what was done so far is kept. `exit_code` is 130, 143 or 129."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,5 +1,6 @@
-"""The pictures that a path stands for: one, those under a folder, in a zip, or in a table."""
+"""The pictures that a path stands for: one, those under a folder, in a zip, in a table, or of a pattern."""
 
+import glob
 import itertools
 import os
 from collections import Counter
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from zoo.archives import is_zip, open_zip
 from zoo.errors import PictureError
-from zoo.files import passed_over_in_words, suffix, walk
+from zoo.files import no_picture, passed_over_in_words, suffix, walk
 from zoo.images import NamedPicture
 from zoo.tables import SUFFIXES, USUAL, Columns, pictures_in_table
 
@@ -18,14 +19,16 @@ def pictures_of(
 ) -> Iterator[str | os.PathLike | NamedPicture]:
     """Path by path, lazily; a folder without pictures or a refused zip comes as its PictureError.
 
+    A path with *, ? or [ that does not exist is a pattern; ** stands for folders in folders.
+
     passed_over  counts what is no picture by its name
     columns      how tables (zoo.tables.SUFFIXES) are read
     """
-    for path in paths:
+    for path in expanded(paths, passed_over):
         try:
             if os.path.isdir(path):
                 yield from pictures_under(path, passed_over)
-            elif suffix(os.fspath(path)) in SUFFIXES:
+            elif _is_table(path):
                 yield from pictures_in_table(Path(path), None, columns)
             elif is_zip(path):
                 yield from pictures_inside(path, passed_over)
@@ -55,3 +58,47 @@ def pictures_inside(archive: str | os.PathLike, passed_over: Counter[str] | None
     """Of a zip, under its path and the name inside. Raises PictureError as zoo.archives.open_zip does."""
     pictures = open_zip(archive, passed_over=passed_over)[1]
     return (NamedPicture(f"{os.fspath(archive)}/{name}", picture) for name, picture in pictures)
+
+
+def number_of_pictures(paths: Iterable[str | os.PathLike], columns: Columns = USUAL) -> int:
+    """How many `pictures_of` gives, without reading any of them."""
+    total = 0
+    for path in expanded(paths):
+        try:
+            total += max(1, sum(1 for _ in walk(Path(path))) if os.path.isdir(path) else
+                         sum(1 for _ in pictures_in_table(Path(path), None, columns)) if _is_table(path) else
+                         len(open_zip(path)[0]) if is_zip(path) else 1)
+        except PictureError:
+            total += 1
+    return total
+
+
+def _is_table(path: str | os.PathLike) -> bool:
+    return suffix(os.fspath(path)) in SUFFIXES
+
+
+def expanded(
+    paths: Iterable[str | os.PathLike], passed_over: Counter[str] | None = None
+) -> Iterator[str | os.PathLike]:
+    """The paths; in place of a pattern, what it stands for, by name: folders, zips and pictures, as a folder's are."""
+    for path in paths:
+        name = os.fspath(path)
+        if os.path.lexists(name) or not glob.has_magic(name):
+            yield path
+            continue
+        for found in sorted(glob.iglob(name, recursive=True)):
+            if os.path.isdir(found):
+                if "**" not in name:  # else their pictures come by themselves
+                    yield found
+            elif is_zip(found) or (kind := no_picture(os.path.basename(found))) is None:
+                yield found
+            elif passed_over is not None:
+                passed_over[kind] += 1
+
+
+def listed(lines: Iterable[bytes]) -> Iterator[str]:
+    """The paths of a list: one a line, as `find` and `ls` print them; empty lines are passed over."""
+    for i, line in enumerate(lines):
+        line = line.removeprefix(b"\xef\xbb\xbf") if i == 0 else line
+        if name := line.rstrip(b"\r\n"):
+            yield os.fsdecode(name)

@@ -292,6 +292,17 @@ def check_config(config: Mapping[str, Any], where: str | Path) -> None:
     variants = ours.get("variants")
     need(variants is None or (isinstance(variants, dict) and all(isinstance(v, dict) for v in variants.values())),
          "metasaug.variants", "an object of objects, or null")
+    calibration = ours.get("calibration")
+    need(calibration is None or isinstance(calibration, dict), "metasaug.calibration", "an object, or null")
+    if calibration:
+        temperature, misfits = calibration.get("temperature"), calibration.get("misfits")
+        need(number(temperature) and temperature > 0, "metasaug.calibration.temperature", "a number above 0")
+        need(isinstance(misfits, list) and len(misfits) == classes
+             and all(isinstance(m, list) and numbers(m, len(m)) for m in misfits),
+             "metasaug.calibration.misfits", f"{classes} lists of numbers")
+        energies = calibration.get("energies")
+        need(isinstance(energies, list) and len(energies) > 0 and numbers(energies, len(energies)),
+             "metasaug.calibration.energies", "numbers")
     results = ours.get("results")
     need(results is None or isinstance(results, dict), "metasaug.results", "an object, or null")
     if results:

@@ -3,17 +3,23 @@
 Shape suffixes: N pictures, C classes, A features.
 """
 
+import copy
+import difflib
 import itertools
 import os
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
 
+from zoo.calibration import UNFAMILIAR, Calibration, probabilities
 from zoo.errors import BackendError, ModelFolderError, PictureError, ZooError
+from zoo.files import same_text
 from zoo.images import NamedPicture, Picture, preprocess, read
 from zoo.labels import GROUPS, UNKNOWN
 from zoo.listing import pictures_inside, pictures_under
@@ -27,6 +33,7 @@ Backend = Literal["onnx", "torch"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "int8"]
 Prior = Literal["uniform", "train"] | Sequence[float] | np.ndarray
+_Shown = tuple[np.ndarray, Facts]  # what the network takes, and what was seen of the file
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,38 @@ class TopClass:
 
 
 @dataclass(frozen=True)
+class Classes:
+    """What a model knows of its classes, in the order of its outputs.
+
+    allowed_C    which of them can be answered (`Predictor.only`)
+    prior_C      the class frequencies that its probabilities assume; None where not known
+    calibration  None where the model has none
+    """
+
+    labels: tuple[str, ...]
+    groups: tuple[str, ...]
+    counts: tuple[int, ...] | None
+    allowed_C: np.ndarray
+    prior_C: np.ndarray | None
+    calibration: Calibration | None
+
+    def named(self, c: int, probability: float) -> TopClass:
+        return TopClass(self.labels[c], float(probability), self.groups[c],
+                        None if self.counts is None else self.counts[c], int(c))
+
+    def set_of(self, logits_C: np.ndarray, coverage: float) -> list[int]:
+        """Classes that a picture with these logits may show, likeliest first, the likeliest always among them."""
+        if self.calibration is None:
+            raise ZooError("This model has no calibration, which prediction sets need: `metasaug calibrate FOLDER "
+                           "--data DIR` adds one.")
+        shift_C = 0.0 if self.prior_C is None else -np.log(self.prior_C)
+        (p_C,) = probabilities(logits_C[None] / self.calibration.temperature + shift_C)
+        inside_C = (1 - p_C <= self.calibration.thresholds(coverage)) & self.allowed_C
+        order = [int(c) for c in np.argsort(-p_C, kind="stable") if self.allowed_C[c]]
+        return [c for rank, c in enumerate(order) if rank == 0 or inside_C[c]]
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What a model says about one picture; or, in a batch, why it could not (`error`, all else empty).
 
@@ -50,6 +89,9 @@ class Prediction:
     logits         (C,) as the network gives them, before any prior
     features       (A,) what enters the last layer          feature_map   (A, H, W) whose mean they are, or None
     facts, note    what was seen of the file, and in words where it was not read whole: pages, a missing end
+    familiarity    the share of calibration pictures that look stranger to the model; under zoo.calibration.UNFAMILIAR
+                   the picture is unlike anything in training. None where the model has no calibration
+    classes        of the model
     """
 
     source: str
@@ -62,6 +104,35 @@ class Prediction:
     error: str | None = None
     facts: Facts = field(default=Facts(), compare=False)
     note: str = ""
+    familiarity: float | None = None
+    classes: Classes | None = field(default=None, repr=False, compare=False)
+
+    def set(self, coverage: float = 0.9) -> tuple[TopClass, ...]:
+        """The classes that the picture may show, likeliest first: one class if the model is sure, more if it is not.
+
+        For each class, the set holds the true class of at least this share of its pictures (label-conditional
+        conformal prediction), however frequent the classes are where the pictures are from. Raises ZooError where the
+        model has no calibration. Empty where there is an error.
+        """
+        if self.error is not None:
+            return ()
+        if self.classes is None or self.logits is None or self.probabilities is None:
+            raise ZooError("This prediction no longer has its logits: ask for the set before they are dropped.")
+        return tuple(self.classes.named(c, self.probabilities[c]) for c in self.classes.set_of(self.logits, coverage))
+
+    @property
+    def unfamiliar(self) -> bool:
+        """Whether the picture is unlike anything in training, as far as the model can say."""
+        return self.familiarity is not None and self.familiarity < UNFAMILIAR
+
+    @property
+    def margin(self) -> float:
+        """How far the likeliest class is ahead of the next one, in probability; nan where there is an error."""
+        if self.probabilities is not None and len(self.probabilities) > 1:
+            second, first = np.sort(np.partition(self.probabilities, -2)[-2:])
+            return float(first) - float(second)
+        first, second = (*(each.probability for each in self.top[:2]), *[0.0, 0.0][: 2 - len(self.top[:2])])
+        return first - second if self.top else float("nan")
 
     def __str__(self) -> str:
         if self.error is not None:
@@ -72,7 +143,8 @@ class Prediction:
             + ("" if c.train_images is None else f" seen {c.train_images:,} times in training")
             for c in self.top
         ]
-        return "\n".join([*lines, "  " + "   ".join(f"{g} {p:.1%}" for g, p in self.groups.items())])
+        lines.append("  " + "   ".join(f"{g} {p:.1%}" for g, p in self.groups.items()))
+        return "\n".join([*lines, *["  unlike anything in training: perhaps none of the classes"] * self.unfamiliar])
 
 
 class Predictor:
@@ -106,6 +178,10 @@ class Predictor:
         self.groups: tuple[str, ...] = tuple(config["metasaug"]["groups"])
         self.groups_by: str = config["metasaug"]["groups_by"]
         self.reading = Reading().over(config["metasaug"].get("reading") or {})
+        self.calibration = Calibration.of(config)
+        prior = config["metasaug"].get("prior")
+        self.classes = Classes(self.labels, self.groups, self.class_counts, np.ones(len(self.labels), bool),
+                               None if prior is None else self._known_prior(prior), self.calibration)
         self._module = None
         self._network: _Network = (_TorchNetwork(self.module, device) if backend == "torch"
                                    else self._onnx(ONNX_INT8, "cpu") if precision == "int8"
@@ -122,6 +198,37 @@ class Predictor:
             refuse_unsafe(content, name)
             require_harmless(content, self.folder.config, name)
         return OnnxNetwork(content, self.folder.config, name, device)
+
+    def only(self, labels: Iterable[str]) -> "Predictor":
+        """This model with an answer among these classes alone: what can occur where the pictures are from.
+
+        The probabilities are those given that one of these classes is shown. Raises ZooError for a name that is no
+        label, with near misses.
+        """
+        return self._narrowed(self._are(labels))
+
+    def without(self, labels: Iterable[str]) -> "Predictor":
+        """This model with an answer that is none of these classes. Raises as `only`."""
+        return self._narrowed(~self._are(labels))
+
+    def _are(self, labels: Iterable[str]) -> np.ndarray:
+        """(C,) whether a class is one of these."""
+        named = {same_text(label) for label in ([labels] if isinstance(labels, str) else labels)}
+        known = {same_text(label) for label in self.labels}
+        if unknown := sorted(named - known):
+            near = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.5)
+            more = f" ({len(unknown)} such names)" if len(unknown) > 1 else ""
+            hint = f". Did you mean {' or '.join(near)}?" if near else f"; `metasaug info {self.name}` lists them."
+            raise ZooError(f"{self.name} has no class {unknown[0]!r}{more}{hint}")
+        return np.array([same_text(label) in named for label in self.labels])
+
+    def _narrowed(self, which_C: np.ndarray) -> "Predictor":
+        allowed_C = self.classes.allowed_C & which_C
+        if not allowed_C.any():
+            raise ZooError(f"No class of {self.name} is left: at least one must be possible.")
+        narrowed = copy.copy(self)
+        narrowed.classes = replace(self.classes, allowed_C=allowed_C)
+        return narrowed
 
     @property
     def module(self):
@@ -144,8 +251,9 @@ class Predictor:
         picture  a path, the bytes of a file, a PIL image, or an array (zoo.images.decode)
         top_k    how many classes `top` holds, at most all
         prior    how often the classes occur where the picture is from: "uniform", "train" (as in training), or C
-                 numbers; None takes the network's answer as it is. Logits move by tau (log prior - log own prior),
-                 the own one being what the training had the network assume (Menon et al. 2021)
+                 numbers, 0 for what cannot be there; None takes the network's answer as it is. Logits move by
+                 tau (log prior - log own prior), the own one being what the training had the network assume (Menon et
+                 al. 2021)
         """
         _at_least_one(top_k=top_k)
         shift_C = self.prior_shift(prior, tau)
@@ -190,50 +298,83 @@ class Predictor:
         _at_least_one(top_k=top_k)
         if answer.logits is None:
             return answer
-        p_C = self._probabilities(answer.logits[None], self.prior_shift(prior, tau))[0]
-        return replace(answer, top=self._top(p_C, top_k), groups=self._group_mass(p_C),
+        shift_C = self.prior_shift(prior, tau)
+        p_C = self._probabilities(answer.logits[None], shift_C)[0]
+        return replace(answer, top=self._top(p_C, top_k, shift_C), groups=self._group_mass(p_C),
                        probabilities=p_C.astype(np.float32))
 
     def predict_each(
         self, pictures: Iterable[Picture | NamedPicture], top_k: int = 5, prior: Prior | None = None, tau: float = 1.0,
-        batch_size: int = 64, feature_maps: bool = False,
+        batch_size: int = 64, feature_maps: bool = False, workers: int | None = None,
     ) -> Iterator[Prediction]:
-        """As `predict_batch`, one after another: endless input, constant memory."""
+        """As `predict_batch`, one after another: endless input, constant memory.
+
+        feature_maps  as in `predict_batch`
+        workers       threads that read and decode the next batch while the network computes; by default one for each
+                      core. 0: none, no picture is taken before it is its turn. No digit depends on it
+        """
         _at_least_one(top_k=top_k, batch_size=batch_size)
+        workers = cores() if workers is None else workers
+        if not isinstance(workers, int) or workers < 0:
+            raise ZooError(f"workers {workers!r}: an integer, at least 0.")
         _refuse_single(pictures)
         shift_C = self.prior_shift(prior, tau)
-        names: list[str] = []
+        rows: list[str | Prediction] = []  # the name of a good picture, or the row of a bad one
         ready: list[np.ndarray] = []
         seen: list[Facts] = []  # of each that is ready
-        errors: dict[int, str] = {}
 
         def flush() -> Iterator[Prediction]:
-            good = [i for i in range(len(names)) if i not in errors]
-            answers = iter(self._answers(ready, [names[i] for i in good], seen, top_k, shift_C, feature_maps)
-                           if good else ())
-            for i, name in enumerate(names):
-                yield Prediction(name, error=errors[i]) if i in errors else next(answers)
-            names.clear()
-            ready.clear()
-            seen.clear()
-            errors.clear()
+            names = [row for row in rows if isinstance(row, str)]
+            answers = iter(self._answers(ready, names, seen, top_k, shift_C, feature_maps) if ready else ())
+            yield from [next(answers) if isinstance(row, str) else row for row in rows]
+            for each in (rows, ready, seen):
+                each.clear()
 
         # A batch is full when it has batch_size good pictures: bad ones between never change who is computed with
         # whom, and so never a digit of the others' scores.
-        for i, picture in enumerate(pictures):
-            name, content = picture if isinstance(picture, NamedPicture) else (None, picture)
-            names.append(name or _name_of(content, i))
-            try:
-                if isinstance(content, PictureError):
-                    raise content
-                shown, facts = self._shown(content, name)
-                ready.append(shown)
-                seen.append(facts)
-            except PictureError as error:
-                errors[len(names) - 1] = str(error)
+        for name, shown in self._prepared(pictures, batch_size, workers):
+            if isinstance(shown, PictureError):
+                rows.append(Prediction(name, error=str(shown)))
+            else:
+                rows.append(name)
+                ready.append(shown[0])
+                seen.append(shown[1])
             if len(ready) in (0, batch_size):
                 yield from flush()
         yield from flush()
+
+    def _prepared(
+        self, pictures: Iterable[Picture | NamedPicture], ahead: int, workers: int
+    ) -> Iterator[tuple[str, "_Shown | PictureError"]]:
+        """The name of each picture, with what the network takes or why there is nothing, in order.
+
+        ahead  pictures that the threads may have decoded before they are asked for
+        """
+        def prepare(picture: Picture | PictureError, name: str | None) -> _Shown | PictureError:
+            try:
+                return picture if isinstance(picture, PictureError) else self._shown(picture, name)
+            except PictureError as error:
+                return error
+
+        if workers == 0:
+            for i, each in enumerate(pictures):
+                name, picture = each if isinstance(each, NamedPicture) else (None, each)
+                yield name or _name_of(picture, i), prepare(picture, name)
+            return
+        waiting: deque[tuple[str, Future[_Shown | PictureError]]] = deque()
+        pool = ThreadPoolExecutor(workers, "decode")
+        try:
+            for i, each in enumerate(pictures):
+                name, picture = each if isinstance(each, NamedPicture) else (None, each)
+                waiting.append((name or _name_of(picture, i), pool.submit(prepare, picture, name)))
+                if len(waiting) > ahead:
+                    name, shown = waiting.popleft()
+                    yield name, shown.result()
+            while waiting:
+                name, shown = waiting.popleft()
+                yield name, shown.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _answers(
         self, ready: list[np.ndarray], names: list[str], seen: list[Facts], top_k: int, shift_C: np.ndarray | None,
@@ -242,49 +383,72 @@ class Predictor:
         logits_NC, features_NA, made = self._network(np.stack(ready))
         maps = itertools.repeat(None, len(ready)) if made is None or not feature_maps else made
         p_NC = self._probabilities(logits_NC, shift_C)
+        known = [None] * len(ready) if self.calibration is None else self.calibration.familiarity(logits_NC).tolist()
         return [
-            Prediction(name, self._top(p_C, top_k), self._group_mass(p_C), p_C.astype(np.float32), logits_C,
-                       features_A, feature_map, facts=facts, note=facts.note(self.reading))
+            Prediction(name, self._top(p_C, top_k, shift_C), self._group_mass(p_C), p_C.astype(np.float32), logits_C,
+                       features_A, feature_map, facts=facts, note=facts.note(self.reading), familiarity=familiarity,
+                       classes=self.classes)
             if np.isfinite(p_C).all() else Prediction(name, error=NOT_FINITE)
-            for name, facts, p_C, logits_C, features_A, feature_map
-            in zip(names, seen, p_NC, logits_NC, features_NA, maps, strict=True)
+            for name, facts, p_C, logits_C, features_A, feature_map, familiarity
+            in zip(names, seen, p_NC, logits_NC, features_NA, maps, known, strict=True)
         ]
 
-    @staticmethod
-    def _probabilities(logits_NC: np.ndarray, shift_C: np.ndarray | None) -> np.ndarray:
-        scores_NC = logits_NC.astype(np.float64) if shift_C is None else logits_NC + shift_C
-        with np.errstate(invalid="ignore"):  # infinity less infinity: nan, which `_answers` reports
-            e_NC = np.exp(scores_NC - scores_NC.max(1, keepdims=True))
-            return e_NC / e_NC.sum(1, keepdims=True)
+    def scores(self, logits_NC: np.ndarray, shift_C: np.ndarray | None = None) -> np.ndarray:
+        """What softmax makes probabilities of: logits / temperature + shift, in float64."""
+        scores_NC = logits_NC.astype(np.float64)
+        scores_NC = scores_NC if self.calibration is None else scores_NC / self.calibration.temperature
+        return scores_NC if shift_C is None else scores_NC + shift_C
 
-    def _top(self, p_C: np.ndarray, top_k: int) -> tuple[TopClass, ...]:
-        best = np.argsort(-p_C, kind="stable")[:top_k]
-        return tuple(
-            TopClass(self.labels[c], float(p_C[c]), self.groups[c],
-                     None if self.class_counts is None else self.class_counts[c], int(c))
-            for c in best
-        )
+    def _probabilities(self, logits_NC: np.ndarray, shift_C: np.ndarray | None) -> np.ndarray:
+        with np.errstate(invalid="ignore"):  # infinity less infinity: nan, which `_answers` reports
+            return probabilities(self.scores(logits_NC, shift_C))
+
+    def _known_prior(self, prior: Prior) -> np.ndarray | None:
+        """As numbers; None where it is that of training and the counts are not known, or hold a 0."""
+        if isinstance(prior, str) and prior == "train" and self.class_counts is None:
+            return None
+        prior_C = np.exp(self._log_prior(prior))
+        return prior_C if prior_C.all() else None
+
+    def _top(self, p_C: np.ndarray, top_k: int, shift_C: np.ndarray | None) -> tuple[TopClass, ...]:
+        """The likeliest classes, without those that cannot be."""
+        best = np.argsort(-p_C, kind="stable")
+        best = (best if shift_C is None else best[shift_C[best] > -np.inf])[:top_k]
+        return tuple(self.classes.named(c, p_C[c]) for c in best)
 
     def _group_mass(self, p_C: np.ndarray) -> dict[str, float]:
         members = np.array(self.groups)
         return {g: float(p_C[members == g].sum()) for g in (*GROUPS, UNKNOWN) if g in self.groups}
 
     def prior_shift(self, prior: Prior | None, tau: float = 1.0) -> np.ndarray | None:
-        """What `predict` adds to the logits (C,) for this prior; None for none. Raises ZooError."""
-        if prior is None:
-            return None
+        """What `predict` adds to the logits (C,) for this prior: -inf where a class cannot be; None for nothing.
+
+        Raises ZooError.
+        """
+        shift_C = None if prior is None else self._shift(prior, tau)
+        if self.classes.allowed_C.all():
+            return shift_C
+        shift_C = np.where(self.classes.allowed_C, 0 if shift_C is None else shift_C, -np.inf)
+        if not np.isfinite(shift_C).any():
+            raise ZooError("The prior is 0 for every class that is left.")
+        return shift_C
+
+    def _shift(self, prior: Prior, tau: float) -> np.ndarray:
         own = self.folder.config["metasaug"].get("prior")
         if own is None:
             raise ZooError(f"{self.name} does not say which prior its training assumed: prior= cannot be used.")
         if not np.isfinite(tau):
             raise ZooError(f"tau {tau}: a finite number.")
+        log_C = self._log_prior(prior)
+        possible_C = np.isfinite(log_C)
         with np.errstate(over="ignore", invalid="ignore"):
-            shift_C = tau * (self._log_prior(prior) - self._log_prior(own))
+            shift_C = tau * (np.where(possible_C, log_C, 0) - self._log_prior(own))
         if not np.isfinite(shift_C).all():
             raise ZooError(f"tau {tau} is too large for this prior.")
-        return shift_C
+        return np.where(possible_C, shift_C, -np.inf)
 
     def _log_prior(self, prior: Prior) -> np.ndarray:
+        """-inf where it is 0."""
         num_classes = len(self.labels)
         if isinstance(prior, str):
             if prior == "uniform":
@@ -294,14 +458,17 @@ class Predictor:
             if self.class_counts is None:
                 raise ZooError(f"The training counts of {self.name} are not known: prior 'train' cannot be used.")
             prior = self.class_counts
+        what = f"A prior is {num_classes} numbers, one a class, none below 0 and some above 0"
         try:
             p_C = np.asarray(prior, np.float64)
         except (TypeError, ValueError):
-            raise ZooError(f"A prior is uniform, train, or {num_classes} numbers above 0.") from None
-        if p_C.shape != (num_classes,) or not np.isfinite(p_C).all() or (p_C <= 0).any():
-            raise ZooError(f"A prior is {num_classes} numbers above 0, one a class; got shape {p_C.shape}"
-                           + (", some not above 0." if p_C.shape == (num_classes,) else "."))
-        log_C = np.log(p_C)
+            raise ZooError(f"{what}, or uniform, or train.") from None
+        if p_C.shape != (num_classes,):
+            raise ZooError(f"{what}; got shape {p_C.shape}.")
+        if not np.isfinite(p_C).all() or (p_C < 0).any() or not p_C.any():
+            raise ZooError(f"{what}; got other numbers.")
+        with np.errstate(divide="ignore"):
+            log_C = np.log(p_C)
         return log_C - np.logaddexp.reduce(log_C)
 
 

@@ -30,12 +30,13 @@ from training.report.metrics import DETAILS
 from training.run import checkpoints
 from training.run.evaluation import evaluate
 from training.run.log import Log
-from training.run.signals import naming_dead_workers, stop_signals
+from training.run.signals import naming_dead_workers
 from training.run.stages import Stage, check_disk, data_of_stage, make_stages, meta_batches, on_features, view_of
 from training.run.start import find_start
 from training.run.state import State, check_input_size, start
 from training.run.steps import Stepper, log_line, set_trained
 from zoo.labels import assign_groups
+from zoo.signals import stop_signals
 
 # On a GPU the host asks once in so many steps whether all numbers were finite.
 STEPS_UNSEEN = 50

@@ -34,10 +34,11 @@ from zoo.demo.html import (
 )
 from zoo.images import NamedPicture
 from zoo.labels import GROUPS, UNKNOWN
-from zoo.rows import cells, header
+from zoo.rows import Layout
 
 A_PAGE = 60
 MOST = archives.MAX_ENTRIES
+LAYOUT = Layout()
 MAX_PIXELS, MAX_SECONDS = 20_000_000_000, 300.0  # of one job, as decoded
 LIMITS = f"{MAX_PIXELS // 10**9} gigapixels or {MAX_SECONDS / 60:.0f} minutes"
 UNREAD = "not read"
@@ -224,8 +225,8 @@ def as_csv(rows: Sequence[Row]) -> str:
     folder = Path(tempfile.mkdtemp(dir=gradio_utils.get_upload_folder()))
     with open(folder / "predictions.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(header(5))
-        writer.writerows(cells(row.prediction, 5) for row in rows)
+        writer.writerow(LAYOUT.columns)
+        writer.writerows(LAYOUT.cells(row.prediction) for row in rows)
     return str(folder / "predictions.csv")
 
 

@@ -1,0 +1,250 @@
+"""`metasaug predict`: pictures in, answers on the screen or rows in a file."""
+
+import csv
+import itertools
+import os
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+import zoo
+from zoo.errors import Interrupted, ZooError
+from zoo.files import passed_over_in_words, printable
+from zoo.listing import expanded, listed, number_of_pictures, pictures_of
+from zoo.model_folder import CONFIG, WEIGHTS
+from zoo.pixels import LOCAL, Reading, Remarks
+from zoo.predictor import Prediction, Predictor
+from zoo.review import Review
+from zoo.rows import Layout
+from zoo.rows_file import RowsFile, refuse_out
+from zoo.signals import stop_signals
+from zoo.tables import USUAL, Columns, pictures_in_table
+
+
+def predict(
+    model: tyro.conf.Positional[str],
+    paths: tyro.conf.Positional[list[Path]] = [],  # noqa: B006  (tyro shows it)
+    out: Path | None = None,
+    paths_from: Annotated[Path | None, tyro.conf.arg(name="list")] = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Literal["auto", "on", "off"] = "auto",
+    copy_to: Path | None = None,
+    link_to: Path | None = None,
+    top_k: int = 5,
+    threshold: float | None = None,
+    coverage: float | None = None,
+    classes: Path | None = None,
+    exclude: tyro.conf.UseAppendAction[list[str]] = [],  # noqa: B006
+    prior: Literal["uniform", "train"] | None = None,
+    batch: int = 64,
+    workers: int | None = None,
+    backend: Literal["onnx", "torch"] = "onnx",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    precision: Literal["fp32", "int8"] = "fp32",
+    table: Path | None = None,
+    columns: Annotated[Columns, tyro.conf.arg(name="")] = USUAL,
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = LOCAL,
+) -> int:
+    """Classify pictures.
+
+    Exit code 0: every picture was read; 1: some could not be read, and their rows say why; 2: an error ended the run;
+    130, 143 or 129: Ctrl-C, SIGTERM or SIGHUP ended it. Rows that --out already holds are kept, whatever ends the run.
+
+    Args:
+        model: A name from `metasaug list`, hf:owner/repo[@revision] on the Hub, or a model folder.
+        paths: Pictures, folders (links are followed), zip files, quoted patterns such as "*/*.jpg", or tables (CSV,
+            COCO JSON) that name pictures by paths from the table's own folder; - reads a list of all these from
+            standard input.
+        out: Write rows to this .csv, .jsonl or .parquet file instead of printing; - prints CSV. With --out the run can
+            be continued.
+        paths_from: A file that lists pictures, folders and zip files, one a line.
+        resume: Continue --out where an earlier run ended; start it where there is none.
+        overwrite: Replace --out if it exists.
+        progress: The bar with rate and time left; auto shows it if standard error is a terminal.
+        copy_to: Copy each picture to COPY-TO/CLASS/PROBABILITY NAME, for review by hand: in each folder the least sure
+            answer comes first.
+        link_to: The same with links, which take no room.
+        top_k: Classes shown for each picture.
+        threshold: Call an answer unsure if its probability is lower.
+        coverage: Give a set of classes for each picture that holds the true one with this probability, such as 0.9;
+            for a model with a calibration.
+        classes: A file with the classes that can occur, one a line. No other class is answered.
+        exclude: A class that cannot occur; give the flag once for each.
+        prior: Answer for pictures whose classes are equally frequent, or as frequent as in training.
+        batch: Pictures that are computed together. Smaller needs less memory.
+        workers: Threads that decode while the network computes; by default one for each core.
+        backend: ONNX Runtime, or torch.
+        device: auto takes CUDA where there is one.
+        precision: int8 is the quantised ONNX file, where the model has one; on the CPU.
+        table: A table, where the one PATH is the folder that its paths start from.
+    """
+    special = out is not None and os.path.exists(out) and not os.path.isfile(out) and not os.path.isdir(out)
+    to_file = not (out is None or special or str(out) == "-")
+    if out is None or not to_file:
+        if resume or overwrite:
+            raise ZooError("--resume and --overwrite need --out FILE.")
+    elif resume and overwrite:
+        raise ZooError("--resume continues the file, --overwrite replaces it: choose one.")
+    else:
+        refuse_out(out, resume, overwrite)
+    if copy_to is not None and link_to is not None:
+        raise ZooError("--copy-to and --link-to: choose one.")
+    if table is not None and (len(paths) != 1 or paths_from is not None):
+        raise ZooError("--table goes with one path: the folder that the table's paths start from.")
+    sources = _Sources(paths, paths_from)
+    predictor = zoo.load(model, backend=backend, device=device, precision=precision)
+    predictor.reading = reading.over(predictor.reading.to_dict())
+    if classes is not None:
+        predictor = predictor.only(_lines(classes))
+    predictor = predictor.without(exclude)
+
+    def predicted(pictures: Iterable[Any]) -> Iterator[Prediction]:
+        return predictor.predict_each(pictures, top_k, prior, batch_size=batch, workers=workers)
+
+    layout = _layout(predictor, top_k, threshold, coverage)
+    next(predicted([]), None)  # flags that make no sense are refused before a file is opened
+    passed_over: Counter[str] = Counter()
+    remarks = Remarks()
+    pictures: Iterator[Any] = (pictures_in_table(table, paths[0], columns) if table else
+                               pictures_of(sources, passed_over, columns))
+    total = bad = 0
+    with ExitStack() as stack:
+        rows_file, stopped = None, []
+        if out is None:
+            def add(row: Prediction) -> None:
+                print(printable(_in_words(row, layout)))
+        elif not to_file:
+            add = _csv_rows(out, layout, stack)
+        else:
+            rows_file = stack.enter_context(
+                RowsFile(out, layout, _settings(predictor, prior), resume, overwrite, batch))
+            pictures, add, stopped = rows_file.new(pictures), rows_file.add, stack.enter_context(stop_signals())
+            total, bad = rows_file.rows, rows_file.bad
+        number = None if table or not sources.again else partial(number_of_pictures, sources, columns)
+        bar = stack.enter_context(_bar("off" if out is None else progress, total, number))
+        review = Review(copy_to or link_to, link=link_to is not None, again=resume) if copy_to or link_to else None
+        pictures, sorted_in = itertools.tee(pictures)
+        for row, picture in zip(remarks.noted(predicted(pictures)), sorted_in, strict=True):
+            if review is not None:
+                review.add(row, picture, layout.threshold)
+            add(row)
+            total += 1
+            bad += row.error is not None
+            bar.update()
+            if stopped:
+                raise Interrupted(f"stopped by {signal.Signals(stopped[0]).name}. {out} keeps {total:,} rows; the same "
+                                  "command with --resume continues.", 128 + stopped[0])
+        if rows_file is not None:
+            rows_file.finish()
+    if to_file:
+        print(f"{out}: {total:,} rows", file=sys.stderr)
+    if bad:
+        print(f"{bad:,} of {total:,} could not be read; their rows say why.", file=sys.stderr)
+    for remark in (*remarks.in_words(predictor.reading), passed_over_in_words(passed_over)):
+        if remark:
+            print(remark, file=sys.stderr)
+    return 1 if bad else 0
+
+
+class _Sources:
+    """The paths that were named, on the command line or in a list: may be gone through again, unless one is -."""
+
+    def __init__(self, paths: list[Path], paths_from: Path | None):
+        self.paths, self.paths_from = [str(path) for path in paths], paths_from
+        self.again = "-" not in self.paths
+        if not paths and paths_from is None:
+            raise ZooError("name at least one picture or folder.")
+        if paths_from is not None:
+            try:
+                open(paths_from, "rb").close()
+            except OSError as error:
+                raise ZooError(f"--list {paths_from} cannot be read: {error.strerror or error}.") from error
+        missing = [path for path in self.paths if path != "-" and next(expanded([path]), path) == path
+                   and not os.path.lexists(path)]
+        if missing and len(missing) == len(paths) and paths_from is None:
+            raise ZooError(f"{', '.join(missing)}: no such file or folder.")
+
+    def __iter__(self) -> Iterator[str]:
+        for path in self.paths:
+            if path == "-":
+                yield from listed(sys.stdin.buffer)
+            else:
+                yield path
+        if self.paths_from is not None:
+            with open(self.paths_from, "rb") as lines:
+                yield from listed(lines)
+
+
+def _bar(show: str, done: int, number: Callable[[], int] | None) -> tqdm:
+    """A progress bar on standard error.
+
+    number   counts the pictures, beside the work; until it is done no time left is shown
+    """
+    a_terminal = sys.stderr.isatty()
+    bar = tqdm(initial=done, unit=" pictures", dynamic_ncols=True, mininterval=0.1 if a_terminal else 10,
+               disable=show == "off" or (show == "auto" and not a_terminal))
+
+    def count() -> None:
+        with suppress(ZooError):  # which the work itself comes upon
+            bar.total = number() if number else None
+
+    if not bar.disable:
+        threading.Thread(target=count, daemon=True).start()
+    return bar
+
+
+def _csv_rows(out: Path, layout: Layout, stack: ExitStack) -> Callable[[Prediction], None]:
+    """Rows to standard output, or to what is no file: a pipe, a device."""
+    try:
+        stream = sys.stdout if str(out) == "-" else stack.enter_context(out.open("w", newline="", encoding="utf-8"))
+    except OSError as error:
+        raise ZooError(f"--out {out} cannot be written: {error.strerror or error}.") from error
+    writer = csv.writer(stream)
+    writer.writerow(layout.columns)
+    return lambda row: writer.writerow(layout.cells(row))
+
+
+def _layout(predictor: Predictor, top_k: int, threshold: float | None, coverage: float | None) -> Layout:
+    """The columns; ZooError for flags that make no sense."""
+    if threshold is not None and not 0 < threshold <= 1:
+        raise ZooError(f"--threshold {threshold}: a probability above 0, at most 1.")
+    if coverage is not None:
+        predictor.classes.set_of(np.zeros(len(predictor.labels)), coverage)
+    return Layout(top_k, threshold, coverage, predictor.calibration is not None)
+
+
+def _in_words(row: Prediction, layout: Layout) -> str:
+    found, text = layout.values(row), str(row)
+    if "unsure" in found:
+        text += f"\n  unsure: less than {layout.threshold:.0%}"
+    if "set" in found:
+        text += f"\n  with {layout.coverage:.0%} coverage: {found['set'].replace(' | ', ', ')}"
+    return text
+
+
+def _settings(predictor: Predictor, prior: str | None) -> dict[str, Any]:
+    """What the rows depend on."""
+    files = {name: predictor.folder.files[name][1] for name in (CONFIG, WEIGHTS) if name in predictor.folder.files}
+    excluded = [predictor.labels[c] for c in np.flatnonzero(~predictor.classes.allowed_C)]
+    return {"model": predictor.name, "model files": files, "precision": predictor.precision, "prior": prior,
+            "excluded classes": excluded, "reading": asdict(predictor.reading)}
+
+
+def _lines(path: Path) -> list[str]:
+    """A text file's lines without the empty ones."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ZooError(f"{path} cannot be read as text: {getattr(error, 'strerror', None) or error}.") from error

@@ -1,0 +1,58 @@
+"""Pictures sorted into folders by the class they were given, for review by hand."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from zoo.errors import ZooError
+from zoo.files import printable
+from zoo.images import NamedPicture, Picture
+from zoo.predictor import Prediction
+
+
+class Review:
+    """FOLDER/CLASS/0.412 NAME: sorted by name, the least sure answers come first. Bad pictures are left out.
+
+    link   a link in place of a copy
+    again  `folder` may hold pictures of an earlier part of the run; else it must be empty or new
+    Raises ZooError where it cannot be written, or the pictures of a zip cannot be linked to.
+    """
+
+    def __init__(self, folder: Path, link: bool = False, again: bool = False):
+        self.folder, self.link, self.flag = folder, link, "--link-to" if link else "--copy-to"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not again and any(folder.iterdir()):
+                raise ZooError(f"{self.flag} {folder} is not empty: name a new folder.")
+        except OSError as error:
+            raise ZooError(f"{self.flag} {folder} cannot be written: {error.strerror or error}.") from error
+
+    def add(self, row: Prediction, picture: Picture | NamedPicture, threshold: float | None = None) -> None:
+        """Put one picture into the folder of its likeliest class, or into unsure where that has a probability under the
+        threshold. Doing it twice is as doing it once."""
+        if not row.top:
+            return
+        content = picture.picture if isinstance(picture, NamedPicture) else picture
+        name = f"{row.top[0].probability:.4f} {file_name(row.source)}"
+        unsure = threshold is not None and row.top[0].probability < threshold
+        target = self.folder / ("unsure" if unsure else file_name(row.top[0].label)) / name
+        try:
+            target.parent.mkdir(exist_ok=True)
+            target.unlink(missing_ok=True)
+            if isinstance(content, bytes):
+                if self.link:
+                    raise ZooError(f"{printable(row.source)} is in a zip and cannot be linked to: use --copy-to.")
+                target.write_bytes(content)
+            elif self.link:
+                target.symlink_to(os.path.abspath(str(content)))
+            else:
+                shutil.copyfile(str(content), target)
+        except OSError as error:
+            raise ZooError(f"{self.flag} {target} cannot be written: {error.strerror or error}.") from error
+
+
+def file_name(text: str) -> str:
+    """The name of a file in its folder, on any system: slashes and other signs become _, the start goes if too long."""
+    name = re.sub(r'[<>:"/\\|?*\x00-\x1f]+', "_", printable(text)).strip(" ").rstrip(".")
+    return name.encode()[-200:].decode(errors="ignore") if name.strip(".") else "_"
