@@ -128,21 +128,20 @@ def write_camtrap_dp(
     classified_at = _modified(rows).strftime(_DATE)
     total, left_out, seen = 0, Counter[str](), set[str]()
     for row in read_rows(rows):
-        path = _relative(row["path"], top)
+        path, taken, reason = _relative(row["path"], top), None, None
+        place = deployment or (path.split("/")[0] if "/" in path else "")
         if "error" in row:
-            reason: str | None = "not readable"
+            reason = "not readable"
         elif re.match(r"[./~]", path) or ".." in path or os.path.isabs(path):
             reason = "outside --root, or with a path that Camtrap DP does not allow"
         elif path in seen:
             reason = "there twice"
         elif (taken := date_taken(row["path"], zone)) is None:
             reason = "no date with a time zone in EXIF (--utc-offset gives the zone)"
-        elif not (place := deployment or (path.split("/")[0] if "/" in path else "")):
+        elif not place:
             reason = "in no folder that names the deployment (--deployment gives it)"
-        else:
-            reason = None
-        if reason is not None:
-            left_out[reason] += 1
+        if reason is not None or taken is None:
+            left_out[str(reason)] += 1
             continue
         seen.add(path)
         total += 1

@@ -123,8 +123,7 @@ def predict(
     with ExitStack() as stack:
         rows_file, stopped = None, []
         if out is None:
-            def add(row: Prediction) -> None:
-                print(printable(_in_words(row, layout)))
+            add = _printer(layout)
         elif not to_file:
             add = _csv_rows(out, layout, stack)
         else:
@@ -134,7 +133,8 @@ def predict(
             total, bad = rows_file.rows, rows_file.bad
         number = None if table or not sources.again else partial(number_of_pictures, sources, columns)
         bar = stack.enter_context(_bar("off" if out is None else progress, total, number))
-        review = Review(copy_to or link_to, link=link_to is not None, again=resume) if copy_to or link_to else None
+        review_in = copy_to or link_to
+        review = None if review_in is None else Review(review_in, link=link_to is not None, again=resume)
         pictures, sorted_in = itertools.tee(pictures)
         for row, picture in zip(remarks.noted(predicted(pictures)), sorted_in, strict=True):
             if review is not None:
@@ -225,13 +225,17 @@ def _layout(predictor: Predictor, top_k: int, threshold: float | None, coverage:
     return Layout(top_k, threshold, coverage, predictor.calibration is not None)
 
 
-def _in_words(row: Prediction, layout: Layout) -> str:
-    found, text = layout.values(row), str(row)
-    if "unsure" in found:
-        text += f"\n  unsure: less than {layout.threshold:.0%}"
-    if "set" in found:
-        text += f"\n  with {layout.coverage:.0%} coverage: {found['set'].replace(' | ', ', ')}"
-    return text
+def _printer(layout: Layout) -> Callable[[Prediction], None]:
+    """Answers in words, to standard output."""
+    def add(row: Prediction) -> None:
+        found, text = layout.values(row), str(row)
+        if "unsure" in found:
+            text += f"\n  unsure: less than {layout.threshold:.0%}"
+        if "set" in found:
+            text += f"\n  with {layout.coverage:.0%} coverage: {found['set'].replace(' | ', ', ')}"
+        print(printable(text))
+
+    return add
 
 
 def _settings(predictor: Predictor, prior: str | None) -> dict[str, Any]:
