@@ -198,7 +198,7 @@ def test_parquet_holds_the_rows_of_the_csv(capsys, tiny_model_folder, tmp_path):
     assert rows == [json.loads(line) for line in (tmp_path / "r.jsonl").read_text(encoding="utf-8").splitlines()]
     with open(tmp_path / "r.csv", newline="", encoding="utf-8") as file:
         for row, text in zip(rows, csv.DictReader(file), strict=True):
-            assert list(row) == list(text) and len(row) == 14
+            assert list(row) == list(text) and len(row) == 15
             assert text["path"] == row["path"] and (text["label"] or None) == row["label"]
             assert row["error"] or float(text["margin"]) == pytest.approx(row["margin"], abs=1e-6)
     assert sum(row["error"] is not None for row in rows) == 2
