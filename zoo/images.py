@@ -24,7 +24,7 @@ from PIL import Image
 
 from zoo.containers import ICON, TIFF, av1_sizes, bitmap_of_icon, check_tags, largest_of_icon, tiff_pages
 from zoo.errors import PictureError
-from zoo.pixels import MAX_PIXELS, MOST_MEGAPIXELS, PUBLIC, Facts, Reading, scaled, to_grey
+from zoo.pixels import MAX_PIXELS, MOST_MEGAPIXELS, PUBLIC, Facts, Reading, scaled, share, to_grey
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
 
@@ -211,7 +211,8 @@ def _cut_off(
     except Exception:
         raise PictureError(f"{name} is damaged or cut off: {_first_line(error)}.") from error
     if missing > reading.most_missing or reading.most_missing == 0:
-        raise PictureError(f"{name} is cut off: {missing:.0%} of the picture is missing. --most-missing allows more.")
+        raise PictureError(f"{name} is cut off: {share(missing)} of the picture is missing. --most-missing allows "
+                           "more.")
     return rgb, replace(facts, missing=missing)
 
 

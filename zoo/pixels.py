@@ -86,11 +86,15 @@ class Facts:
         """What a row says of them; nothing for an ordinary picture."""
         notes = []
         if self.missing is not None:
-            notes.append(f"cut off: {self.missing:.0%} of the picture is missing")
+            notes.append(f"cut off: {share(self.missing)} of the picture is missing")
         if self.pages > 1:
             notes.append(f"{reading.page} of {self.pages} pages" if isinstance(reading.page, str) else
                          f"page {reading.page or 1} of {self.pages}")
         return "; ".join(notes)
+
+
+def share(missing: float) -> str:
+    return "less than 1%" if missing < 0.01 else f"{missing:.0%}"
 
 
 class HasFacts(Protocol):
@@ -135,8 +139,8 @@ class Remarks:
             said.append(f"{what} is read of {self.several_pages:,} TIFFs that have several pages (--page N, max or "
                         "mean).")
         if self.cut_off:
-            said.append(f"{self.cut_off:,} JPEGs lack their end, up to {self.most_missing:.0%} of the picture: what is "
-                        "there is read.")
+            said.append(f"{self.cut_off:,} JPEGs lack their end, up to {share(self.most_missing)} of the picture: what "
+                        "is there is read.")
         white = reading.white or RANGES[-1]
         if self.deepest is not None and self.white != white:
             said.append(f"Warning: the largest value of the 16-bit pictures is {self.deepest:,}, and {white:,} is read "

@@ -98,8 +98,8 @@ def assemble(listing: Listing, rule: CutRule) -> LongTailed:
     parts = (_given_parts if any(s not in (None, "train") for s in listing.splits) else _cut_parts)(
         listing, keys, rule, left_out)
     if not parts.test.any():
-        raise DataError("no class has pictures to test on: every class is a single group or full of copies. Give a "
-                        "test set of its own.")
+        raise DataError(" ".join(["no class has pictures to test on: every class is a single group or full of copies. "
+                                  "Give a test set of its own.", *notes]))
     train, meta, test = (np.flatnonzero(part) for part in (parts.train, parts.meta, parts.test))
     files = PictureFiles(listing.root, tuple(listing.names), listing.labels,
                          looked.sizes[keep] if rule.look else None)
