@@ -1,4 +1,4 @@
-"""A folder as people have it: python -m tests.messy DIR makes DIR/messy, and a part of it on "another disk", DIR/disk."""
+"""A folder as people have it: python -m tests.messy DIR makes DIR/messy, and a part of it in DIR/disk."""
 
 import struct
 import sys

@@ -104,7 +104,7 @@ def test_training_check_evaluate_and_predict_take_the_same_pictures(tiny_model_f
     with_table = ["--table", str(table), "--label-column", "kind"]
     assert main([*evaluate, *with_table, "--skip-bad"]) == 0
     assert of(rows) == expected
-    assert main(["predict", str(tiny_model_folder), str(root), *with_table, "--out", str(rows)]) == 1
+    assert main(["predict", str(tiny_model_folder), str(root), *with_table, "--out", str(rows), "--overwrite"]) == 1
     assert of(rows) == expected
     capsys.readouterr()
     # when it is checked or trained on, then they are used, or left out and named, cut-off JPEGs too.

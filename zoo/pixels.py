@@ -141,7 +141,7 @@ class Remarks:
         if self.cut_off:
             said.append(f"{self.cut_off:,} JPEGs lack their end, up to {share(self.most_missing)} of the picture: what "
                         "is there is read.")
-        white = reading.white or RANGES[-1]
+        white = reading.white or max(RANGES[-1], self.deepest or 0)
         if self.deepest is not None and self.white != white:
             said.append(f"Warning: the largest value of the 16-bit pictures is {self.deepest:,}, and {white:,} is read "
                         f"as white{' (as in training)' if reading.white else ''}: they look too "
