@@ -195,7 +195,7 @@ def test_the_long_tail_and_the_cards_have_their_tabs(page):
     assert "li2021metasaug" in page.inner_text("#cite")
     # A model that is not out is shown as such, with the command that makes it.
     choose(page, "#which", "metasaug-cifar10-lt-50 (not published yet)")
-    page.get_by_text("Not published yet.").wait_for()
+    page.get_by_text("Not published yet.", exact=True).wait_for()
     assert "metasaug train cifar10-lt --imbalance 50" in page.inner_text("#facts")
 
 

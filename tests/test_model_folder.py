@@ -320,7 +320,7 @@ def test_weights_of_a_type_that_numpy_lacks_load_or_are_refused(folder, kind):
 
 def test_weights_that_do_not_fit_the_architecture_are_refused(folder):
     pytest.importorskip("torch")
-    with pytest.raises(ModelFolderError, match="do not fit resnet32"):
+    with pytest.raises(ModelFolderError, match="do not fit resnet8"):
         zoo.load(folder, backend="torch")
 
 

@@ -296,8 +296,8 @@ def test_a_dead_process_ends_the_other_and_the_run_goes_on(tmp_path):
 def test_sigterm_to_torchrun_saves_and_leaves(tmp_path):
     # Given a long training by torchrun, when it is told to end,
     out = tmp_path / "run"
-    with started(torchrun(*folder_training(tmp_path, "--out", str(out), "--epochs", "2000", "--evaluate-every", "2000",
-                                           "--save-every", "2000"))) as process:
+    long = ("--epochs", "2000", "--evaluate-every", "2000")
+    with started(torchrun(*folder_training(tmp_path, "--out", str(out), *long))) as process:
         deadline = time.monotonic() + 120
         while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
             assert time.monotonic() < deadline and process.poll() is None

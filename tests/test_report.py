@@ -295,7 +295,7 @@ def test_mistakes_are_one_message(capsys, tiny_model_folder, labelled, tmp_path)
     (bad / "ant" / "torn.png").write_bytes(b"\x89PNG\r\n")
     for arguments, reasons in [
         ([labelled.parent / "absent"], ["is no folder"]),
-        ([labelled.parent], ["classes that", "does not know", "test", f"Did you mean --data {labelled}?"]),
+        ([labelled.parent], ["2 classes", "unknown to", "test", f"Did you mean --data {labelled}?"]),
         ([bad], ["1 of 1 pictures cannot be read", "torn.png"]),
         ([bad, "--skip-bad"], ["1 of 1 pictures cannot be read"]),
         ([labelled, "--prior", "train"], ["does not say which prior"]),

@@ -430,7 +430,8 @@ def told(said: Path, *arguments) -> None:
         sys.exit(2)
 
 
-@pytest.mark.parametrize(("megabytes", "which", "save_minutes"), [(1, "checkpoints/", SAVED_ALWAYS), (1, "stage1/", 0),
+@pytest.mark.parametrize(("megabytes", "which", "save_minutes"), [(0.1, "checkpoints/", SAVED_ALWAYS),
+                                                                  (0.1, "stage1/", 0),
                                                                   (0.00015, "log.jsonl", 0)])
 def test_a_full_disk_ends_the_run_in_a_sentence_and_loses_nothing(tmp_path, megabytes, which, save_minutes):
     # Given a run that was killed after its first epoch, and a disk with room for the log but no checkpoint, or neither,

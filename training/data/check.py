@@ -25,7 +25,7 @@ from zoo.machine import cores
 from zoo.pixels import Reading
 
 # Steps of stage 2 against plain ones (docs/method.md): the look-ahead through the network costs most.
-STAGE2_STEP = {"none": 1.0, "isda": 1.1, "heldout": 1.5, "classifier": 1.4, "network": 3.8}
+STAGE2_STEP = {"none": 1.0, "isda": 1.1, "auto": 1.1, "heldout": 1.5, "classifier": 1.4, "network": 3.8}
 FORWARD = 1 / 3  # of a plain step, by counting passes: what a picture costs where only the last layer trains
 
 

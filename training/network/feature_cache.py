@@ -221,6 +221,7 @@ class FeatureCache:
                     with store.claim() as parts:
                         if not parts:  # others have what is left
                             time.sleep(0.2)
+                            continue
                         for part, rows_NA in zip(parts, self._compute(store, parts, pictures, drawn, module),
                                                  strict=True):
                             store.write(part, _fitting(rows_NA, store.dtype, pictures, kind))
