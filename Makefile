@@ -19,8 +19,10 @@ space: $(VENV)/.demo  ## build/space: the demo as a Hugging Face Space, ready to
 test: $(VENV)/.dev browser lint  ## lint, types and all tests (a few minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test-long: $(VENV)/.dev browser  ## the long forms of the robustness tests (about an hour)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m long
+test-long: $(VENV)/.dev browser  ## the long tests (under 40 minutes on 2 cores), and docs/robustness.md with their figures
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m '(long or promise) and not gpu' \
+		--junitxml build/robustness.xml; status=$$?; \
+	$(BIN)/python -m benchmarks.robustness build/robustness.xml && exit $$status
 
 test-gpu: $(VENV)/.dev  ## what only a GPU can show, skipped with the reason where there is none
 	$(BIN)/python -m pytest -m gpu -rs

@@ -237,3 +237,17 @@ def impatient(monkeypatch):
         monkeypatch.setattr("zoo.hub.PAUSES", (0.01, 0.01))
 
     return hurry
+
+
+# ---- promises (docs/robustness.md) ----
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.user_properties += [("promise", mark.args[0]) for mark in item.iter_markers("promise")]
+
+
+@pytest.fixture
+def figure(record_property):
+    """Keeps a sentence on what a test measured, for the table of benchmarks.robustness."""
+    return lambda text: record_property("figure", text)

@@ -666,10 +666,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.promise("load")
 @pytest.mark.parametrize("seconds", [4, pytest.param(120, marks=pytest.mark.long)])
-def test_fifty_people_at_once_get_their_own_answers_or_a_plain_busy(address, seconds):
+def test_fifty_people_at_once_get_their_own_answers_or_a_plain_busy(address, seconds, figure):
     # Given 50 clients that ask for pictures of their own, again and again, on two cores,
     outcome = load.fifty_clients(address, seconds)
+    figure(f"in {seconds} s {outcome.right} answers, {outcome.busy} told busy, {outcome.wrong} wrong, "
+           f"{len(outcome.broken)} broken")
     # then nothing broke: no 5xx but the full queue's 503, no wrong answer,
     assert outcome.wrong == 0 and outcome.broken == []
     assert outcome.right > 0

@@ -18,6 +18,8 @@ import zoo
 from metasaug import main
 from zoo.archives import MAX_ENTRIES, is_zip, open_zip
 
+pytestmark = pytest.mark.promise("archives")
+
 
 def png(seed: int = 0) -> bytes:
     buffer = io.BytesIO()

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import large, measuring  # noqa: E402
+from benchmarks import large, measuring, robustness  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -90,3 +90,33 @@ def test_added_memory_sees_what_a_step_takes():
 
     # then it takes 12 MB: whatever the machine, the allocator or the data.
     assert measuring.added_memory(step) == pytest.approx(12, abs=0.1)
+
+
+def test_the_page_on_robustness_tells_what_the_tests_measured_and_what_failed(tmp_path):
+    # Given what pytest writes of two promises, one of them broken, and of tests that show none,
+    def case(name: str, inside: str, *said: tuple[str, str]) -> str:
+        properties = "".join(f"<property name='{key}' value='{value}'/>" for key, value in said)
+        return (f"<testcase classname='tests.test_x' name='{name}' time='30'><properties>{properties}</properties>"
+                f"{inside}</testcase>")
+
+    (tmp_path / "junit.xml").write_text("<testsuites><testsuite>" + "".join([
+        case("a[1]", "", ("promise", "archives"), ("figure", "9 bombs refused")),
+        case("b", "<skipped/>", ("promise", "archives")),
+        case("c", "<failure/>", ("promise", "demo"), ("memory_mb", '{"bodies": [100, 140, 160, 150, 120]}')),
+        case("d", "")]) + "</testsuite></testsuites>")
+    # when the page is made, then it says what was reached, by which figures, what failed and what did not run.
+    found = robustness.collected(tmp_path / "junit.xml")
+    page = robustness.page(found)
+    assert "| yes; 9 bombs refused | 1 passed, 1 skipped | 1.0 |" in page
+    assert "| **not reached**: test_x::c | 0 passed, 1 failed | 0.5 |" in page
+    assert page.count("| not run | 0 passed | 0.0 |") == len(robustness.PROMISES) - 2
+    assert "| bodies | 100 | 140 | 160 | 150 | 120 | 160 |" in page
+    # Every promise has a test that carries its name.
+    marked = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert all(f'promise("{key}")' in marked for key in robustness.PROMISES)
+
+
+def test_the_page_on_robustness_is_that_of_its_results():
+    if not robustness.RESULTS.exists():
+        pytest.skip("make test-long was not run yet")
+    assert robustness.PAGE.read_text(encoding="utf-8") == robustness.page(json.loads(robustness.RESULTS.read_text()))

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import zoo
@@ -86,6 +87,7 @@ def test_a_sample_of_the_real_pictures_agrees_with_the_card(entry, precision, re
     assert abs(sum(row["correct"] for row in results["per_class"]) - expected) < 4 * variance**0.5
 
 
+@pytest.mark.promise("parity")
 @pytest.mark.long
 @pytest.mark.parametrize(("entry", "precision"), CASES, ids=lambda value: getattr(value, "name", value))
 def test_evaluation_on_all_real_pictures_gives_the_cards_numbers_again(entry, precision, request, tmp_path):
@@ -96,6 +98,24 @@ def test_evaluation_on_all_real_pictures_gives_the_cards_numbers_again(entry, pr
     # processors add up differently.
     assert [row["correct"] for row in results["per_class"]] == pytest.approx(
         stated(entry, precision), abs=10 if precision == "int8" else 1)
+
+
+@pytest.mark.promise("parity")
+@pytest.mark.long
+@pytest.mark.parametrize("entry", BUNDLED, ids=lambda entry: entry.name)
+def test_onnx_equals_torch_on_256_real_pictures(entry, request, figure):
+    from export.to_onnx import check_parity
+    from zoo.images import decode, preprocess
+    from zoo.model_folder import ONNX
+    from zoo.predictor import torch_module
+
+    folder = zoo.ModelFolder(entry.folder)
+    paths = sorted(request.getfixturevalue(TEST_PICTURES[entry.dataset][0]).glob("*/*.*"))
+    pictures = np.stack([preprocess(decode(path), folder.config["pretrained_cfg"])
+                         for path in paths[:: len(paths) // 256][:256]])
+    difference = check_parity(folder.read(ONNX), torch_module(folder), folder.config, pictures)
+    figure(f"{entry.name}: {difference:.1e} on {len(pictures)} pictures")
+    assert len(pictures) == 256 and difference <= 1e-4
 
 
 def test_the_docs_state_what_int8_costs():

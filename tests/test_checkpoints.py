@@ -10,6 +10,8 @@ torch = pytest.importorskip("torch")
 from training.errors import TrainingError  # noqa: E402
 from training.run import checkpoints  # noqa: E402
 
+pytestmark = pytest.mark.promise("checkpoint")
+
 
 def state(value: float) -> dict:
     return {"weights": torch.full((100,), value), "epoch": int(value)}

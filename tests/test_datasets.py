@@ -112,6 +112,7 @@ def test_the_original_files_are_read_and_named_honestly(tmp_path):
     assert np.array_equal(above.test.pictures[0][:, :, 0].ravel(), batch["data"][0][:1024])
 
 
+@pytest.mark.promise("no code")
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
     # Given a batch file that would run a command when unpickled,
     folder = write_cifar_batches(tmp_path)

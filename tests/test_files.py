@@ -18,6 +18,8 @@ from training.errors import DataError
 from zoo.files import walk
 from zoo.pixels import LOCAL
 
+pytestmark = pytest.mark.promise("folder")
+
 
 @pytest.fixture
 def locked(monkeypatch):

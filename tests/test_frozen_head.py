@@ -130,6 +130,7 @@ def test_what_the_closed_form_does_not_cover_is_refused():
         frozen_head_step(layer, *data, full, HeadLoss("ce"), strength=0.5, inner_rate=0.1)
 
 
+@pytest.mark.promise("divergence")
 def test_divergence_stops_before_any_update():
     # Given a NaN in the meta features, when stepped, then it says so and nothing has changed.
     layer, (f, y, f_meta, y_meta), learned, _ = a_setting()

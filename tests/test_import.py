@@ -376,6 +376,7 @@ class Canary:
         return (Path.touch, (self.path,))
 
 
+@pytest.mark.promise("no code")
 @pytest.mark.parametrize("kind", ["zip", "legacy", "pickle", "beside the weights", "numpy object"])
 def test_a_malicious_pickle_is_refused_by_name_and_runs_nothing(kind, tmp_path, capsys):
     canary = Canary(tmp_path / "canary")

@@ -274,6 +274,7 @@ def test_dropout_draws_the_same_in_the_tangent():
 
 
 @LOOKAHEADS
+@pytest.mark.promise("divergence")
 @pytest.mark.parametrize("where", ["pictures", "meta pictures", "covariance"])
 def test_divergence_stops_before_any_update(where, lookahead):
     # Given a NaN somewhere,

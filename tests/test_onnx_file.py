@@ -18,6 +18,8 @@ BUNDLED = Path(zoo.__file__).parent / "weights" / "ce-cifar10-lt"
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper  # noqa: E402
 
+pytestmark = pytest.mark.promise("onnx")
+
 
 def model(*nodes, initializers=(), opsets=(("", 20),), **more):
     picture = helper.make_tensor_value_info("pictures", TensorProto.FLOAT, ["batch", 3, 32, 32])

@@ -16,6 +16,8 @@ from zoo.errors import PictureError, ZooError
 from zoo.images import decode, read
 from zoo.pixels import LOCAL, Reading, Remarks
 
+pytestmark = pytest.mark.promise("pixels")
+
 RAMP = np.arange(256).reshape(16, 16)
 
 

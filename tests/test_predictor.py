@@ -161,9 +161,11 @@ def test_a_long_run_of_bad_pictures_changes_no_digit_either(model, monkeypatch):
     assert batches == [64, 6]
 
 
+@pytest.mark.promise("folder")
 @pytest.mark.long
-def test_a_thousand_good_and_two_hundred_bad(model):
+def test_a_thousand_good_and_two_hundred_bad(model, figure):
     mixed_rows_equal_clean_rows(model, noise(1000), bad_pictures(200), seed=2)
+    figure("1,200 rows, 200 with a reason, 1,000 equal to the bit")
 
 
 def test_rows_come_as_the_pictures_do(model):

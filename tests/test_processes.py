@@ -126,6 +126,7 @@ def in_two(request, tmp_path_factory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.promise("processes")
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_what_one_trains(in_two, case):
     # Given 20 steps in one process, when two share every batch,
@@ -260,6 +261,7 @@ def started(command):
         process.communicate()
 
 
+@pytest.mark.promise("processes")
 def test_a_dead_process_ends_the_other_and_the_run_goes_on(tmp_path):
     # Given two processes that train for long, without anybody who watches over them (as on two machines),
     out = tmp_path / "run"

@@ -193,6 +193,7 @@ def test_a_run_folder_is_never_overwritten(tmp_path):
         loop.run(dataclasses.replace(TINY, epochs=1, augment="none", lr=0.1), small_data(), tmp_path, CPU, resume=True)
 
 
+@pytest.mark.promise("divergence")
 @pytest.mark.parametrize("method", ["plain", "metasaug"])
 def test_divergence_stops_before_the_update(tmp_path, method):
     # Given a learning rate that must blow up,

@@ -28,6 +28,8 @@ from zoo.demo import gate, pictures, server
 from zoo.demo.gate import Event, Gate, Rules
 from zoo.demo.uploads import Uploads, used
 
+pytestmark = pytest.mark.promise("demo")
+
 ROOT = Path(__file__).resolve().parent.parent
 FORMS = [pytest.param(False, id="short"), pytest.param(True, id="long", marks=pytest.mark.long)]
 
@@ -38,21 +40,29 @@ def demo():
         yield on
 
 
-def attacked(on, name: str, long: bool = False) -> dict:
-    """What came of an attack; the demo answers afterwards, and nothing of it was a traceback."""
-    before = on.tracebacks()
-    outcome = attacks.attacked(on, attacks.ATTACKS[name], long)
-    assert outcome.figures["answers_after"], outcome.figures
-    assert on.tracebacks() == before, "".join(on.printed[-40:])
-    return outcome.figures
+@pytest.fixture
+def attacked(demo, record_property):
+    """Runs an attack by its name; the demo answers afterwards, and nothing of it was a traceback."""
+
+    def run(name: str, long: bool = False) -> dict:
+        before = demo.tracebacks()
+        outcome = attacks.attacked(demo, attacks.ATTACKS[name], long)
+        if long:
+            record_property("memory_mb", json.dumps({name: outcome.memory}))
+            record_property("figure", f"{name}: grown by {outcome.figures['grown_mb']} MB")
+        assert outcome.figures["answers_after"], outcome.figures
+        assert demo.tracebacks() == before, "".join(demo.printed[-40:])
+        return outcome.figures
+
+    return run
 
 
 # ---- bodies ----
 
 
 @pytest.mark.parametrize("long", FORMS)
-def test_a_large_json_body_is_refused_and_takes_no_memory(demo, long):
-    found = attacked(demo, "json_bodies", long)
+def test_a_large_json_body_is_refused_and_takes_no_memory(attacked, long):
+    found = attacked("json_bodies", long)
     assert all("413" in status or status == "closed" for status in (*found["announced"], *found["chunked"]))
     assert found["grown_mb"] < 30
 
@@ -71,8 +81,8 @@ def test_stalled_connections_are_closed_and_keep_nobody_out(attack, tmp_path, mo
 
 @pytest.mark.long
 @pytest.mark.parametrize("attack", ["slow_uploads", "slow_bodies", "slow_headers"])
-def test_three_hundred_stalled_connections_are_closed(demo, attack):
-    found = attacked(demo, attack, long=True)
+def test_three_hundred_stalled_connections_are_closed(attacked, attack):
+    found = attacked(attack, long=True)
     assert found["newcomer_status"] == 200 and found["newcomer_s"] < 5
     assert found["still_open"] == 0 and found["grown_mb"] < 30
 
@@ -99,13 +109,13 @@ def test_an_upload_that_drips_is_ended(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("long", FORMS)
-def test_websockets_are_not_spoken(demo, long):
-    assert all("404" in status for status in attacked(demo, "websockets", long)["answers"])
+def test_websockets_are_not_spoken(attacked, long):
+    assert all("404" in status for status in attacked("websockets", long)["answers"])
 
 
 @pytest.mark.parametrize("long", FORMS)
-def test_answers_that_nobody_fetches_take_little(demo, long):
-    found = attacked(demo, "uncollected", long)
+def test_answers_that_nobody_fetches_take_little(attacked, long):
+    found = attacked("uncollected", long)
     assert set(map(int, found["statuses"])) <= {200, 503}
     assert found["grown_mb"] < 40
 
@@ -130,15 +140,15 @@ def test_a_session_that_fetches_nothing_is_stopped(tmp_path):
 
 
 @pytest.mark.parametrize("long", FORMS)
-def test_hostile_uploads_get_a_plain_answer_each_and_leave_no_memory(demo, long):
-    found = attacked(demo, "hostile_uploads", long)
+def test_hostile_uploads_get_a_plain_answer_each_and_leave_no_memory(attacked, long):
+    found = attacked("hostile_uploads", long)
     assert set(found["answers"]) <= {"event: complete", "event: error"} and found["leaks"] == 0
     assert found["grown_mb"] < 50
 
 
 @pytest.mark.long
-def test_all_uploads_together_stay_below_the_quota(demo):
-    found = attacked(demo, "uploads_in_all", long=True)
+def test_all_uploads_together_stay_below_the_quota(attacked):
+    found = attacked("uploads_in_all", long=True)
     assert found["sent_mb"] > 2800 and found["stored_mb"] <= 2000
 
 
@@ -168,9 +178,9 @@ def test_over_the_quota_what_nobody_used_for_longest_goes_first(tmp_path):
 
 
 @pytest.mark.parametrize("long", FORMS)
-def test_a_zip_of_large_pictures_keeps_nobody_waiting_and_ends_by_its_budget(demo, long):
+def test_a_zip_of_large_pictures_keeps_nobody_waiting_and_ends_by_its_budget(attacked, long):
     # Given 12 pictures of 25 megapixels (long: 5,000) in a few kB, and another visitor with three small ones,
-    found = attacked(demo, "large_pictures", long)
+    found = attacked("large_pictures", long)
     # then the other is done long before, and no memory stays;
     assert found["another_visitor_s"] < found["job_s"] / 2
     assert found["peak_mb"] < 800 and found["grown_mb"] < 50
@@ -178,8 +188,8 @@ def test_a_zip_of_large_pictures_keeps_nobody_waiting_and_ends_by_its_budget(dem
     assert int(found["classified"].replace(",", "")) == 12 if not long else found["left_out"]
 
 
-def test_a_visitor_who_leaves_ends_the_job(demo):
-    found = attacked(demo, "hang_up")
+def test_a_visitor_who_leaves_ends_the_job(attacked):
+    found = attacked("hang_up")
     assert found["cpu_s_until_rest"] < 4  # all of it: 40 and more
 
 
@@ -231,8 +241,8 @@ def test_a_csv_of_hostile_file_names_holds_no_formula():
 # ---- who asks ----
 
 
-def test_other_names_and_other_sites_are_refused(demo):
-    found = attacked(demo, "other_names")
+def test_other_names_and_other_sites_are_refused(attacked):
+    found = attacked("other_names")
     assert set(found["foreign_names"].values()) <= {400, 421}
     assert set(found["own_names"].values()) == {200}
     assert set(found["foreign_origins"].values()) == {403}
@@ -295,8 +305,8 @@ def test_it_works_below_a_path_of_a_reverse_proxy_with_a_password(chromium):
 
 
 @pytest.mark.parametrize("long", FORMS)
-def test_what_makes_no_sense_is_refused_in_a_sentence(demo, long):
-    found = attacked(demo, "malformed", long)
+def test_what_makes_no_sense_is_refused_in_a_sentence(attacked, long):
+    found = attacked("malformed", long)
     assert set(found["statuses"]) <= {200, 400, 404, 413, 422, 429}, found["statuses"]
     assert found["without_a_sentence"] == 0
 
