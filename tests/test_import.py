@@ -96,19 +96,27 @@ def test_a_released_file_keeps_its_weights_and_logits_exactly(name, imported, au
     np.testing.assert_allclose(onnx, logits.numpy(), atol=1e-4 * max(1, float(logits.abs().max()) / 10))
 
 
+@pytest.mark.parametrize("each", [20, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize(("name", "pictures", "error"), [
     ("metasaug-cifar10-lt", "cifar10_test", 19.43), ("metasaug-ldam-cifar100-lt", "cifar100_test", 51.98)])
-def test_a_released_file_has_the_error_that_it_states(name, pictures, error, imported, request, tmp_path):
-    """On all 10,000 original test pictures: everything from decoding to normalisation is as the authors had it."""
-    out, data = tmp_path / "results.json", request.getfixturevalue(pictures)
+def test_a_released_file_has_the_error_that_it_states(name, pictures, error, each, imported, request, tmp_path):
+    """On the original test pictures: everything from decoding to normalisation is as the authors had it."""
+    # Given all 10,000 of them, or every 20th, when the imported model is measured on them,
+    data, out = tmp_path / "data", tmp_path / "results.json"
+    for folder in request.getfixturevalue(pictures).iterdir():
+        (data / folder.name).mkdir(parents=True)
+        for picture in sorted(folder.iterdir())[::each]:
+            (data / folder.name / picture.name).symlink_to(picture)
     assert metasaug.main(["evaluate", str(imported[name]), "--data", str(data), "--out", str(out)]) == 0
     results = json.loads(out.read_text())
-    assert results["images"] == 10_000
-    assert round(100 * results["error"], 2) == error
+    # then the error is the stated one, to the digit on all, within three standard errors on a part.
+    assert results["images"] == 10_000 // each
+    spread = 0.005 if each == 1 else 300 * (0.25 / results["images"]) ** 0.5
+    assert 100 * results["error"] == pytest.approx(error, abs=spread)
     assert error == pytest.approx(100 * ModelFolder(imported[name]).config["metasaug"]["imported"]["stated_error"])
 
 
-def test_a_released_file_is_recognised_and_one_that_is_nearly_one_is_not(authors_files, tmp_path, capsys):
+def test_a_released_file_is_recognised_and_one_that_is_nearly_one_is_not(authors_files, tmp_path, capsys, no_onnx):
     # Given a released file, under a name of one's own,
     name, file = "metasaug-cifar10-lt", authors_files["metasaug-cifar10-lt"]
     (tmp_path / "mine.pth").write_bytes(file.read_bytes())
@@ -278,12 +286,12 @@ def metasaug_file(path: Path, classes: int, architecture: str = "resnet10") -> P
     return as_file(path, {"epoch": 20, "state_dict": {"feature": backbone, "classifier": head}})
 
 
-def test_imagenet_lt_comes_with_names_counts_and_groups_and_runs(tmp_path):
+def test_imagenet_lt_comes_with_names_counts_and_groups_and_runs(tmp_path, no_onnx):
     # Given a file of MetaSAug's ImageNet-LT layout, when it is imported by the command line,
     file = metasaug_file(tmp_path / "MetaSAug_ImageNet_LT.tar", 1000)
     assert metasaug.main(["import", str(file), "--as", "metasaug-imagenet-lt", "--out", str(tmp_path / "m")]) == 0
     # then it is a whole model folder that predicts, with the benchmark's classes and counts.
-    model = zoo.load(tmp_path / "m")
+    model = zoo.load(tmp_path / "m", backend="torch")
     config = model.folder.config
     assert config["pretrained_cfg"] | {"input_size": [3, 224, 224], "mean": [0.485, 0.456, 0.406], "crop_pct": 0.875,
                                        "std": [0.229, 0.224, 0.225]} == config["pretrained_cfg"]

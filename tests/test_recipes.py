@@ -118,7 +118,8 @@ def test_cifar_100_trains_and_with_shuffled_labels_the_gain_is_gone(tmp_path):
     # Given a hundred class folders, each of one colour, and the same with training pictures in any of them,
     def job(shuffled):
         write_hundred_colours(tmp_path / f"data-{shuffled}", shuffled)
-        return TrainCifar(Cifar100LT(epochs=8, imbalance=2, meta_per_class=2, input_size=16, batch_size=50, lr=0.05),
+        return TrainCifar(Cifar100LT(architecture="resnet8", epochs=8, imbalance=2, meta_per_class=2, input_size=16,
+                                     batch_size=50, lr=0.05),
                           RunOptions(data=tmp_path / f"data-{shuffled}"))
 
     # when it trains, then the loss falls, and it learns what chance (99 % error) cannot;
