@@ -430,7 +430,7 @@ def test_a_missing_folder_is_told(tmp_path):
 
 def test_the_real_plankton_is_cut_alike_every_time(plankton):
     # Given 121 classes of 1,979 to 9 pictures, when loaded,
-    data = load_folder(plankton)
+    data = load_folder(plankton, look=False)
     # then nothing is lost, each class has test, meta and training pictures,
     assert (len(data.label_names), data.source) == (121, "plankton (class folders)")
     assert len(set(data.train.names) | set(data.meta.names) | set(data.test.names)) == 30_336

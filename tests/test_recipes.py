@@ -301,13 +301,14 @@ def own_pictures(tmp_path_factory):
 def test_own_pictures_become_a_model_without_another_flag(own_pictures, tmp_path, capsys, monkeypatch):
     # Given class folders and no pretrained network, when no other flag is given (and the run is cut short),
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("export.to_onnx.export_folder", lambda path: 0.0)
     assert metasaug.main(["train", "folder", "--data", str(own_pictures), "--start", "none", "--epochs", "3"]) == 0
     shown = capsys.readouterr().out
     # then it says what it chose and why,
     assert "--crop-mode squash: 100% of the pictures are over 1.5 times as long as wide" in shown
     # and the model predicts the test pictures as its results say, from files alone.
     (model_folder,) = (tmp_path / "runs").glob("*/model")
-    model = zoo.load(model_folder)
+    model = zoo.load(model_folder, backend="torch")
     recipe = model.folder.config["metasaug"]["recipe"]
     assert recipe["input_size"] == 32 and recipe["crop_mode"] == "squash" and recipe["batch_size"] == 16
     data = TrainFolder(Folder(), RunOptions(data=own_pictures)).load()

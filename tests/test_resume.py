@@ -48,11 +48,11 @@ FROZEN = {"stage2_trains": "classifier"}
 ON_DISK = {"crops": "resized", "input_size": 16}
 KILLED = {
     "diagonal, through the network, on disk": {"lookahead": "network", "covariance": "diagonal", **ON_DISK},
-    "frozen, in closed form, on disk": {**FROZEN, "covariance": "diagonal", **ON_DISK},
-    "heldout": {"augment": "heldout"},
     "frozen, on cached features": {**FROZEN, "covariance": "diagonal", **ON_DISK, "cache_features": 2},
 }
-KILLED_LONGER = KILLED | {"full covariances": {}, "full covariances, through the network": {"lookahead": "network"},
+KILLED_LONGER = KILLED | {"full covariances": {}, "heldout": {"augment": "heldout"},
+                          "frozen, in closed form, on disk": {**FROZEN, "covariance": "diagonal", **ON_DISK},
+                          "full covariances, through the network": {"lookahead": "network"},
                           "frozen, full covariances": FROZEN,
                           "plain, on disk": {"augment": "none", **ON_DISK}, "isda": {"augment": "isda"}}
 
@@ -438,9 +438,9 @@ def told(said: Path, *arguments) -> None:
         sys.exit(2)
 
 
-@pytest.mark.parametrize(("megabytes", "which", "save_minutes"), [(0.1, "checkpoints/", SAVED_ALWAYS),
-                                                                  (0.1, "stage1/", 0),
-                                                                  (0.00015, "log.jsonl", 0)])
+@pytest.mark.parametrize(("megabytes", "which", "save_minutes"), [
+    (0.2, "checkpoints/", SAVED_ALWAYS), pytest.param(0.2, "stage1/", 0, marks=pytest.mark.long),
+    (0.00015, "log.jsonl", 0)])
 def test_a_full_disk_ends_the_run_in_a_sentence_and_loses_nothing(tmp_path, megabytes, which, save_minutes):
     # Given a run that was killed after its first epoch, and a disk with room for the log but no checkpoint, or neither,
     recipe = dataclasses.replace(SMALL, epochs=3, stage2_epochs=1)
@@ -515,7 +515,9 @@ def words(class_folders: Path, epochs: int = 40) -> list[str]:
             "--architecture", "resnet8", "--crops", "resized", "--workers", "2", "--device", "cpu", "--resume"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("number", "code"), [
+    (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long),
+    pytest.param(signal.SIGHUP, 129, marks=pytest.mark.long)])
 def test_a_stop_signal_to_the_whole_terminal_saves_and_has_its_exit_code(tmp_path, class_folders, number, code):
     """Ctrl-C and the end of a terminal reach the worker processes as well; some schedulers send SIGTERM to all."""
     # Given the real command with worker processes, in a group of its own, some steps on its way,
