@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tests.test_meta import WithHead, a_setting, resnet32, vit_block  # noqa: E402
+from tests.test_meta import WithHead, a_setting, resnet8, vit_block  # noqa: E402
 from tests.test_training import (  # noqa: E402
     CPU,
     METHODS,
@@ -76,7 +76,7 @@ STEPS = {
 def step(name: str, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
     """The gradient that a step of ResNet-32 leaves, what it adds to the covariances and what is learned, in float64."""
     kind, step_of, how = STEPS[name]
-    net, batch, running, _, weights = a_setting(resnet32, 10, kind, n=32, size=16)
+    net, batch, running, _, weights = a_setting(resnet8, 10, kind, n=32, size=16)
     net, weights = net.to(device, dtype), weights.to(dtype).to(device)
     x, y, x_meta, y_meta = (t.to(dtype).to(device) if t.is_floating_point() else t.to(device) for t in batch)
     here = RunningCovariance(10, 64, kind, dtype, device)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_meta import KINDS, resnet32, small_conv, vit_block
+from tests.test_meta import KINDS, resnet8, small_conv, vit_block
 from tests.test_training import TINY, small_data
 from training.errors import DivergenceError
 from training.method import reference as naive
@@ -91,7 +91,7 @@ def test_few_pictures_are_better_shrunk_than_alone(kind):
 
 
 @KINDS
-@pytest.mark.parametrize("make", [small_conv, vit_block, resnet32])
+@pytest.mark.parametrize("make", [small_conv, vit_block, resnet8])
 @pytest.mark.parametrize("loss", ["ce", "ldam", "ldam-published"])
 def test_the_step_is_the_formulas(kind, make, loss):
     # Given a network and three batches of each kind,

@@ -64,8 +64,8 @@ def vit_block(num_classes, dropout=0.0):
     return WithHead(nn.Sequential(Tokens(), block, nn.LayerNorm(12)), 12, num_classes, (1,))
 
 
-def resnet32(num_classes):
-    return create("resnet32", num_classes)
+def resnet8(num_classes):
+    return create("resnet8", num_classes)
 
 
 def a_setting(make=small_conv, num_classes=7, kind="full", n=8, dtype=torch.float64, seed=0, size=8):
@@ -126,9 +126,9 @@ def test_meta_step_equals_double_backward_for_other_networks(make, lookahead):
 
 @LOOKAHEADS
 @KINDS
-def test_meta_step_equals_double_backward_for_resnet32(kind, lookahead):
+def test_meta_step_equals_double_backward_for_resnet8(kind, lookahead):
     # Given the network of the CIFAR tables,
-    assert_step_is_double_backward(a_setting(resnet32, 10, kind, size=16), lookahead)
+    assert_step_is_double_backward(a_setting(resnet8, 10, kind, size=16), lookahead)
 
 
 @LOOKAHEADS

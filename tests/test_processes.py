@@ -228,7 +228,7 @@ def folder_training(tmp_path, *more: str) -> list[str]:
     if not (tmp_path / "pictures").exists():
         write_class_folders(tmp_path / "pictures", {"a": 60, "b": 30, "c": 20}, seed=0)
     return ["train", "folder", "--data", str(tmp_path / "pictures"), "--epochs", "3", "--batch-size", "10",
-            "--input-size", "16", "--architecture", "resnet10-small", "--device", "cpu", *more]
+            "--input-size", "16", "--architecture", "resnet8", "--device", "cpu", *more]
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -135,7 +135,8 @@ def test_cifar_100_trains_and_with_shuffled_labels_the_gain_is_gone(tmp_path):
 @pytest.mark.parametrize("loss", ["ce", "focal", "ldam", "ldam-published", "balanced-softmax", "logit-adjustment"])
 @pytest.mark.parametrize("augment", ["none", "isda", "metasaug", "heldout"])
 def test_every_loss_runs_with_every_augmentation(tmp_path, loss, augment):
-    recipe = Cifar10LT(loss=loss, augment=augment, epochs=2, batch_size=35, lr=0.01, stage1_loss="same")
+    recipe = Cifar10LT(architecture="resnet8", loss=loss, augment=augment, epochs=2, batch_size=35, lr=0.01,
+                       stage1_loss="same")
     state, results = loop.run(recipe, small_data(), tmp_path, CPU)
     assert all(p.isfinite().all() for p in state.module.parameters())
     assert 0 <= results["error"] <= 1
@@ -144,8 +145,8 @@ def test_every_loss_runs_with_every_augmentation(tmp_path, loss, augment):
 # ---- the last layer alone ----
 
 
-FROZEN = Cifar10LT(epochs=6, stage2_epochs=3, batch_size=16, lr=0.02, schedule="cosine", stage2_lr=0.01,
-                   stage2_batch_size=12, stage2_trains="classifier", covariance="diagonal")
+FROZEN = Cifar10LT(architecture="resnet8", epochs=6, stage2_epochs=3, batch_size=16, lr=0.02, schedule="cosine",
+                   stage2_lr=0.01, stage2_batch_size=12, stage2_trains="classifier", covariance="diagonal")
 
 
 @pytest.mark.parametrize("augment", ["none", "isda", "metasaug", "heldout"])
@@ -441,7 +442,7 @@ def test_data_that_cannot_be_trained_on_is_refused_by_name():
 
 
 def test_fewer_pictures_than_a_batch_are_one_batch(tmp_path):
-    recipe = Cifar10LT(epochs=2, batch_size=5000, lr=0.01)
+    recipe = Cifar10LT(architecture="resnet8", epochs=2, batch_size=5000, lr=0.01)
     state, _ = loop.run(recipe, small_data(), tmp_path, CPU)
     assert state.module.bn1.num_batches_tracked == 2
 

@@ -249,7 +249,7 @@ def class_folders(tmp_path_factory):
 def test_the_command_ends_in_a_model_folder_that_the_zoo_loads(class_folders, tmp_path):
     # Given ten class folders, when the training command runs for one epoch,
     done = run_command("cifar10-lt", "--imbalance", 4, "--epochs", 1, "--meta-per-class", 4, "--data", class_folders,
-                       "--out", tmp_path / "run")
+                       "--architecture", "resnet8", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     # then its model folder opens in the zoo, says what it is, and predicts by ONNX.
     import zoo
