@@ -31,7 +31,7 @@ from training.recipes import (
 from training.report.metrics import results_table
 from training.report.page import report_of_run
 from training.run.run_folder import alone_in, write_model
-from zoo.machine import cores
+from zoo.machine import cores, keep_freed_memory
 from zoo.tables import USUAL, Columns
 
 if TYPE_CHECKING:
@@ -222,6 +222,7 @@ def train(job: AnyJob) -> Path | None:
     """
     from training.network.distributed import joined
 
+    keep_freed_memory()
     with joined(choose_device(job.options.device).type) as processes:
         if not processes.first:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- one speaks
