@@ -12,6 +12,7 @@ from tests.test_own_pictures import SIZES, names_of, paint_classes
 from training.data.check import duration_in_words
 from training.data.datasets import size_in_words
 from training.data.own_pictures import load_folder, load_table
+from training.data.splits import SMALL_FOR_A_WHILE
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_a_folder_is_described_before_training(sea, capsys):
     assert main(["data", "check", "folder", "--data", str(sea), "--start", "none", "--per-class"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     # then the counts are those that training will have, the tail is told in plain words, and so is the cost.
-    data = load_folder(sea)
+    data = load_folder(sea, small_class=SMALL_FOR_A_WHILE)
     for words in (f"{len(data.train)} training, {len(data.meta)} meta and {len(data.test)} test pictures in 4 classes",
                   "every picture 9 x 6", "2 classes have under 20 training pictures", "known to ±", "squid (2)",
                   "share their meta pictures", "Estimates, from two steps measured here: resnet32", "memory", "disk",
@@ -39,10 +40,10 @@ def test_a_folder_is_described_before_training(sea, capsys):
 
 def test_the_check_counts_what_training_will_use(sea, capsys):
     found = checked(capsys, "folder", "--data", str(sea), "--start", "none")
-    data = load_folder(sea)
+    data = load_folder(sea, small_class=SMALL_FOR_A_WHILE)
     assert [row["training"] for row in found["per_class"]] == list(data.class_counts)
     assert sum(row["test"] for row in found["per_class"]) == len(data.test)
-    assert [row["label"] for row in found["per_class"] if row["meta_is_shared"]] == ["fish", "squid"]
+    assert [row["label"] for row in found["per_class"] if row["meta_is_shared"]] == ["squid"]
     assert found["expected"]["seconds"] > 0
     assert found["expected"]["disk_of_the_pictures"] == pytest.approx(
         sum(path.stat().st_size for path in sea.rglob("*.png")), rel=0.05)
@@ -83,7 +84,7 @@ def test_the_cut_can_be_written_down_for_good(sea, tmp_path, capsys):
     table = tmp_path / "cut.csv"
     assert main(["data", "check", "folder", "--data", str(sea), "--quick", "--write-table", str(table)]) == 0
     # then training, meta and test set are the same, the lent meta pictures included.
-    assert names_of(load_table(table, sea)) == names_of(load_folder(sea))
+    assert names_of(load_table(table, sea)) == names_of(load_folder(sea, small_class=SMALL_FOR_A_WHILE))
     capsys.readouterr()
     assert checked(capsys, "table", "--table", str(table), "--data", str(sea), "--quick")["test"]
     assert main(["data", "check", "folder", "--data", str(sea), "--quick", "--write-table", "/no/such/x.csv"]) == 2

@@ -60,14 +60,14 @@ def test_class_folders_are_cut_by_the_written_rule(sea):
     # the test set has at least 2 and at most a third of each class,
     for tested, n in zip(counts_of(data.test, 4), SIZES.values(), strict=True):
         assert 2 <= tested <= max(2, n // 3)
-    # the meta set has ten a class, at most a quarter of what is left, and small classes lend theirs.
+    # the meta set has a hundred in all, at most a quarter of what is left, and small classes lend theirs.
     left = [n - tested for n, tested in zip(SIZES.values(), counts_of(data.test, 4), strict=True)]
-    assert counts_of(data.meta, 4) == [10, min(10, left[1] // 4), min(10, left[2]), min(10, left[3])]
+    assert counts_of(data.meta, 4) == [25, min(25, left[1] // 4), min(25, left[2]), min(25, left[3])]
     assert data.shared_meta_classes == (2, 3)
     shared = {name for name in parts["meta"] if name.startswith(("fish", "squid"))}
     assert parts["meta"] & parts["train"] == shared
     assert any("fish, squid" in note for note in data.notes)
-    assert data.class_counts == (left[0] - 10, left[1] - left[1] // 4, *left[2:])
+    assert data.class_counts == (left[0] - 25, left[1] - left[1] // 4, *left[2:])
 
 
 def test_the_cut_hangs_on_names_and_seed_alone(sea, tmp_path):
@@ -153,7 +153,7 @@ def test_ready_made_splits_are_taken_as_they_are(tmp_path):
     assert counts_of(data.test, 2) == [5, 0]
     assert data.untested_classes == (1,)
     assert all(name.startswith("valid/") for name in data.meta.names)
-    assert counts_of(data.meta, 2) == [10, 3]
+    assert counts_of(data.meta, 2) == [12, 3]
     # Without test/, valid is tested on and the meta set is cut from train.
     shutil.rmtree(tmp_path / "Test")
     data = load_folder(tmp_path)

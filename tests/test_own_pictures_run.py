@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -27,9 +28,9 @@ needs_wheel = pytest.mark.skipif(importlib.util.find_spec("efficientnet_lite0_py
 
 @pytest.fixture(scope="module")
 def stripes(tmp_path_factory):
-    """Three classes of stripes of a width and a colour each, 40 to 4 pictures."""
+    """Three classes of stripes of a width and a colour each, 100 to 4 pictures."""
     root, rng = tmp_path_factory.mktemp("stripes"), np.random.default_rng(0)
-    for c, (name, n) in enumerate({"fine": 40, "middle": 24, "wide": 4}.items()):
+    for c, (name, n) in enumerate({"fine": 100, "middle": 50, "wide": 4}.items()):
         (root / name).mkdir()
         for i in range(n):
             line = (np.arange(64) // 2 ** (c + 1) + rng.integers(0, 2)) % 2 * 160
@@ -124,6 +125,21 @@ def test_a_first_answer_then_fine_tuning_then_the_better_of_both(stripes, tmp_pa
     assert opened.folder.config["metasaug"]["prior"] == pytest.approx([1 / 3] * 3, abs=1e-6)
     assert opened.folder.results["macro_error"] <= 0.34
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+
+
+@needs_wheel
+def test_with_too_few_pictures_to_tell_the_first_answer_is_the_model(stripes, tmp_path, capsys):
+    # Given six pictures a class, and a class of one, when trained,
+    for label in ("fine", "middle", "wide"):
+        (tmp_path / "few" / label).mkdir(parents=True)
+        for path in sorted((stripes / label).iterdir())[: 1 if label == "wide" else 6]:
+            shutil.copy(path, tmp_path / "few" / label)
+    model = train(job(tmp_path / "few", tmp_path / "run"))
+    # then nothing was fine-tuned, that is said, and the model answers with the rare class too.
+    assert "too few to tell" in capsys.readouterr().out and not (tmp_path / "run" / "checkpoints").exists()
+    opened = zoo.load(model, backend="torch")
+    assert "frozen" in opened.folder.config["metasaug"]["schedule"]
+    assert opened.predict(next((stripes / "wide").iterdir())).top[0].label == "wide"
 
 
 @needs_wheel

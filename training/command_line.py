@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, Uni
 import tyro
 
 from training.data.datasets import LongTailed
+from training.data.splits import SMALL_CLASS, SMALL_FOR_A_WHILE
 from training.errors import TrainingError
 from training.recipes import (
     Cifar10LT,
@@ -184,7 +185,8 @@ class TrainTable(Job[Table]):
 
 def _cutting(recipe: OwnPictures) -> dict[str, Any]:
     return {"meta_per_class": recipe.meta_per_class, "test_share": recipe.test_share,
-            "subset_seed": recipe.subset_seed, "skip_bad": recipe.skip_bad, "reading": recipe.reading}
+            "subset_seed": recipe.subset_seed, "skip_bad": recipe.skip_bad, "reading": recipe.reading,
+            "small_class": SMALL_FOR_A_WHILE if recipe.may_end_with_meta else SMALL_CLASS}
 
 
 JOBS: tuple[Job, ...] = (

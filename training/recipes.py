@@ -498,8 +498,9 @@ class OwnPictures(Recipe):
     """Your own pictures. training.run.defaults chooses what is 0, auto or None, from the pictures and the machine."""
 
     CHOSEN: ClassVar[tuple[str, ...]] = (
-        "start", "architecture", "loss", "augment", "meta_in_training", "epochs", "batch_size", "lr", "schedule",
-        "input_size", "mean", "std", "interpolation", "crop_mode", "crops", "crop_area", "flips", "covariance")
+        "start", "architecture", "loss", "augment", "meta_per_class", "meta_in_training", "epochs", "batch_size", "lr",
+        "schedule", "input_size", "mean", "std", "interpolation", "crop_mode", "crops", "crop_area", "flips",
+        "covariance")
 
     start: str = "auto"
     """Pretrained network to fine-tune. small, medium, large: networks that we chose; timm:NAME; torchvision:NAME; a
@@ -520,6 +521,9 @@ class OwnPictures(Recipe):
     augment: Augment | Literal["auto"] = "auto"  # type: ignore[assignment]
     """Augmentation of features in stage 2: none, isda, metasaug (the paper's) or heldout. auto: none with a pretrained
     start, else isda."""
+
+    meta_per_class: int = 0
+    """Pictures per class in the meta set, at most a quarter of a class; 0: 10, more where that is under 100 in all."""
 
     meta_in_training: Literal["never", "stage2", "always", "auto"] = "auto"  # type: ignore[assignment]
     """Also train on the meta pictures: in stage 2, or always. auto: in stage 2, unless --augment or --backbone needs
@@ -598,6 +602,11 @@ class OwnPictures(Recipe):
     def reading(self) -> Reading:
         """What picture files leave open, as these flags say it."""
         return Reading(self.page, self.white, self.most_missing, self.max_megapixels)
+
+    @property
+    def may_end_with_meta(self) -> bool:
+        """Whether the meta pictures may be trained on in the end."""
+        return self.meta_in_training in ("auto", "stage2") and self.augment in ("auto", "none", "isda")
 
     @property
     def starts_pretrained(self) -> bool:

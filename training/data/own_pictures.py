@@ -21,22 +21,26 @@ from zoo.tables import USUAL, Columns
 class CutRule:
     """How to cut what is not given: see training.data.splits."""
 
-    meta_per_class: int = 10
+    meta_per_class: int = 0
     test_share: float = 0.2
     subset_seed: int = 0
     skip_bad: bool = False
     look: bool = True
     reading: Reading = TO_TRAIN_ON
+    small_class: int = cuts.SMALL_CLASS
 
     def __post_init__(self):
         if not 0 < self.test_share < 1:
             raise DataError(f"--test-share {self.test_share:g}: the share of a class to test on, between 0 and 1.")
 
+    def meta_pictures(self, num_classes: int) -> int:
+        return self.meta_per_class or cuts.meta_per_class(num_classes)
+
 
 def load_folder(
-    root: Path, *, test: Path | None = None, meta: Path | None = None, meta_per_class: int = 10,
+    root: Path, *, test: Path | None = None, meta: Path | None = None, meta_per_class: int = 0,
     test_share: float = 0.2, subset_seed: int = 0, skip_bad: bool = False, look: bool = True,
-    leaf_folders: bool = False, reading: Reading = TO_TRAIN_ON,
+    leaf_folders: bool = False, reading: Reading = TO_TRAIN_ON, small_class: int = cuts.SMALL_CLASS,
 ) -> LongTailed:
     """Class folders ROOT/CLASS/picture.jpg, or ROOT/train/CLASS with test/ (and val/ or meta/) beside it.
 
@@ -45,15 +49,18 @@ def load_folder(
     skip_bad     leave out pictures that cannot be decoded and classes too small to use, instead of stopping
     look         decode every picture once; without it damaged ones and copies go unseen, and sizes are not known
     reading      what files leave open; the range of 16-bit grey is found over all pictures where it is not given
-    What is not given is cut by training.data.splits. Raises DataError.
+    small_class  a class with fewer training pictures lends its meta pictures, which stay in training
+    What is not given is cut by training.data.splits, which also has the numbers for a meta_per_class of 0. Raises
+    DataError.
     """
-    rule = CutRule(meta_per_class, test_share, subset_seed, skip_bad, look, reading)
+    rule = CutRule(meta_per_class, test_share, subset_seed, skip_bad, look, reading, small_class)
     return assemble(list_folder(root.expanduser(), test, meta, leaf_folders), rule)
 
 
 def load_table(
-    table: Path, root: Path | None = None, *, meta_per_class: int = 10, test_share: float = 0.2, subset_seed: int = 0,
+    table: Path, root: Path | None = None, *, meta_per_class: int = 0, test_share: float = 0.2, subset_seed: int = 0,
     skip_bad: bool = False, look: bool = True, columns: Columns = USUAL, reading: Reading = TO_TRAIN_ON,
+    small_class: int = cuts.SMALL_CLASS,
 ) -> LongTailed:
     """A table (zoo.tables) with a row a picture: path, label and, where there are such columns, split and group.
 
@@ -62,7 +69,7 @@ def load_table(
     Pictures of one group (an animal, a track, a camera) are never parted between training and test. Otherwise as
     load_folder.
     """
-    rule = CutRule(meta_per_class, test_share, subset_seed, skip_bad, look, reading)
+    rule = CutRule(meta_per_class, test_share, subset_seed, skip_bad, look, reading, small_class)
     return assemble(list_table(table, root, columns), rule)
 
 
@@ -149,8 +156,8 @@ def _cut_parts(listing: Listing, keys: Sequence, rule: CutRule, _left_out: list[
     units = cuts.tie(listing.names, listing.groups, keys)
     classes = len(listing.label_names)
     test = cuts.cut_test(units, listing.labels, classes, rule.test_share, rule.subset_seed)
-    meta, removed, shared = cuts.cut_meta(units, listing.names, listing.labels, ~test, classes, rule.meta_per_class,
-                                          rule.subset_seed)
+    meta, removed, shared = cuts.cut_meta(units, listing.names, listing.labels, ~test, classes,
+                                          rule.meta_pictures(classes), rule.subset_seed, rule.small_class)
     parts = _Parts(~test & ~removed, meta, test, shared)
     parts.notes.append(f"Test set cut by file name: {test.sum():,} of {len(test):,} pictures, {rule.test_share:.0%} of "
                        "each class, at least 2 (of a class of 2 or 3, 1).")
@@ -182,17 +189,18 @@ def _given_parts(listing: Listing, keys: Sequence, rule: CutRule, left_out: list
         notes.append(f"Test set cut by file name: {(splits == 'test').sum():,} pictures.")
     train, test, meta = splits == "train", splits == "test", splits == "meta"
     shared: tuple[int, ...] = ()
+    per_class = rule.meta_pictures(classes)
 
     def some_of_each(pool: np.ndarray) -> np.ndarray:
-        return cuts.first_of_each(listing.names, listing.labels, pool, rule.meta_per_class, rule.subset_seed)
+        return cuts.first_of_each(listing.names, listing.labels, pool, per_class, rule.subset_seed)
 
     if "val" in splits and not meta.any():
         meta = some_of_each(splits == "val")
-        notes.append(f"Meta set: {meta.sum():,} pictures of val, {rule.meta_per_class} a class by file name; the other "
+        notes.append(f"Meta set: {meta.sum():,} pictures of val, {per_class} a class by file name; the other "
                      f"{(splits == 'val').sum() - meta.sum():,} are not used.")
     if not meta.any():
         meta, removed, shared = cuts.cut_meta(units, listing.names, listing.labels, train, classes,
-                                              rule.meta_per_class, rule.subset_seed)
+                                              per_class, rule.subset_seed, rule.small_class)
         train &= ~removed
         notes += _meta_notes(listing, shared, rule)
     lacking = np.setdiff1d(listing.labels[train], listing.labels[meta])
@@ -207,7 +215,7 @@ def _given_parts(listing: Listing, keys: Sequence, rule: CutRule, left_out: list
 def _meta_notes(listing: Listing, shared: Sequence[int], rule: CutRule) -> list[str]:
     if not shared:
         return []
-    return [f"Classes that share their meta pictures with training, having fewer than {cuts.SMALL_CLASS} left or none "
+    return [f"Classes that share their meta pictures with training, having fewer than {rule.small_class} left or none "
             f"that can be spared: {len(shared)}. " + listed([listing.label_names[c] for c in shared], ", ") + "."]
 
 

@@ -2,7 +2,8 @@
 
 The rule, for a class of n pictures. Test: those whose hash (of name and seed) is in the lowest `share`; at least 2 and
 at most a third, of fewer than 6 pictures half. Meta: of the n left, `meta_per_class` by another hash, at most a
-quarter; a class with under 20 left lends its meta pictures, and they stay in training as well.
+quarter; a class with few left (under 20; under 8 where training ends with the meta set) lends its meta pictures, and
+they stay in training as well.
 
 Pictures that belong together (one animal, one track, one camera; copies of one file) are one unit and never stand on
 two sides; a unit's hash is that of its group id or, without one, of its first name. New pictures do not move old ones,
@@ -18,7 +19,10 @@ import numpy as np
 
 from zoo.files import same_text
 
-SMALL_CLASS = 20  # under so many training pictures a class lends its meta pictures, as zoo.labels' tail
+# Under so many training pictures a class lends its meta pictures: as zoo.labels' tail, and where training ends with the
+# meta set, so that a class misses its pictures only for a while.
+SMALL_CLASS, SMALL_FOR_A_WHILE = 20, 8
+META_PER_CLASS, META_IN_ALL = 10, 100
 
 
 @dataclass(frozen=True)
@@ -101,17 +105,22 @@ def cut_test(units: Units, labels: np.ndarray, num_classes: int, share: float, s
     return chosen
 
 
+def meta_per_class(num_classes: int) -> int:
+    """Pictures a class in the meta set where nobody says how many: with few classes more, since they decide things."""
+    return max(META_PER_CLASS, -(-META_IN_ALL // num_classes))
+
+
 def cut_meta(
     units: Units, names: Sequence[str], labels: np.ndarray, available: np.ndarray, num_classes: int, per_class: int,
-    seed: int,
+    seed: int, small: int = SMALL_CLASS,
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
     """The meta set out of the pictures that are `available` (bool (N,)).
 
     Returns bool (N,): the meta pictures; bool (N,): those of them that leave training; and the classes whose meta
-    pictures stay in training, being fewer than 20 or not to be parted from their units.
+    pictures stay in training, having fewer than `small` or none to be parted from their units.
     """
     left = np.bincount(labels[available], minlength=num_classes)
-    most = np.where(left < SMALL_CLASS, 0, left // 4).tolist()
+    most = np.where(left < small, 0, left // 4).tolist()
     wanted = [min(per_class, n) for n in most]
     members = [left_of for m in units.members() if len(left_of := m[available[m]])]
     drawn = [draw(units.names[units.of[m[0]]], "meta", seed) for m in members]

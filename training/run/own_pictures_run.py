@@ -5,6 +5,8 @@
 2. Everything is fine-tuned from there by training.run.loop. Each test may leave a better model.
 3. The better one stays, by pictures of the meta set that neither was trained on. Those pictures are trained on last.
 
+Where too few pictures are held out to tell which is better, the first model is the last.
+
 Shape suffixes: N pictures, C classes, A features.
 """
 
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 
 from training.data.batches import View, in_order
 from training.data.datasets import LongTailed
+from training.data.splits import SMALL_FOR_A_WHILE
 from training.errors import Interrupted
 from training.network.feature_cache import FeatureCache
 from training.recipes import OwnPictures
@@ -39,7 +42,7 @@ from zoo.files import write_atomically
 from zoo.labels import assign_groups
 from zoo.model_folder import ModelFolder
 
-# Weight decays of the last layer that are tried, and the one that is taken where too few pictures are held out.
+# Weight decays of the last layer that are tried, and the one that is taken where under FEW pictures are held out.
 PENALTIES, USUAL_PENALTY = (0.1, 0.03, 0.01, 0.003), 0.03
 FEW = 30
 FIT_STEPS = 60
@@ -94,6 +97,11 @@ class OwnPicturesRun:
             self.scores = Scores.load(self.folder)
             self.recipe = self.recipe.with_choices(newest[1]["recipe"])
         self.held_out, self.final = self.data.held_out, data_of_stage(self.recipe, self.data, 2)
+        if len(self.held_out) < FEW:
+            print(f"Only {len(self.held_out)} pictures are held out, too few to tell whether fine-tuning makes it "
+                  f"better: the first answer is the model. With {SMALL_FOR_A_WHILE} training pictures in most classes, "
+                  "or with --meta, it would be tried.")
+            return ModelFolder(self.model).results or {}
         try:
             loop.run(self.recipe, self.data, self.folder, self.device, on_test=self.on_test, last_layer=last_layer,
                      **self.how)
@@ -117,14 +125,15 @@ class OwnPicturesRun:
                    f"A last layer on the frozen features of the {self.recipe.start} start")
         self.export()
         print(f"{self.model}: first answer after {(time.monotonic() - began) / 60:.1f} minutes, macro error "
-              f"{results['macro_error']:.1%}, ready to use. Fine-tuning follows, {self.recipe.epochs} epochs; Ctrl-C "
-              "keeps the best model so far.")
+              f"{results['macro_error']:.1%}, ready to use."
+              + (f" Fine-tuning follows, {self.recipe.epochs} epochs; Ctrl-C keeps the best model so far."
+                 if len(self.data.held_out) >= FEW else ""))
         return first.last_layer
 
     def on_test(self, state: State, results: dict, predicted_N: np.ndarray) -> None:
         """Keep the model if it is the best so far; while it trains on the meta set, if it was before."""
         scores = self.scores
-        if len(self.held_out) and (self.recipe.meta_in_training != "stage2" or state.epoch < self.recipe.stage2_epoch):
+        if self.recipe.meta_in_training != "stage2" or state.epoch < self.recipe.stage2_epoch:
             score = mean_recall(_logits(state.module, self.held_out, view_of(self.recipe, self.data), self.device),
                                 self.held_out.labels)
             scores.fine_tuned = score
