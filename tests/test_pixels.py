@@ -9,6 +9,9 @@ import warnings
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
 from tests.test_images import ROOT, as_bytes, drawing, png
@@ -226,6 +229,27 @@ def test_tags_that_point_to_the_same_bytes_again_and_again_are_refused():
                   "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
         done = subprocess.run([sys.executable, "-c", script], input=content, capture_output=True, cwd=ROOT, check=True)
         assert int(done.stdout) < 50_000
+
+
+# ---- anything ----
+
+
+@settings(deadline=None)
+@given(arrays(st.sampled_from([np.uint8, np.uint16, np.int32, np.float32, np.float64, np.bool_]),
+              array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=5)))
+def test_any_array_is_a_picture_of_its_size_or_a_picture_error(array):
+    try:
+        picture = decode(array)
+    except PictureError:
+        return
+    assert picture.mode == "RGB" and picture.size == array.shape[1::-1]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 2**16 - 1), arrays(np.uint16, (3, 4)))
+def test_16_bit_grey_is_scaled_by_white_to_the_nearest_grey(white, values):
+    expected = np.rint(np.minimum(values, white) * (255 / white))
+    assert np.abs(grey(tiff(values), Reading(white=white)) - expected).max() <= 1  # 1: halves
 
 
 # ---- the host ----

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import zoo
@@ -178,6 +180,17 @@ def test_rows_come_as_the_pictures_do(model):
     assert [next(rows).source for _ in range(5)] == [f"picture {i}" for i in range(1, 6)]
     broken = model.predict_each(iter([b"x", b"y"]))
     assert next(broken).error
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.floats(1e-4, 1e4), min_size=10, max_size=10), st.floats(0, 2))
+def test_any_prior_moves_each_class_by_its_odds(assuming_train, prior, tau):
+    answer = assuming_train.predict(noise(1)[0])
+    moved = assuming_train.reweigh(answer, prior=prior, tau=tau)
+    own = np.array(assuming_train.class_counts) / sum(assuming_train.class_counts)
+    odds = np.exp(answer.logits.astype(np.float64)) * (np.array(prior) / own) ** tau
+    np.testing.assert_allclose(moved.probabilities, odds / odds.sum(), atol=1e-5)
+    assert moved.top[0].index == moved.probabilities.argmax()
 
 
 def test_nothing_in_nothing_out(model):

@@ -12,14 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 import zoo
+from tests.test_images import as_bytes, drawing
+from tests.test_pixels import RAMP, tiff
 from zoo import rows
 from zoo.images import NamedPicture
+from zoo.pixels import Reading
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install 'metasaug[demo]'")
 
@@ -202,6 +206,16 @@ def test_a_job_reads_up_to_its_budget(monkeypatch):
     budget = pictures.Budget()
     budget.seconds = 0
     assert list(pictures.each(given, [], budget)) == []
+
+
+def test_the_demo_reads_pictures_as_the_model_was_trained_on_them_and_notes_what_is_missing():
+    deep, jpeg = tiff((RAMP * 16).astype(np.uint16)), as_bytes(drawing(), "JPEG")
+    given, seen = iter([NamedPicture("deep", deep), NamedPicture("cut", jpeg[:-2])]), []
+    made = list(pictures.each(given, seen, pictures.Budget(), Reading(white=4080)))
+    assert len(made) == 2 and np.asarray(made[0].picture).max() == 255 and "missing" in seen[1][1] and not seen[0][1]
+    row = pictures.Row(zoo.Prediction("cut", top=(zoo.TopClass("cat", 0.9, "head", 9, 0),), note=seen[1][1]))
+    for shown in (pictures.gallery([row]), pictures.table([row], pictures.View())):
+        assert f"cut ({seen[1][1]})" in shown
 
 
 def test_turns_go_round():

@@ -1,7 +1,7 @@
 """One picture, and what several models make of it, side by side and under any prior."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ def compare(
         yield cards(names, {}), []
         return
     try:
-        decoded = images.decode(uploaded(picture), name="This file")
+        path = uploaded(picture)
+        decoded, facts = images.read(path, name="This file")
     except zoo.PictureError as error:
         yield alert("This picture could not be read", str(error)) + cards(names, {}), []
         return
@@ -68,7 +69,11 @@ def compare(
             yield cards(names, shown(answers, adjust, world), waits), answers
         try:
             model = models.model(name)
-            answers = [*answers, Answer(name, model.predictor.predict(decoded), sees(model, decoded))]
+            reading, shown_to, its_facts = model.predictor.reading, decoded, facts
+            if reading.to_dict():  # trained on pictures that files leave open: other pages, another white
+                shown_to, its_facts = images.read(path, name="This file", reading=reading)
+            answer = replace(model.predictor.predict(shown_to), note=its_facts.note(reading))
+            answers = [*answers, Answer(name, answer, sees(model, shown_to))]
         except zoo.ZooError as error:
             waits[name] = ": ".join(closed(name, error))
     yield cards(names, shown(answers, adjust, world), waits), answers
@@ -91,7 +96,8 @@ def predict(picture: dict[str, Any], model: str, prior: str = "own") -> dict[str
         raise gr.Error(f"Unknown prior: one of {', '.join(WORLDS)}.", print_exception=False)
     try:
         opened = models.model(model)
-        answer = opened.predictor.predict(images.decode(uploaded(picture), name="This file"))
+        answer = opened.predictor.predict(
+            images.decode(uploaded(picture), name="This file", reading=opened.predictor.reading))
         answer = reweighed(opened, answer, WORLDS[prior])
     except zoo.PictureError as error:
         raise gr.Error(str(error), print_exception=False) from None
@@ -202,7 +208,7 @@ def answered(model: Model, answer: Answer) -> str:
   <div><p class="best">{name_of(best.label)}</p>
   <p>{badge(best.group)} <span class="sure">{percent(best.probability)} sure</span></p></div>
 </div>
-<p class="trust">{trust(model, best)}</p>
+<p class="trust">{escape(f"This picture is {prediction.note}. " if prediction.note else "")}{trust(model, best)}</p>
 <h4>Likeliest, and how often seen in training</h4><ol class="top">{rows}</ol>
 <h4>All probability, by group</h4>{mass_bar(dict(prediction.groups))}
 """

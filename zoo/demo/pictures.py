@@ -34,6 +34,7 @@ from zoo.demo.html import (
 )
 from zoo.images import NamedPicture
 from zoo.labels import GROUPS, UNKNOWN
+from zoo.pixels import PUBLIC, Reading
 from zoo.rows import Layout
 
 A_PAGE = 60
@@ -55,6 +56,11 @@ class Row:
     @property
     def group(self) -> str:
         return self.prediction.top[0].group if self.prediction.top else UNREAD
+
+    @property
+    def note(self) -> str:
+        """Behind the name, where the picture was not read whole."""
+        return f" ({escape(self.prediction.note)})" if self.prediction.note else ""
 
     @property
     def sure(self) -> float:
@@ -84,11 +90,13 @@ def run(files: Any, name: str) -> Iterator[tuple[str, list[Row], View, dict[str,
         sources, names, refused = opened(files)
         total = len(names)
         yield progress(0, total, "Loading the model …" if not model.loaded else ""), rows, View(), no_file
-        smalls: list[str] = []
+        seen: list[tuple[str, str]] = []
         budget, told = Budget(), time.monotonic()
         # One picture at a time: between two the job can end, and others have their turn.
-        for prediction in model.predictor.predict_each(each(sources, smalls, budget), batch_size=1):
-            rows.append(Row(light(prediction), smalls[len(rows)]))
+        for prediction in model.predictor.predict_each(each(sources, seen, budget, model.predictor.reading),
+                                                       batch_size=1):
+            small, note = seen[len(rows)]
+            rows.append(Row(light(replace(prediction, note=note)), small))
             if time.monotonic() - told > 0.4:
                 told = time.monotonic()
                 yield progress(len(rows), total), rows, View(), no_file
@@ -145,6 +153,11 @@ class Turns:
     def __init__(self) -> None:
         self._lock, self._waiting = threading.Lock(), deque[threading.Event]()
 
+    @property
+    def shared(self) -> bool:
+        """Whether others have a turn or wait for one, for somebody who does not."""
+        return bool(self._waiting)
+
     @contextmanager
     def turn(self) -> Iterator[None]:
         mine = threading.Event()
@@ -193,9 +206,11 @@ def opened(files: Any) -> tuple[Iterator[NamedPicture], list[str], list[tuple[st
     return itertools.chain.from_iterable(sources), names, refused
 
 
-def each(sources: Iterator[NamedPicture], smalls: list[str], budget: Budget) -> Iterator[NamedPicture]:
-    """Every picture decoded once, for the model and for its small copy, which is left in `smalls`; until the budget is
-    used up."""
+def each(
+    sources: Iterator[NamedPicture], seen: list[tuple[str, str]], budget: Budget, reading: Reading = PUBLIC
+) -> Iterator[NamedPicture]:
+    """Every picture decoded once, for the model and for its small copy, which is left in `seen` with the note on how it
+    was read; until the budget is used up."""
     while budget.left:
         with _turns.turn():
             began = time.monotonic()
@@ -206,13 +221,14 @@ def each(sources: Iterator[NamedPicture], smalls: list[str], budget: Budget) -> 
             try:
                 if isinstance(picture, zoo.PictureError):
                     raise picture
-                decoded: Any = images.decode(picture, name)
-                budget.pixels -= decoded.width * decoded.height
-                small = thumbnail(decoded)
+                decoded: Any
+                decoded, facts = images.read(picture, name, reading=reading)
+                budget.pixels -= decoded.width * decoded.height * (facts.pages if isinstance(reading.page, str) else 1)
+                small, note = thumbnail(decoded), facts.note(reading)
             except zoo.PictureError as error:
-                decoded, small = error, ""
+                decoded, small, note = error, "", ""
             budget.seconds -= time.monotonic() - began
-        smalls.append(small)
+        seen.append((small, note))
         yield NamedPicture(name, decoded)
         del decoded, picture, named  # a large one is not kept while waiting for the next turn
 
@@ -236,11 +252,12 @@ def as_csv(rows: Sequence[Row]) -> str:
 def empty() -> str:
     return ('<div class="empty"><p>Choose many pictures, or a zip of them, and the model sorts them: by class, by '
             "group, the least sure ones first. You can download the rows as CSV.</p><p>One job reads at most "
-            f"{MOST:,} pictures, {LIMITS} of decoding, whichever comes first.</p></div>")
+            f"{MOST:,} pictures, {LIMITS} of decoding, whichever comes first. Jobs of several visitors "
+            "take turns; a job ends when you close the page.</p></div>")
 
 
 def progress(done: int, total: int, words: str = "") -> str:
-    words = words or f"{done:,} of {counted(total, 'picture')}"
+    words = words or f"{done:,} of {counted(total, 'picture')}" + ", taking turns with others" * _turns.shared
     return (f'<div class="progress" role="status"><label for="folder-progress">{words}</label>'
             f'<progress id="folder-progress" max="{total}" value="{done}"></progress></div>')
 
@@ -310,7 +327,7 @@ def gallery(rows: Sequence[Row]) -> str:
         if top:
             items += (f'<li><img src="{row.small}" alt="" width="72" height="72"><div><b>{name_of(top[0].label)}</b>'
                       f'<span>{badge(top[0].group)} {percent(top[0].probability)}</span>'
-                      f'<small title="{escape(row.prediction.source)}">{name}</small></div></li>')
+                      f'<small title="{escape(row.prediction.source)}">{name}{row.note}</small></div></li>')
         else:
             items += (f'<li class="unread"><div><b>Not read</b><small>{name}</small>'
                       f"<span>{escape(reason(row))}</span></div></li>")
@@ -328,7 +345,8 @@ def table(rows: Sequence[Row], view: View) -> str:
         top, name = row.prediction.top, escape(row.prediction.source)
         if top:
             second = f"{name_of(top[1].label)} {percent(top[1].probability)}" if len(top) > 1 else ""
-            lines += (f'<tr><td><img src="{row.small}" alt="" width="36" height="36"></td><th scope="row">{name}</th>'
+            lines += (f'<tr><td><img src="{row.small}" alt="" width="36" height="36"></td>'
+                      f'<th scope="row">{name}{row.note}</th>'
                       f"<td><b>{name_of(top[0].label)}</b></td><td>{percent(top[0].probability)}</td>"
                       f"<td>{badge(top[0].group)}</td><td>{times(top[0].train_images)}</td><td>{second}</td></tr>")
         else:
