@@ -82,7 +82,7 @@ def _picture_tab(names: list[str]):
             with gr.Group(elem_id="prior"):
                 adjust = gr.Checkbox(False, label="What if the classes were more, or less, common?")
                 world = gr.Slider(-1, 1, value=0, step=0.05, label="How common the classes are", buttons=[],
-                                  info="left: rare ones common; middle: all alike; right: as in training")
+                                  info="left: rare classes are common; middle: all alike; right: as in training")
                 words = gr.HTML(answers.world_in_words(names, False, 0.0))
             note = gr.HTML(answers.only_these(names), elem_id="note")
         with gr.Column(scale=9, min_width=320, elem_id="answers"):

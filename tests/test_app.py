@@ -223,7 +223,7 @@ def test_the_prior_slider_asks_about_another_world_without_the_network(page):
     slider = page.locator("#prior input[type=range]")
     slider.focus()
     page.keyboard.press("Home")
-    page.get_by_text("If truck were 102 times as common as airplane, training turned round.").wait_for()
+    page.get_by_text("If truck were 102 times as common as airplane, the reverse of training.").wait_for()
     # then each card shows what the model says under that prior,
     for i, name in enumerate(("metasaug-cifar10-lt", "ce-cifar10-lt")):
         model = zoo.load(name)

@@ -87,7 +87,7 @@ def again(answers: list[Answer], names: list[str] | None, adjust: bool, world: f
 def predict(picture: dict[str, Any], model: str, prior: str = "own") -> dict[str, Any]:
     """The five likeliest classes of a picture, each with its probability, group (head, medium or tail) and number of
     training pictures; and the probability mass of each group. `prior`: how common the classes are where the picture is
-    from: own (as the model takes for granted), train (as in its training), uniform, or inverted (rare ones common)."""
+    from: own (as the model assumes), train (as in its training), uniform, or inverted (rare classes are common)."""
     offer = models.find(model)
     if offer is None or not offer.ready:
         what = offer.what_to_do if offer else f"Unknown model: one of {', '.join(models.ready_names())}."
@@ -194,7 +194,7 @@ def answered(model: Model, answer: Answer) -> str:
     prediction = answer.prediction
     best, glow = prediction.top[0], heat(model, prediction)
     overlay = "" if glow is None else f'<img class="heat" src="{png(glow)}" alt="">'
-    where = "What the network gets" + ("" if glow is None else "; yellow: what speaks for its answer")
+    where = "Input of the network" + ("" if glow is None else "; yellow: what supports its answer")
     rows = "".join(
         f'<li><span class="label">{name_of(c.label)}</span>{badge(c.group)}'
         f'<span class="count">{times(c.train_images)}</span>'
@@ -209,8 +209,8 @@ def answered(model: Model, answer: Answer) -> str:
   <p>{badge(best.group)} <span class="sure">{percent(best.probability)} sure</span></p></div>
 </div>
 <p class="trust">{escape(f"This picture is {prediction.note}. " if prediction.note else "")}{trust(model, best)}</p>
-<h4>Likeliest, and how often seen in training</h4><ol class="top">{rows}</ol>
-<h4>All probability, by group</h4>{mass_bar(dict(prediction.groups))}
+<h4>Most likely classes, and how often seen in training</h4><ol class="top">{rows}</ol>
+<h4>Probability by group</h4>{mass_bar(dict(prediction.groups))}
 """
 
 
@@ -219,10 +219,10 @@ def trust(model: Model, best: zoo.TopClass) -> str:
     seen = "" if best.train_images is None else f"Seen in training {best.train_images:,} times. "
     figures = measured(model, best.group)
     if figures is None:
-        return seen + "How often it is right on such classes was not measured."
+        return seen + "Its accuracy on such classes was not measured."
     correct, tested, low, high = figures
-    return (f"{seen}On {SUCH.get(best.group, 'its classes')} this model was right for <b>{correct:,} of "
-            f"{tested:,}</b> test pictures ({low * 100:.0f}–{high:.0%}).")
+    return (f"{seen}On {SUCH.get(best.group, 'its classes')} this model classified <b>{correct:,} of "
+            f"{tested:,}</b> test pictures correctly ({low * 100:.0f}–{high:.0%}).")
 
 
 def trained(model: Model) -> str:
@@ -239,20 +239,20 @@ def world_in_words(names: list[str] | None, adjust: bool, world: float) -> str:
     opened = models.opened(chosen(names))
     lead = next((m for m in opened if m.prior_of_world(1) is not None), None)
     if lead is None or lead.class_counts is None:
-        text = "How common the classes were in training is not known of these models: they answer as they are."
+        text = "The class counts of these models are not known, so their answers stay as they are."
     elif not adjust:
         text = "Each model's own answer. Move the slider to ask: what if the classes were more, or less, common?"
     else:
         many, few = lead.by_size[0], lead.by_size[-1]
         ratio = (max(lead.class_counts[many], 1) / max(lead.class_counts[few], 1)) ** float(world)
         common, rare = (many, few) if ratio >= 1 else (few, many)
-        how = {1.0: ", as in training", 0.0: "", -1.0: ", training turned round"}.get(float(world), "")
+        how = {1.0: ", as in training", 0.0: "", -1.0: ", the reverse of training"}.get(float(world), "")
         factor = max(ratio, 1 / ratio)
         size = f"{factor:,.0f}" if factor >= 9.95 else f"{factor:.1f}"
         text = ("If all classes were equally common." if factor < 1.05 else
                 f"If {lead.labels[common]} were {size} times as common as {lead.labels[rare]}{how}.")
         without = [m.name for m in opened if m.prior_of_world(1) is None]
-        text += f" Unchanged, for want of counts: {', '.join(without)}." if without else ""
+        text += f" Unchanged, because their class counts are not known: {', '.join(without)}." if without else ""
     return f'<p class="world" aria-live="polite">{escape(text)}</p>'
 
 
@@ -273,5 +273,5 @@ def only_these(names: list[str] | None) -> str:
     which = f"{', '.join(labels[:-1])} and {labels[-1]}" if len(labels) <= 12 else f"their {len(labels):,} classes"
     coffee = "" if "coffee" in labels else ": try the cup of coffee"
     return (f'<p class="aside">The models know only <b>{which}</b>. Any other picture is forced into one of these'
-            f'{coffee}.</p><p class="aside">The small picture on each card is what the network gets; yellow '
-            "marks what speaks for its answer. Uploads are deleted within two hours, or when the demo stops.</p>")
+            f'{coffee}.</p><p class="aside">The small picture on each card is the input of the network; yellow '
+            "marks what supports its answer. Uploads are deleted within two hours, or when the demo stops.</p>")

@@ -23,11 +23,12 @@ def introduction(names: list[str] | None) -> str:
         first, last = model.by_size[0], model.by_size[-1]
         story = (f"{'These networks' if len(opened) > 1 else 'This network'} saw <b>"
                  f"{counted(counts[first], 'picture')}</b> of “{name_of(model.labels[first])}” but only <b>"
-                 f"{counts[last]:,}</b> of “{name_of(model.labels[last])}”. Trained the usual way, a network "
-                 "overlooks what it rarely saw. MetaSAug is made to mend that"
-                 + (": show them the same picture, and compare." if len(opened) > 1 else "."))
+                 f"{counts[last]:,}</b> of “{name_of(model.labels[last])}”. After ordinary training, a network "
+                 "often misses classes that it rarely saw. MetaSAug is a training method against that"
+                 + (": give both models the same picture and compare." if len(opened) > 1 else "."))
         figure = strip(model) if len(model.labels) <= BARS else curve(model, [], 110)
-    return f'<div class="intro"><div><h1>What becomes of the rare ones?</h1><p>{story}</p></div>{figure}</div>'
+    return ('<div class="intro"><div><h1>How well do models recognise rare classes?</h1>'
+            f"<p>{story}</p></div>{figure}</div>")
 
 
 def strip(model: Model) -> str:
@@ -46,11 +47,11 @@ def page(names: list[str] | None, answers: list[Answer] | None) -> str:
     """The whole tab: the curve, with the answers marked on it, and accuracy against class size."""
     opened = models.opened(chosen(names))
     if not opened:
-        return "<p>None of the chosen models is out yet.</p>"
+        return "<p>None of the chosen models is published yet.</p>"
     first = opened[0]
     alike = [m for m in opened if m.labels == first.labels]
     others = [m.name for m in opened if m.labels != first.labels]
-    note = (f'<p class="aside">Of other classes, and left out here: {escape(", ".join(others))}.</p>' if others else "")
+    note = f'<p class="aside">Left out, with other classes: {escape(", ".join(others))}.</p>' if others else ""
     return f'<section class="longtail">{sizes(first, alike, answers or [])}{accuracies(alike)}{note}</section>'
 
 
@@ -59,17 +60,17 @@ def page(names: list[str] | None, answers: list[Answer] | None) -> str:
 
 def sizes(first: Model, alike: Sequence[Model], answers: Sequence[Answer]) -> str:
     if not first.class_counts:
-        return "<h2>The long tail</h2><p>How many pictures each class had in training is not known of this model.</p>"
+        return "<h2>The long tail</h2><p>The training pictures per class are not known for this model.</p>"
     known = {m.name: m for m in alike}
     marks = [(i, known[a.name], a.prediction.top[0].index) for i, a in enumerate(answers)
              if a.name in known and a.prediction.top]
     said = "".join(f'<li><i class="dot m{i}"></i>{escape(m.title)} says <b>{name_of(m.labels[c])}</b>: '
                    f"{counted(first.class_counts[c], 'training picture')}, number {first.by_size.index(c) + 1:,} of "
                    f"{len(m.labels):,} by size</li>" for i, m, c in marks)
-    hint = "" if said else '<p class="aside">Show the models a picture, and their answers are marked here.</p>'
+    hint = "" if said else '<p class="aside">Give the models a picture to see their answers here.</p>'
     total, half = sum(first.class_counts), half_way(first)
-    return (f"<h2>The long tail itself</h2><p>{counted(len(first.labels), 'class')[:-1] + 'es'}, "
-            f"{total:,} training pictures; half of them show the {half:,} largest "
+    return (f"<h2>Training pictures per class</h2><p>{counted(len(first.labels), 'class')[:-1] + 'es'}, "
+            f"{total:,} training pictures; half of them belong to the {half:,} largest "
             f"class{'' if half == 1 else 'es'}.</p>{curve(first, marks, 190)}<ul class=\"said\">{said}</ul>{hint}")
 
 
@@ -120,15 +121,15 @@ def area(counts: Sequence[int], groups: Sequence[str], group: str, top: int) -> 
 def accuracies(alike: Sequence[Model]) -> str:
     known = [model for model in alike if model.results]
     if not known:
-        return "<h2>Who is right</h2><p>None of the chosen models has measured results.</p>"
+        return "<h2>Accuracy</h2><p>None of the chosen models has measured results.</p>"
     first = known[0]
     groups = "".join(group_row(group, known) for group in groups_of(first))
     names = [escape(model.title if len({m.title for m in known}) == len(known) else model.name) for model in known]
     head = "".join(f"<th scope=col>{name}</th>" for name in names)
     return f"""
-<h2>Who is right, and about which classes</h2>
-<p>Measured on {first.results["images"]:,} test pictures that no model saw in training. In brackets: where the true
-share lies, with 95% confidence, judging by that many pictures.</p>
+<h2>Accuracy by group</h2>
+<p>Measured on {first.results["images"]:,} test pictures that no model was trained on. In brackets: the 95% confidence
+interval.</p>
 <table class="groups"><thead><tr><th scope=col>Group</th>{head}</tr></thead><tbody>{groups}</tbody></table>
 {against_size(known, names)}{class_table(known, names)}"""
 
@@ -174,16 +175,16 @@ def against_size(alike: Sequence[Model], names: Sequence[str]) -> str:
         keys += f'<li><i class="dot m{i}"></i>{name}</li>'
     ticks = "".join(f'<span style="left:{across(t):.2%}">{t:,}</span>'
                     for t in (10**k for k in range(7)) if low <= math.log(t) <= high)
-    each = "A dot a class; the lines: means" if dots else "The lines: means"
+    each = "Each dot is a class, each line the mean" if dots else "Each line is the mean"
     return f"""
-<h2>The rarer, the harder</h2>
-<p>{each} of classes of about one size. The fewer pictures a class has, the more it matters how the network was
-trained. The table below has the numbers.</p>
+<h2>Accuracy against class size</h2>
+<p>{each} over classes of similar size. The rarer a class, the more the training method matters. The table below has
+the numbers.</p>
 <figure class="scatter"><div class="plot" aria-hidden="true"><span class="y top">100%</span>
 <span class="y mid">50%</span><span class="y low">0%</span>
 <svg viewBox="0 0 1000 100" preserveAspectRatio="none">{lines}</svg>{dots}</div>
 <div class="ticks" aria-hidden="true">{ticks}</div>
-<figcaption>Upwards: right in the test. Across: training pictures of the class, common ones on the left.</figcaption>
+<figcaption>Vertical: test accuracy. Horizontal: training pictures of the class, most on the left.</figcaption>
 <ul class="keys">{keys}</ul></figure>"""
 
 
@@ -207,13 +208,13 @@ def class_table(alike: Sequence[Model], names: Sequence[str]) -> str:
     order, note = first.by_size, ""
     if len(order) > ROWS:
         order = [*order[:20], *order[-20:]]
-        note = f"<p>The 20 largest and the 20 smallest of {len(first.labels):,}; the models' folders have all.</p>"
+        note = f"<p>The 20 largest and 20 smallest of {len(first.labels):,} classes. The model folders list all.</p>"
     rows = "".join(class_row(c, first, [r[c] for r in right]) for c in order)
     return f"""
-<h2>Class by class, the largest first</h2>{note}
+<h2>Every class, largest first</h2>{note}
 <div class="scroll" role="region" tabindex="0" aria-label="Every class"><table class="classes"><thead><tr>
 <th scope=col>Class</th><th scope=col>Training pictures</th>
-<th scope=col class="wide" aria-hidden="true"><span class="axis"><span>0%</span><span>right in the test</span>
+<th scope=col class="wide" aria-hidden="true"><span class="axis"><span>0%</span><span>test accuracy</span>
 <span>100%</span></span></th>{keyed}</tr></thead><tbody>{rows}</tbody></table></div>"""
 
 

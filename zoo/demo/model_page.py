@@ -39,8 +39,8 @@ def facts(name: str) -> str:
     if model.class_counts:
         figures.append(("training pictures", f"{sum(model.class_counts):,}"))
     if results:
-        figures.append(("right in the test", percent(1 - results["error"])))
-        figures += [(f"right on {g}", percent(r["accuracy"])) for g, r in results["groups"].items()
+        figures.append(("test accuracy", percent(1 - results["error"])))
+        figures += [(f"accuracy on {g}", percent(r["accuracy"])) for g, r in results["groups"].items()
                     if r.get("accuracy") is not None]
     items = "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in figures)
     what = f"{model.title}, {model.config['architecture']}, trained on {model.ours['dataset']}."
