@@ -1,1 +1,1 @@
-"""From a model folder to what others can use: ONNX and the model card."""
+"""From a model folder to files for others: ONNX, int8, model card, Hub."""

@@ -1,4 +1,4 @@
-"""`metasaug import`: a checkpoint that somebody else released becomes a model folder, logits kept.
+"""`metasaug import`: turn a checkpoint that its authors released into a model folder with the same logits.
 
 training/network/checkpoint_files.py reads the file. The architecture follows from the tensors' shapes.
 """

@@ -1,4 +1,4 @@
-"""The model card: what the model is, how it was made, what it gets right and where not. Made from config.json alone."""
+"""The model card, made from config.json alone: what the model is, how it was trained, where it is accurate."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`metasaug export`, and what ends every training: ONNX and the card."""
+"""`metasaug export`, and the last step of every training: ONNX and the card."""
 
 from pathlib import Path
 
@@ -12,15 +12,15 @@ from zoo.model_folder import ModelFolder
 def export(
     folder: tyro.conf.Positional[Path], int8: bool = False, calibrate: Path | None = None, data: Path | None = None
 ) -> None:
-    """ONNX and the model card beside the weights of a model folder; the ONNX is held to torch first.
+    """Write ONNX and the model card beside the weights of a model folder. ONNX must agree with torch first.
 
     Args:
         folder: A model folder, or a run of `metasaug train` with a model in it.
-        int8: Also an int8 ONNX file, a third of the size or less; needs --calibrate.
-        calibrate: Training pictures of the model in class folders (CALIBRATE/CLASS/picture.jpg): 512 of them show int8
-            between which numbers each activation lies.
-        data: Labelled test pictures in class folders: each ONNX file is measured on them, and the card shows what is
-            right per group. Without it the card says that int8 was not measured.
+        int8: Also write an int8 ONNX file, a third of the size or less. Needs --calibrate.
+        calibrate: Training pictures of the model in class folders (CALIBRATE/CLASS/picture.jpg). 512 of them give the
+            range of each activation.
+        data: Labelled test pictures in class folders. Each ONNX file is measured on them, and the card shows accuracies
+            per group. Without it the card says that int8 was not measured.
     """
     if int8 and calibrate is None:
         raise ExportError("--int8 needs --calibrate DIR: pictures that the model was trained on, in class folders.")

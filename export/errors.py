@@ -1,4 +1,4 @@
-"""What export raises; a `zoo.ZooError`."""
+"""Errors of export; `zoo.ZooError`s."""
 
 from zoo.errors import ZooError
 

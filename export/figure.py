@@ -1,4 +1,4 @@
-"""The card's figure: how often each class is right, beside how many training pictures it had."""
+"""The card's figure: accuracy of each class beside its number of training pictures."""
 
 import io
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ from zoo.markup import LIGHT
 
 
 def accuracy_figure(config: Mapping[str, Any]) -> bytes | None:
-    """A PNG, the same for the same config; None where nothing was measured, or without matplotlib.
+    """A PNG, the same for the same config; None if nothing was measured, or without matplotlib.
 
-    Classes from left to right by training pictures, most first: a dot for the share right of each (a bar where there
-    are few classes), coloured by group, and the training pictures as a grey step line on a logarithmic axis.
+    Classes from left to right by training pictures, most first: a dot for the accuracy of each (a bar if there are few
+    classes), coloured by group, and the training pictures as a grey step line on a logarithmic axis.
     """
     ours = config["metasaug"]
     results, counts = ours.get("results"), ours.get("class_counts")

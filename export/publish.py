@@ -1,4 +1,4 @@
-"""`metasaug publish`: a model folder to the Hub. Checked before, uploaded in one commit, read back after."""
+"""`metasaug publish`: check a model folder, upload it to the Hub in one commit, and read it back."""
 
 import hashlib
 import json
@@ -32,17 +32,17 @@ def publish(
     folder: tyro.conf.Positional[Path], repo: str, private: bool = False, dry_run: bool = False,
     incomplete: bool = False,
 ) -> None:
-    """Put a model folder on the Hub, for zoo.load("hf:owner/name"). The folder itself is not changed.
+    """Upload a model folder to the Hub, for zoo.load("hf:owner/name"). The folder itself does not change.
 
-    Checked first: every hash, the config, that ONNX and weights answer alike (where torch is installed), and that the
-    card says all it should. The card is made anew. What was uploaded is read back and compared, byte by byte.
+    The command first checks every hash, the config, that ONNX and weights agree (if torch is installed), and that the
+    card is complete. It writes the card anew, uploads all files in one commit, then reads them back and compares.
 
     Args:
         folder: A model folder, or a run of `metasaug train` with a model in it.
-        repo: owner/name on the Hub; made where it is not there. Log in first: `hf auth login`, or HF_TOKEN.
+        repo: owner/name on the Hub, created if missing. Log in first: `hf auth login`, or HF_TOKEN.
         private: Make it a private repository.
-        dry_run: Do everything but upload.
-        incomplete: Publish although the card lacks results or how the model was trained.
+        dry_run: Check everything, upload nothing.
+        incomplete: Publish even if the card lacks results or training details.
     """
     if parse(f"{PREFIX}{repo}")[1] is not None:
         raise HubError(f"--repo {repo}: owner/name, without a revision; a new commit of main is made.")

@@ -1,4 +1,4 @@
-"""ONNX beside the weights: one file that plain onnxruntime runs, held to the torch module before it is written."""
+"""ONNX beside the weights: one file for plain onnxruntime, compared with the torch module before it is written."""
 
 import json
 import logging

@@ -114,7 +114,7 @@ class Job(Generic[R]):
     options: Options = field(default_factory=RunOptions)
 
     def load(self, look: bool | None = None) -> LongTailed:
-        """look: decode every picture first, or none; by default as the data set needs it."""
+        """look: decode every picture first, or none; by default as the data set needs."""
         raise NotImplementedError
 
 
@@ -218,9 +218,9 @@ def job_of(words: Sequence[str]) -> Job:
 
 
 def train(job: AnyJob) -> Path | None:
-    """Train a model on long-tailed pictures; ends with a model folder in RUN/model.
+    """Train a model on long-tailed pictures. The run ends with a model folder in RUN/model.
 
-    The result is that of the last epoch, overall, per group and per class, on the test set.
+    The test results are those of the last epoch: overall, per group and per class.
     """
     from training.network.distributed import joined
 
@@ -284,7 +284,7 @@ def run_to_model(recipe: Recipe, data: LongTailed, folder: Path, name: str, proc
 
 
 def settle(recipe: Recipe, data: LongTailed, device, resumed: Path | None) -> tuple[Recipe, list[str]]:
-    """The recipe with every choice made, and why; a resumed run keeps what it chose at its start."""
+    """The recipe with every choice made, and the reasons. A resumed run keeps its choices."""
     from training.run.defaults import choose, on_backbone
 
     reasons: list[str] = []
@@ -296,7 +296,7 @@ def settle(recipe: Recipe, data: LongTailed, device, resumed: Path | None) -> tu
         newest = load_newest(resumed / "checkpoints") if resumed is not None else None
         if newest is not None:
             recipe, _ = choose(recipe.with_choices(newest[1]["recipe"]), data, device.type, cores())
-            reasons = [f"{resumed} goes on with what was chosen at its start."]
+            reasons = [f"{resumed} continues with what was chosen at its start."]
         else:
             recipe, chosen = choose(recipe, data, device.type, cores())
             reasons += chosen
@@ -307,8 +307,8 @@ def settle(recipe: Recipe, data: LongTailed, device, resumed: Path | None) -> tu
     small = f"{recipe.architecture}-small"
     may_choose = recipe.backbone is None and small in ARCHITECTURES
     if may_choose and recipe.input_size is not None and recipe.input_size <= 64:
-        reasons.append(f"{recipe.architecture} sees {recipe.input_size} pixels only coarsely; --architecture {small} "
-                       "is made for them.")
+        reasons.append(f"{recipe.architecture} is coarse at {recipe.input_size} pixels; --architecture {small} is made "
+                       "for them.")
     return recipe, reasons
 
 

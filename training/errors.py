@@ -1,4 +1,4 @@
-"""What training raises for the person at the keyboard; all of it is a `zoo.ZooError`."""
+"""Errors of training, written for users. All are `zoo.ZooError`s."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ __all__ = ["DataError", "DivergenceError", "Interrupted", "TrainingError"]
 
 
 class TrainingError(ZooError):
-    """A run that cannot start or cannot go on; the message says what to do."""
+    """The run cannot start or continue; the message says what to do."""
 
 
 class DivergenceError(TrainingError):

@@ -1,4 +1,4 @@
-"""What the zoo raises: one type to catch, `ZooError`, with a few children; every message says what to do next."""
+"""Errors of the zoo: catch `ZooError`. Every message says what to do next."""
 
 
 class ZooError(Exception):

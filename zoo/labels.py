@@ -1,4 +1,4 @@
-"""From class counts to head, medium and tail: the zoo's promise about tails starts here."""
+"""From class counts to head, medium and tail."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""`zoo.load`: from a name or a folder to a model that predicts."""
+"""`zoo.load`: open a model by name, Hub repository or folder."""
 
 import difflib
 import logging

@@ -1,4 +1,4 @@
-"""The share of the machine that this process was given: cores and memory, by affinity and control groups."""
+"""Cores and memory that this process may use, by affinity and control groups."""
 
 import ctypes
 import math

@@ -1,4 +1,4 @@
-"""The very pictures of MetaSAug's authors: their shuffles, seeds and all (data_utils.py and MetaSAug_*_train.py).
+"""Exactly the pictures that MetaSAug's authors train on, with their shuffles and seeds.
 
 Both choices depend on the order of the pictures alone, class by class, so they mean the authors' pictures only where
 the order is that of the original files. Copies of test pictures stay in, as they do there.

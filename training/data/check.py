@@ -235,7 +235,7 @@ def run_bytes(weights: int, covariance: int) -> int:
 
 
 def _seconds_to_read(files: PictureFiles, reading: Reading) -> float:
-    """Of one core, a picture."""
+    """Seconds that one core takes per picture."""
     sample = _spread(files.names, 40)
     began = time.process_time()
     for name in sample:

@@ -1,4 +1,4 @@
-"""Labelled pictures, in memory or on disk, and the data set that they make."""
+"""Labelled pictures, in memory or on disk, and a data set of training, meta and test pictures."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""Look at every picture once, many at a time: can it be decoded, how large is it, is it a copy, how bright is it."""
+"""Scan all pictures in parallel: can each be decoded, how large is it, is it a copy, how bright is it."""
 
 import hashlib
 from collections.abc import Sequence

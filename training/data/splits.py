@@ -1,4 +1,4 @@
-"""Test and meta sets cut from one's own pictures by file name: the same names are always cut alike.
+"""Test and meta sets cut from your own pictures by file name: the same names always give the same split.
 
 The rule, for a class of n pictures. Test: those whose hash (of name and seed) is in the lowest `share`; at least 2 and
 at most a third, of fewer than 6 pictures half. Meta: of the n left, `meta_per_class` by another hash, at most a

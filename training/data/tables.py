@@ -1,4 +1,4 @@
-"""What somebody keeps, as a list of labelled pictures: class folders, or a table."""
+"""Class folders or a table, read as a list of labelled pictures."""
 
 import os
 from collections import Counter

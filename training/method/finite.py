@@ -1,4 +1,4 @@
-"""Whether every number of a step is finite, decided without waiting for the device."""
+"""Check that every number of a step is finite, without waiting for the device."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Held-out augmentation: each class is augmented by how far pictures that are not trained on lie from those that are.
+"""Held-out augmentation: each class is augmented by how far held-out features lie from the training mean.
 
 ISDA and MetaSAug start from the covariance of the training features. Once the network fits its training pictures, that
 is too small, of rare classes most: their few features are pulled together, and a new picture lies beside them. What the

@@ -1,4 +1,4 @@
-"""The MetaSAug step: one look ahead on balanced data tells in which direction each class should be augmented.
+"""The MetaSAug step: a virtual update, tested on balanced data, shows in which direction to augment each class.
 
 With Theta the parameters, S the class covariances, alpha the inner and eta the meta rate (paper, algorithm 1):
 
@@ -104,7 +104,7 @@ def metasaug_step(
     compute: Compute | None = None,
     implementation: Implementation = "auto",
 ) -> StepResult:
-    """One MetaSAug step but for the optimizer's; formulas at the top of this file.
+    """One MetaSAug step without the optimizer's update; formulas at the top of this file.
 
     module         in train mode; batch norm's running statistics see the training batch once, the meta batch never
     meta_pictures  a class-balanced batch; like pictures, this process's part of it
@@ -160,7 +160,7 @@ def relative_shift(new_U: Tensor, old_U: Tensor, used_U: Tensor) -> Tensor:
 
 
 def trained_body(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name, but for the last layer's."""
+    """The trained parameters by name, without the last layer's."""
     last = {id(p) for p in module.get_classifier().parameters()}  # type: ignore[operator, union-attr]
     return {n: p for n, p in module.named_parameters() if p.requires_grad and id(p) not in last}
 

@@ -1,4 +1,4 @@
-"""Naive twins of the method: one line an equation, no care for speed or memory. They are the truth.
+"""The method written plainly, one line per equation, slow and large: the truth that the fast code is tested against.
 
 N samples, C classes, A features.
 """

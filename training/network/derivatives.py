@@ -1,4 +1,4 @@
-"""The backbone's part of a step: features of a batch, and their derivatives both ways.
+"""The backbone's part of a step: features of a batch, and their forward and backward derivatives.
 
 A batch may be spread over processes and, in each, over parts that follow each other (`--accumulate`); the backbone may
 run in a lower precision than the last layer. `BatchFeatures` hides all of it: features come whole, and gradients and
@@ -28,7 +28,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class GradientScale:
-    """Of gradients in float16, which go under below 6e-8: a power of two, halved until none overflows.
+    """Loss scale for float16 gradients, which underflow below 6e-8: a power of two, halved until none overflows.
 
     Like torch.amp.GradScaler's, but a pass that overflowed is done again and no step is skipped.
     """

@@ -1,4 +1,4 @@
-"""The processes that train one model together (torchrun), and what they tell each other.
+"""Several processes that train one model together (torchrun), and what they exchange.
 
 Every process reads its part of each batch and runs the backbone on it. Features are gathered, so that the last layer,
 the covariances and the meta step see the whole batch in every process and are computed there alike; gradients of the

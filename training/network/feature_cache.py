@@ -1,4 +1,4 @@
-"""Features of a backbone that stands still: computed once, kept on disk, and read where training reads pictures.
+"""Features of a frozen backbone: computed once, kept on disk, and trained on instead of pictures.
 
 A set of pictures is one pair of files in the cache's folder, named by a hash of all that its features depend on:
 pictures, backbone, view, seed and number of views.
@@ -7,8 +7,8 @@ pictures, backbone, view, seed and number of views.
     train-KEY.done       a byte for each part of it: 1 once the part is on the disk
     train-KEY.json       what KEY is the hash of, for people
 
-Whoever builds claims a block of parts by a lock on its bytes, so that any number of processes and runs share the work;
-a lock goes with its process, and a part without its byte is made again. K views are drawn once for every picture; an
+A process locks a block of parts before it computes them, so any number of processes and runs can share the work. A
+lock ends with its process; a part without its byte is computed again. K views are drawn once for every picture; an
 epoch then draws which of them it sees.
 
 Shape suffixes: K views, N pictures, A features.
@@ -360,7 +360,7 @@ def _bytes_at(path: Path) -> int:
 
 
 def _pictures_key(pictures: Split | PictureFiles) -> str:
-    """Of labels and, for files, their names and sizes; of pictures in memory, the pixels."""
+    """A hash of labels and pictures: of files, their names and sizes; of pictures in memory, the pixels."""
     digest = hashlib.sha256(pictures.labels.astype("<i8").tobytes())
     if isinstance(pictures, Split):
         digest.update(str(pictures.pictures.shape).encode())
@@ -376,7 +376,7 @@ def _pictures_key(pictures: Split | PictureFiles) -> str:
 
 
 def _backbone_key(module: nn.Module) -> str:
-    """Of every tensor but the last layer's."""
+    """A hash of every tensor except the last layer's."""
     digest, last = hashlib.sha256(), f"{classifier_name(module)}."
     for name, tensor in module.state_dict().items():
         if not name.startswith(last):

@@ -1,1 +1,1 @@
-"""What a model is worth: measures, and the report page."""
+"""Measures of a model's quality, and the report page."""

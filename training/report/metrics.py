@@ -1,4 +1,4 @@
-"""What a test says about a model: overall, per group and per class. numpy only; docs/metrics.md has each formula.
+"""Test measures of a model: overall, per group and per class. numpy only; docs/metrics.md has each formula.
 
 Shape suffixes: N samples, C classes, G groups, B bins of confidence, S shifted test sets.
 """
@@ -142,7 +142,7 @@ class Tally:
         }
 
     def _calibration(self) -> dict:
-        """Of each bin: pictures, and of those the share right and the mean confidence; None where it is empty."""
+        """For each bin: pictures, their accuracy and their mean confidence; None if it is empty."""
         images_B, right_B, confidence_B = self.bins_3GB.sum(1)
 
         def means(sums_B):
@@ -222,7 +222,7 @@ def _shifted_priors(class_counts: Sequence[int] | None, C: int) -> dict[str, np.
 def _log_shifts(
     shifts: dict[str, np.ndarray], class_counts: Sequence[int] | None, prior: str | Sequence[float] | None
 ) -> np.ndarray | None:
-    """log p_shifted - log p_own (S, C): what logits move by when the predictor is told (Saerens et al. 2002).
+    """log p_shifted - log p_own (S, C): what to add to logits for the shifted prior (Saerens et al. 2002).
 
     None where its own prior is not known, or holds a class that training never saw.
     """

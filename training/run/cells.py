@@ -1,7 +1,7 @@
-"""A queue of trainings: each is done once, and those that begin alike share one first stage.
+"""A queue of trainings: each runs once, and those with the same first stage share it.
 
-The queue has no file of its own. What is done, begun or being done is read from the run folders each time, so several
-processes may work on one queue, and any of them may be killed and started again.
+The queue has no file of its own: it reads from the run folders what is done, begun or in progress. So several processes
+may work on one queue, and you may kill and restart any of them.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Resume state: files that are whole or not there.
+"""Checkpoints to resume from: each file is complete or absent.
 
 A checkpoint is one file, step-EPOCH-STEP-DIGEST.pt, the digest being the first 16 hex digits of the sha256 of its
 bytes: content and check arrive by the same rename, so a torn write can never look good. It opens with
@@ -21,7 +21,7 @@ NAME = re.compile(r"step-(\d+)-(\d+)-([0-9a-f]{16})\.pt")
 
 
 def write(path: Path, content: bytes) -> None:
-    """All of `content` under `path`, or what was there before (zoo.files), told as a TrainingError."""
+    """Write `content` to `path` completely, or leave what was there (zoo.files). Raises TrainingError."""
     try:
         write_atomically(path, content)
     except OSError as error:

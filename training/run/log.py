@@ -1,4 +1,4 @@
-"""The run's log: a JSON line an epoch and, on request, the same numbers as TensorBoard shows them."""
+"""The run's log: one JSON line per epoch and, on request, the same numbers for TensorBoard."""
 
 import json
 import os

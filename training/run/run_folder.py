@@ -22,7 +22,7 @@ LOSSES_IN_WORDS = {"ce": "cross entropy", "focal": "focal loss", "ldam": "LDAM (
 
 def write_model(model: Path, name: str, recipe: Recipe, data, state, results: dict, processes: int = 1,
                 command: str | None = None, schedule: str | None = None) -> None:
-    """The finished model folder, without ONNX: `metasaug train` adds that next, `metasaug export` at any time.
+    """Write the finished model folder, without ONNX: `metasaug train` adds that next, `metasaug export` at any time.
 
     command, schedule   in words, where they are not those of this process and of the recipe
     """
@@ -83,7 +83,7 @@ def write_model(model: Path, name: str, recipe: Recipe, data, state, results: di
     write_model_folder(model, config, weights, covariance)
 
 
-# Flags that say where things are on this machine, and what others read in their place; None: nothing.
+# Flags that name places on this machine, and what the card shows instead; None: nothing.
 PLACES = {"--data": "DIR", "--test": "DIR", "--meta": "DIR", "--lists": "DIR", "--table": "FILE",
           "--pretrained": "FILE", "--features": None, "--out": None, "--stage1": None, "--name": None,
           "--workers": None}
@@ -105,7 +105,7 @@ def command_in_words() -> str:
 
 
 def schedule_in_words(recipe: Recipe) -> str:
-    """How long it was trained on what, for people who read a card: "60 epochs: 48 of plain cross entropy, then …"."""
+    """The schedule in words, for the card: "60 epochs: 48 of plain cross entropy, then …"."""
     weights = " with class-balanced weights" if recipe.weighted else ""
     first, second = (LOSSES_IN_WORDS[loss] for loss in (recipe.first_loss, recipe.loss))
     if recipe.augment == "isda":
@@ -163,7 +163,7 @@ def hardware(device, processes: int = 1) -> str:
 
 @contextmanager
 def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Two runs in one folder would tear each other's state: the second one waits, or is told and leaves."""
+    """Lock a run folder. A second run waits, or raises TrainingError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")  # noqa: SIM115

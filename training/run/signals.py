@@ -1,4 +1,4 @@
-"""Decoding processes that die."""
+"""Turn the death of a decoding process into an error that says what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""All that a run carries from one step to the next, and what it is at the beginning."""
+"""The state that a run carries from step to step, and its value at the start."""
 
 import os
 from collections.abc import Iterable

@@ -126,7 +126,7 @@ class Stepper:
         finite.end_step()
 
     def gradient(self, pictures: Tensor, labels: Tensor, meta_batch: Sequence[Tensor]) -> StepResult:
-        """One step but for the optimizer's: its gradients are left in `.grad`."""
+        """One step without the optimizer's update: it leaves gradients in `.grad`."""
         recipe, state, stage, rates, compute = self.recipe, self.state, self.stage, self.rates, self.compute
         assert stage is not None
         module = stage.head or state.module

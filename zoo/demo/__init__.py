@@ -1,4 +1,4 @@
-"""The rooms of the demo (app.py): what each part of the page says, as HTML, and what its events do.
+"""The parts of the demo (app.py): the HTML of each part of the page, and its events.
 
     models.py      which models there are, and each loaded once
     pieces.py      badges, percentages, pictures: what every part is made of

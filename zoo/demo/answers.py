@@ -1,4 +1,4 @@
-"""One picture, and what several models make of it, side by side and under any prior."""
+"""The answers of several models to one picture, side by side and under any prior."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""What every part of the page is made of: uploads let in, and HTML with every text from a model or a file escaped."""
+"""Pieces that every part of the page uses: uploads, and HTML with every text from a model or a file escaped."""
 
 import base64
 import io
@@ -77,7 +77,7 @@ def groups_of(model: Model) -> list[str]:
 
 
 def measured(model: Model, group: str) -> tuple[int, int, float, float] | None:
-    """Of the test pictures of a group's classes: how many were right, of how many, and the interval of the share."""
+    """A group's correct test pictures, all its test pictures, and the interval of its accuracy."""
     try:
         figures = model.results["groups"][group]
         low, high = figures["interval"]

@@ -1,4 +1,4 @@
-"""The long tail: how many pictures each class had in training, and how often each model is right about it."""
+"""The long tail: training pictures of each class, and each model's accuracy on it."""
 
 import math
 from collections.abc import Sequence
@@ -149,7 +149,7 @@ def group_row(group: str, alike: Sequence[Model]) -> str:
 
 
 def rights(model: Model) -> list[float | None]:
-    """Of each class the share of its test pictures that were right; None where it had none."""
+    """The accuracy on each class; None if it has no test pictures."""
     return [row.get("correct", 0) / row["test_images"] if row.get("test_images") else None
             for row in model.results["per_class"]]
 

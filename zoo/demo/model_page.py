@@ -1,4 +1,4 @@
-"""A page for each model: what it is and gets right, three lines that load it, and the paper to cite."""
+"""A page for each model: what it is, its accuracy, three lines that load it, and the paper to cite."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which models the demo offers, and what is known of each; every one is opened at first use, and once."""
+"""The models that the demo offers. Each is opened once, at first use."""
 
 import os
 import threading
@@ -55,7 +55,7 @@ class Model:
 
     @cached_property
     def weight_CA(self) -> np.ndarray | None:
-        """Of the last layer, where it is in the folder."""
+        """The weight of the last layer, if it is in the folder."""
         try:
             return last_layer(self.folder)
         except zoo.ZooError:  # not there, or not to be fetched now: no map of where it looks
@@ -95,7 +95,7 @@ class Offer:
 
     @property
     def caption(self) -> str:
-        """Of the choice in a list."""
+        """Its text in a list of choices."""
         where = {"bundled": "", "yours": " (yours)", "hub": " (to be fetched)"}
         return self.name + where.get(self.weights, " (not published yet)")
 

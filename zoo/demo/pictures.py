@@ -1,4 +1,4 @@
-"""Many pictures, or zips of them: classified one after another, then a table and a gallery to look through."""
+"""Many pictures, or zips of them: classified one after another, then shown as a table and a gallery."""
 
 import csv
 import itertools

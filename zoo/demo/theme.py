@@ -1,4 +1,4 @@
-"""How the page looks, and the few lines that run in the browser."""
+"""The style of the page, and the few lines that run in the browser."""
 
 from pathlib import Path
 
