@@ -30,6 +30,8 @@ COMMANDS = {
                      then="export.command_line:finish", help="training.help:help_of"),
     "import": Command(SHARE, "export.authors_files:import_file", "make a model folder from the authors' checkpoint"),
     "export": Command(SHARE, "export.command_line:export", "write ONNX beside the weights of a model folder"),
+    "calibrate": Command(SHARE, "export.calibrate:calibrate",
+                         "make a model's probabilities honest, and give it prediction sets"),
     "publish": Command(SHARE, "export.publish:publish", "upload a model folder to the Hugging Face Hub"),
     "release": Command(SHARE, "export.release:release", "train, measure, export and publish the zoo's missing models"),
 }

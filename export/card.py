@@ -43,6 +43,7 @@ def card(config: Mapping[str, Any], repo: str | None = None, figure: bool = Fals
         f"# {ours['name']}",
         _what_it_is(config),
         *_results(ours, figure),
+        *_calibration(ours),
         _use(config, repo),
         *_variants(ours),
         _origin(ours) if ours.get("imported") else _training(ours),
@@ -140,6 +141,30 @@ def _results(ours: Mapping[str, Any], figure: bool) -> list[str]:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _calibration(ours: Mapping[str, Any]) -> list[str]:
+    """How far its probabilities can be trusted, group by group."""
+    found = ours.get("calibration")
+    if not found:
+        return []
+    lines = ["## Calibration", "",
+             f"Logits are divided by the temperature {found['temperature']:.3f}, fitted on {found['images']:,} "
+             f"pictures ({found['data']})."]
+    if figures := found.get("measured"):
+        ece, sets, risk = figures["ece"], figures["coverage"], figures["risk"]
+        lines[-1] += (f" Measured on {figures['images']:,} test pictures, with their class frequencies as the prior. A "
+                      f"prediction set (`p.set({sets['asked']})`) is meant to hold the true class of "
+                      f"{sets['asked']:.0%} of the pictures of each class.")
+        lines += ["", "| true class | calibration error before | after | true class in the set | classes in a set |",
+                  "|---|---|---|---|---|"]
+        lines += [f"| {group} | {ece['before'][group]:.1%} | {ece['after'][group]:.1%} | "
+                  f"{sets[group]['coverage']:.1%} | {sets[group]['size']:.2f} |"
+                  for group in (*GROUPS, "all") if group in sets]
+        lines += ["", "| surest pictures | " + " | ".join(f"{share:.0%}" for share, _ in risk) + " |",
+                  "|---" * (1 + len(risk)) + "|",
+                  "| error | " + " | ".join(f"{error:.1%}" for _, error in risk) + " |"]
+    return ["\n".join(lines)]
 
 
 def _use(config: Mapping[str, Any], repo: str | None) -> str:

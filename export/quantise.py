@@ -14,10 +14,10 @@ import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from export.to_onnx import metadata
+from export.to_onnx import record
 from training.data.tables import list_class_folders
 from training.report.evaluate import labelled_pictures, measure
-from zoo.model_folder import CONFIG, ONNX, ONNX_INT8, ModelFolder, add_files, json_bytes
+from zoo.model_folder import ONNX, ONNX_INT8, ModelFolder, add_files
 from zoo.onnx_file import refuse_unsafe
 from zoo.predictor import Predictor
 
@@ -40,7 +40,7 @@ def add_int8(path: str | Path, calibrate: Path) -> int:
     content = int8_bytes(folder.read(ONNX), pictures)
     refuse_unsafe(content, ONNX_INT8)
     add_files(folder.path, {ONNX_INT8: content}, folder.files)
-    _record(folder.path, {**_variants(folder), "int8": {"calibration_pictures": len(pictures)}})
+    record(folder.path, variants={**_variants(folder), "int8": {"calibration_pictures": len(pictures)}})
     return len(pictures)
 
 
@@ -61,25 +61,12 @@ def measure_variants(path: str | Path, data: Path) -> dict[str, Any]:
         kept = {key: results[key] for key in ("images", "error", "macro_error", "worst_class_error", "groups")}
         kept["correct_per_class"] = [row["correct"] for row in results["per_class"]]
         variants[precision] = {**variants.get(precision, {}), **kept}
-    _record(folder.path, variants)
+    record(folder.path, variants=variants)
     return measured
 
 
 def _variants(folder: ModelFolder) -> dict[str, Any]:
     return dict(folder.config["metasaug"].get("variants") or {})
-
-
-def _record(path: Path, variants: dict[str, Any]) -> None:
-    """Writes `metasaug.variants`, and the new config into the metadata of each ONNX file, which holds it too."""
-    folder = ModelFolder(path)
-    config = {**folder.config, "metasaug": {**folder.config["metasaug"], "variants": variants}}
-    contents = {CONFIG: json_bytes(config)}
-    for name in VARIANTS.values():
-        if name in folder:
-            model = onnx.load_from_string(folder.read(name))
-            onnx.helper.set_model_props(model, metadata(config))
-            contents[name] = model.SerializeToString(deterministic=True)
-    add_files(folder.path, contents, folder.files)
 
 
 def class_by_class(labels_N: np.ndarray) -> list[int]:

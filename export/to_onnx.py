@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 
 from export.errors import ExportError
-from zoo.model_folder import ONNX, ModelFolder, add_files
+from zoo.model_folder import CONFIG, ONNX, ONNX_INT8, ModelFolder, add_files, json_bytes
 from zoo.onnx_file import refuse_unsafe
 from zoo.predictor import OUTPUTS, all_outputs, torch_module
 
@@ -73,6 +74,20 @@ def onnx_bytes(module: nn.Module, config: dict[str, Any]) -> bytes:
         file = Path(scratch) / "model.onnx"
         program.save(str(file), external_data=False)
         return file.read_bytes()
+
+
+def record(path: Path, **ours: Any) -> None:
+    """Writes values under `metasaug` into the config of a model folder, and the new config into the metadata of each
+    ONNX file, which holds it too."""
+    folder = ModelFolder(path)
+    config = {**folder.config, "metasaug": {**folder.config["metasaug"], **ours}}
+    contents = {CONFIG: json_bytes(config)}
+    for name in (ONNX, ONNX_INT8):
+        if name in folder:
+            model = onnx.load_from_string(folder.read(name))
+            onnx.helper.set_model_props(model, metadata(config))
+            contents[name] = model.SerializeToString(deterministic=True)
+    add_files(folder.path, contents, folder.files)
 
 
 def metadata(config: dict[str, Any]) -> dict[str, str]:

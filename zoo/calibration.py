@@ -17,7 +17,7 @@ from zoo.errors import ZooError
 
 # Numbers that are kept: of each class's misfits, of all of them together, and of energies.
 MOST_OF_A_CLASS, MOST_OF_ALL, LEVELS = 200, 40_000, 201
-UNFAMILIAR = 0.01  # a picture is called unlike anything in training if so few calibration pictures look stranger
+UNFAMILIAR = 0.05  # a picture is called unlike anything in training if so few calibration pictures look stranger
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,8 @@ class Calibration:
 
     temperature  logits are divided by it before softmax (Guo et al. 2017)
     misfits      for each class, ascending: 1 - p of the true class, for the cut's pictures of the class
-    energies     ascending quantiles of log sum exp logits over the cut (Liu et al. 2020), each class weighing the same
+    energies     ascending quantiles of log sum exp scores over the cut (Liu et al. 2020), each class weighing the
+                 same; scores are logits - log own prior
     groups       head, medium or tail, for each class
     """
 
@@ -67,9 +68,9 @@ class Calibration:
             found.append(pooled[group] if own is None else own)
         return np.array([np.inf if each is None else each for each in found])
 
-    def familiarity(self, logits_NC: np.ndarray) -> np.ndarray:
+    def familiarity(self, scores_NC: np.ndarray) -> np.ndarray:
         """(N,) the share of the cut's pictures with less energy: near 0 for pictures unlike anything in training."""
-        return np.searchsorted(self.energies, log_sum_exp(logits_NC), "right") / len(self.energies)
+        return np.searchsorted(self.energies, log_sum_exp(scores_NC), "right") / len(self.energies)
 
 
 def fit_calibration(
@@ -88,7 +89,8 @@ def fit_calibration(
     if (counts_C > 0).sum() < 2:
         raise ZooError(f"{data}: a calibration cut needs pictures of at least 2 classes.")
     temperature = fit_temperature(logits_NC, labels_N, prior_shift(counts_C, own_prior_C))
-    p_NC = probabilities(logits_NC / temperature - (0 if own_prior_C is None else np.log(own_prior_C)))
+    own_C = 0.0 if own_prior_C is None else np.log(own_prior_C)
+    p_NC = probabilities(logits_NC / temperature - own_C)
     most = max(10, min(MOST_OF_A_CLASS, MOST_OF_ALL // num_classes))
     rng = np.random.default_rng(0)
     misfits = []
@@ -97,7 +99,7 @@ def fit_calibration(
         some = rng.choice(of_class, most, replace=False) if len(of_class) > most else of_class
         misfits.append([round(float(np.ceil(m * 1e5) / 1e5), 5) for m in np.sort(some)])
     weights_N = 1 / counts_C[labels_N]
-    energies = _quantiles(log_sum_exp(logits_NC), weights_N)
+    energies = _quantiles(log_sum_exp(logits_NC - own_C), weights_N)
     return {"temperature": round(temperature, 4), "images": len(labels_N), "data": data, "misfits": misfits,
             "energies": [round(float(e), 3) for e in energies]}
 
@@ -132,8 +134,8 @@ def prior_shift(counts_C: np.ndarray, own_prior_C: np.ndarray | None) -> np.ndar
         return np.log(counts_C / counts_C.sum()) - np.log(own_prior_C / own_prior_C.sum())
 
 
-def log_sum_exp(logits_NC: np.ndarray) -> np.ndarray:
-    return np.logaddexp.reduce(logits_NC.astype(np.float64), axis=1)
+def log_sum_exp(scores_NC: np.ndarray) -> np.ndarray:
+    return np.logaddexp.reduce(scores_NC.astype(np.float64), axis=1)
 
 
 def _quantiles(values_N: np.ndarray, weights_N: np.ndarray) -> np.ndarray:

@@ -221,7 +221,7 @@ def _layout(predictor: Predictor, top_k: int, threshold: float | None, coverage:
     if threshold is not None and not 0 < threshold <= 1:
         raise ZooError(f"--threshold {threshold}: a probability above 0, at most 1.")
     if coverage is not None:
-        predictor.classes.set_of(np.zeros(len(predictor.labels)), coverage)
+        predictor.classes.inside(np.zeros((1, len(predictor.labels))), coverage)
     return Layout(top_k, threshold, coverage, predictor.calibration is not None)
 
 

@@ -67,16 +67,19 @@ class Classes:
         return TopClass(self.labels[c], float(probability), self.groups[c],
                         None if self.counts is None else self.counts[c], int(c))
 
-    def set_of(self, logits_C: np.ndarray, coverage: float) -> list[int]:
-        """Classes that a picture with these logits may show, likeliest first, the likeliest always among them."""
+    def fair(self, logits_NC: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+        """Scores whose softmax assumes equally frequent classes, where the model's prior is known."""
+        return logits_NC / temperature - (0 if self.prior_C is None else np.log(self.prior_C))
+
+    def inside(self, logits_NC: np.ndarray, coverage: float) -> np.ndarray:
+        """bool (N, C), whether a class is in the prediction set. The likeliest class always is."""
         if self.calibration is None:
             raise ZooError("This model has no calibration, which prediction sets need: `metasaug calibrate FOLDER "
                            "--data DIR` adds one.")
-        shift_C = 0.0 if self.prior_C is None else -np.log(self.prior_C)
-        (p_C,) = probabilities(logits_C[None] / self.calibration.temperature + shift_C)
-        inside_C = (1 - p_C <= self.calibration.thresholds(coverage)) & self.allowed_C
-        order = [int(c) for c in np.argsort(-p_C, kind="stable") if self.allowed_C[c]]
-        return [c for rank, c in enumerate(order) if rank == 0 or inside_C[c]]
+        p_NC = probabilities(self.fair(logits_NC, self.calibration.temperature))
+        inside_NC = (1 - p_NC <= self.calibration.thresholds(coverage)) & self.allowed_C
+        inside_NC[np.arange(len(p_NC)), np.where(self.allowed_C, p_NC, -1).argmax(1)] = True
+        return inside_NC
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,10 @@ class Prediction:
             return ()
         if self.classes is None or self.logits is None or self.probabilities is None:
             raise ZooError("This prediction no longer has its logits: ask for the set before they are dropped.")
-        return tuple(self.classes.named(c, self.probabilities[c]) for c in self.classes.set_of(self.logits, coverage))
+        (inside_C,) = self.classes.inside(self.logits[None], coverage)
+        order = np.argsort(-self.probabilities, kind="stable")
+        inside_C[order[0]] = True  # the first answer, where a prior makes it another one
+        return tuple(self.classes.named(c, self.probabilities[c]) for c in order if inside_C[c])
 
     @property
     def unfamiliar(self) -> bool:
@@ -383,7 +389,8 @@ class Predictor:
         logits_NC, features_NA, made = self._network(np.stack(ready))
         maps = itertools.repeat(None, len(ready)) if made is None or not feature_maps else made
         p_NC = self._probabilities(logits_NC, shift_C)
-        known = [None] * len(ready) if self.calibration is None else self.calibration.familiarity(logits_NC).tolist()
+        known = ([None] * len(ready) if self.calibration is None else
+                 self.calibration.familiarity(self.classes.fair(logits_NC)).tolist())
         return [
             Prediction(name, self._top(p_C, top_k, shift_C), self._group_mass(p_C), p_C.astype(np.float32), logits_C,
                        features_A, feature_map, facts=facts, note=facts.note(self.reading), familiarity=familiarity,

@@ -135,7 +135,7 @@ def measure(
     def flush() -> None:
         if places:
             logits_NC = np.stack(logits)
-            tally.add(logits_NC if shift_C is None else logits_NC + shift_C, labels_N[places])
+            tally.add(predictor.scores(logits_NC, shift_C), labels_N[places])
             logits.clear()
             places.clear()
 

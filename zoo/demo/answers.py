@@ -32,6 +32,7 @@ from zoo.demo.models import HOW_TRAINED, Model
 
 EXAMPLES = Path(zoo.__file__).parent / "examples"
 EXAMPLE_NAMES = ("airplane", "automobile", "bird", "cat", "horse", "ship", "truck", "coffee")
+COVERAGE, NAMED = 0.9, 6  # of the prediction sets that are shown, and the classes of them that are named
 WORLDS = {"own": None, "train": 1.0, "uniform": 0.0, "inverted": -1.0}
 
 
@@ -208,10 +209,24 @@ def answered(model: Model, answer: Answer) -> str:
   <div><p class="best">{name_of(best.label)}</p>
   <p>{badge(best.group)} <span class="sure">{percent(best.probability)} sure</span></p></div>
 </div>
+{honest(prediction)}
 <p class="trust">{escape(f"This picture is {prediction.note}. " if prediction.note else "")}{trust(model, best)}</p>
 <h4>Most likely classes, and how often seen in training</h4><ol class="top">{rows}</ol>
 <h4>Probability by group</h4>{mass_bar(dict(prediction.groups))}
 """
+
+
+def honest(prediction: zoo.Prediction) -> str:
+    """The prediction set in place of one answer that is too sure, and a warning of pictures unlike those of training.
+    Nothing for a model without a calibration."""
+    if prediction.familiarity is None:
+        return ""
+    labels = [name_of(each.label) for each in prediction.set(COVERAGE)]
+    names = ", ".join(labels[:NAMED]) + (f" and {len(labels) - NAMED} more" if len(labels) > NAMED else "")
+    text = (f"With {COVERAGE:.0%} confidence it is one of {len(labels)}: <b>{names}</b>." if len(labels) > 1 else
+            f"With {COVERAGE:.0%} confidence it is <b>{names}</b>, and nothing else.")
+    strange = " This picture looks unlike anything in training: perhaps it shows none of the classes."
+    return f'<p class="set">{text}{strange if prediction.unfamiliar else ""}</p>'
 
 
 def trust(model: Model, best: zoo.TopClass) -> str:

@@ -1,0 +1,168 @@
+"""`metasaug calibrate`: what a model folder needs for honest answers, from pictures that it was not trained on.
+
+Shape suffixes: N pictures, C classes.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from export.errors import ExportError
+from training.data.cifar import CIFAR, find_pool, places_of
+from training.data.datasets import PictureFiles, Split
+from training.data.own_pictures import load_folder
+from training.report.evaluate import labelled_pictures
+from training.report.metrics import Tally
+from zoo.calibration import Calibration, fit_calibration, prior_shift, probabilities
+from zoo.labels import GROUPS
+from zoo.model_folder import CARD, ModelFolder
+from zoo.predictor import Classes, Predictor
+
+COVERAGE = 0.9  # of the sets whose size the card shows
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the test pictures, the surest ones: where the error is measured
+
+
+def calibrate(
+    folder: tyro.conf.Positional[Path], data: Path, every: bool = False, test: Path | None = None, per_class: int = 200
+) -> None:
+    """Calibrate a model: its probabilities, prediction sets, and how it sees pictures unlike anything in training.
+
+    Args:
+        folder: A model folder, or a run of `metasaug train` with a model in it.
+        data: What --data was in training: the pictures that the run held out or left over are used, and its test
+            pictures measure the result. With --every, labelled pictures that are in neither.
+        every: Use every picture of --data.
+        test: With --every, labelled test pictures that measure the result.
+        per_class: Pictures used of each class, at most.
+    """
+    from export.card import write_card
+    from export.to_onnx import record
+
+    if not (folder / "manifest.json").exists() and (folder / "model" / "manifest.json").exists():
+        folder = folder / "model"
+    if test is not None and not every:
+        raise ExportError("--test goes with --every; without it the test pictures of the training are used.")
+    model = Predictor(ModelFolder(folder), device="cpu")
+    if every:
+        cut, tested = (None if path is None else _labelled(path, model, per_class if path == data else None)
+                       for path in (data, test))
+        words = str(data.name)
+    else:
+        cut, tested, words = held_out(model, data, per_class)
+    assert cut is not None
+    logits_NC, labels_N = _logits(model, *cut)
+    found = fit_calibration(logits_NC, labels_N, model.classes.prior_C, words)
+    if tested is not None:
+        found["measured"] = measured(found, model, *_logits(model, *tested))
+    record(folder, calibration=found)
+    if CARD in model.folder:
+        write_card(folder)
+    print(f"{folder}: temperature {found['temperature']:.3f}, from {found['images']:,} pictures ({words})")
+    for line in in_words(found):
+        print(line)
+
+
+def held_out(
+    model: Predictor, data: Path, per_class: int
+) -> tuple[tuple[Any, np.ndarray], tuple[Any, np.ndarray], str]:
+    """Pictures and labels that a model's training neither trained nor tested on, and those of its test; in words."""
+    ours = model.folder.config["metasaug"]
+    recipe = ours.get("recipe") or {}
+    cut: Split | PictureFiles
+    test: Split | PictureFiles
+    kind, instead = recipe.get("dataset"), "give labelled pictures that are in neither training nor test with --every"
+    if recipe.get("meta_in_training") in ("stage2", "always"):
+        raise ExportError(f"{model.name} was trained on its meta pictures in the end: {instead}.")
+    if kind in CIFAR:
+        pool = find_pool(kind, data)
+        train_at, meta_at = places_of(pool, recipe["imbalance"], recipe["meta_per_class"], recipe["subset_seed"],
+                                      recipe.get("subset", "seeded"))
+        used = np.zeros(len(pool.labels), bool)
+        used[train_at] = used[meta_at] = True
+        free = np.array([i for i in np.flatnonzero(~used).tolist() if pool.keys[i] not in pool.banned], np.int64)
+        at = np.concatenate([meta_at, _first(free, pool.labels, per_class)])
+        counts, source, test = np.bincount(pool.labels[train_at]), pool.source, pool.test
+        cut = pool.pick(at)
+        words = f"{source}: meta pictures, and training pictures that the long tail leaves out"
+    elif kind == "folder":
+        loaded = load_folder(data, meta_per_class=recipe["meta_per_class"], test_share=recipe["test_share"],
+                             subset_seed=recipe["subset_seed"], skip_bad=bool(recipe.get("skip_bad")))
+        cut, test, counts, source = loaded.held_out, loaded.test, np.array(loaded.class_counts), loaded.source
+        words = f"{ours['dataset']}: meta pictures"
+    else:
+        raise ExportError(f"{model.name} was trained on {ours['dataset']}: {instead}.")
+    if model.class_counts is None or counts.tolist() != list(model.class_counts):
+        raise ExportError(f"{data} ({source}) is not what {model.name} was trained on: its classes have other counts. "
+                          "Name the --data of its training.")
+    return (_pictures(cut), cut.labels), (_pictures(test), test.labels), words
+
+
+def measured(found: dict[str, Any], model: Predictor, logits_NC: np.ndarray, labels_N: np.ndarray) -> dict[str, Any]:
+    """On test pictures, with their class frequencies given as the prior: calibration error before and after, coverage
+    and size of prediction sets, and the error on the surest pictures."""
+    classes = Classes(model.labels, model.groups, model.class_counts, np.ones(len(model.labels), bool),
+                      model.classes.prior_C, Calibration.of({"metasaug": {"calibration": found,
+                                                                          "groups": model.groups}}))
+    shift_C = prior_shift(np.bincount(labels_N, minlength=len(model.labels)), classes.prior_C)
+    shift_C = np.maximum(shift_C, -50)  # a class without test pictures
+    ece = {}
+    for when, temperature in (("before", 1.0), ("after", found["temperature"])):
+        tally = Tally(model.labels, model.class_counts, model.groups, None)
+        tally.add(logits_NC / temperature + shift_C, labels_N)
+        results = tally.results()
+        ece[when] = {"all": results["ece"], **{group: each["ece"] for group, each in results["groups"].items()}}
+    inside_NC = classes.inside(logits_NC, COVERAGE)
+    held_N, size_N = inside_NC[np.arange(len(labels_N)), labels_N], inside_NC.sum(1)
+    group_N = np.array(model.groups)[labels_N]
+    p_NC = probabilities(logits_NC / found["temperature"] + shift_C)
+    wrong_N = (p_NC.argmax(1) != labels_N)[np.argsort(-p_NC.max(1), kind="stable")]
+    return {"images": len(labels_N), "ece": ece, "coverage": {
+        "asked": COVERAGE, **{group: {"coverage": float(held_N[of].mean()), "size": float(size_N[of].mean())}
+                              for group in (*GROUPS, "all") if (of := (group_N == group) | (group == "all")).any()}},
+            "risk": [[share, float(wrong_N[: max(1, round(share * len(wrong_N)))].mean())] for share in SHARES]}
+
+
+def in_words(found: dict[str, Any]) -> Iterable[str]:
+    """What was measured, as the lines of a table."""
+    if (figures := found.get("measured")) is None:
+        return
+    before, after, sets = figures["ece"]["before"], figures["ece"]["after"], figures["coverage"]
+    yield f"on {figures['images']:,} test pictures:"
+    yield f"  {'group':<8} {'ECE before':>10} {'after':>7} {f'sets of {COVERAGE:.0%}: coverage':>22} {'classes':>8}"
+    for group in (*GROUPS, "all"):
+        if group in sets:
+            yield (f"  {group:<8} {before[group]:>10.1%} {after[group]:>7.1%} {sets[group]['coverage']:>22.1%} "
+                   f"{sets[group]['size']:>8.2f}")
+    yield "  error on the surest " + ", ".join(f"{share:.0%}: {error:.1%}" for share, error in figures["risk"])
+
+
+def _labelled(path: Path, model: Predictor, per_class: int | None) -> tuple[Any, np.ndarray]:
+    pictures, labels_N = labelled_pictures(path, model, model.name)
+    if per_class is not None:
+        at = _first(np.arange(len(labels_N)), labels_N, per_class)
+        pictures, labels_N = [pictures[i] for i in at], labels_N[at]
+    return pictures, labels_N
+
+
+def _first(places: np.ndarray, labels_N: np.ndarray, per_class: int) -> np.ndarray:
+    """Of these places, so many of each class, drawn once and for all."""
+    places = np.random.default_rng(0).permutation(places)
+    return np.concatenate([places[labels_N[places] == c][:per_class] for c in range(labels_N.max() + 1)]).astype(int)
+
+
+def _pictures(part: Split | PictureFiles) -> Sequence[Any]:
+    return list(part.pictures) if isinstance(part, Split) else [part.root / name for name in part.names]
+
+
+def _logits(model: Predictor, pictures: Sequence[Any], labels_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of those pictures that can be read."""
+    rows = tqdm(model.predict_each(pictures, top_k=1), total=len(pictures), unit="picture", disable=None)
+    logits = [row.logits for row in rows]
+    good = [i for i, each in enumerate(logits) if each is not None]
+    if not good:
+        raise ExportError("None of the pictures can be read.")
+    return np.stack([logits[i] for i in good]), labels_N[good]
