@@ -234,21 +234,36 @@ def test_calibrate_says_what_it_needs(capsys, tiny_model_folder, tmp_path):
     assert (folder / CONFIG).read_bytes() == before
 
 
-def test_the_left_over_pictures_of_a_benchmark_are_neither_trained_nor_tested_on(cifar10_jpeg):
+def test_the_left_over_pictures_of_a_benchmark_are_neither_trained_nor_tested_on(tiny_model_folder, tmp_path,
+                                                                                 monkeypatch):
     pytest.importorskip("torch")
-    from export.calibrate import held_out
-    from training.data.cifar import load_cifar
+    from export import calibrate
+    from export.errors import ExportError
+    from training.data.cifar import Pool, cut_pool
+    from training.data.datasets import Split
     from zoo.predictor import Predictor
-    from zoo.registry import find
 
-    # Given a bundled model and the data of its training,
-    model = Predictor(ModelFolder(find("ce-cifar10-lt").folder))
-    data = load_cifar("cifar10-lt", cifar10_jpeg, 100, 10, 0)
-    (cut, labels_N), (test, _), _ = held_out(model, cifar10_jpeg, 20)
-    # then the cut shares no picture with either, and holds every class.
+    # Given a pool of 100 pictures a class, of which the first 30 are copies of test pictures,
+    pictures = np.random.default_rng(0).integers(0, 256, (1000, 32, 32, 3), np.uint8)
+    every = Split(pictures, np.arange(1000) % 10)
+    keys = [picture.tobytes() for picture in pictures]
+    names = tuple(ModelFolder(tiny_model_folder).config["label_names"])
+    pool = Pool(every.labels, keys, set(keys[:30]), every.at, every.at(np.arange(30)), names, "made up")
+    data = cut_pool(pool, 10.0, 5, 0, "seeded")
+    recipe = {"dataset": "cifar10-lt", "imbalance": 10.0, "meta_per_class": 5, "subset_seed": 0}
+    model = Predictor(ModelFolder(with_config(tiny_model_folder, tmp_path / "m", recipe=recipe,
+                                              class_counts=list(data.class_counts))))
+    monkeypatch.setattr(calibrate, "find_pool", lambda *_: pool)
+    # when the cut is taken, then it shares no picture with training or test, and holds all meta pictures.
+    (cut, labels_N), (test, _), _ = calibrate.held_out(model, tmp_path, 20)
     taken = {picture.tobytes() for part in (data.train, data.test) for picture in part.pictures}
-    assert not taken & {picture.tobytes() for picture in cut}
-    assert len(test) == 10_000 and np.bincount(labels_N).tolist() == [10, *[30] * 9]
+    assert len(cut) == len(labels_N) and not taken & {picture.tobytes() for picture in cut}
+    assert {picture.tobytes() for picture in data.meta.pictures} <= {picture.tobytes() for picture in cut}
+    assert len(test) == 30 and max(np.bincount(labels_N)) == 25
+    assert [keys.index(picture.tobytes()) % 10 for picture in cut] == labels_N.tolist()
+    other = Predictor(ModelFolder(with_config(tiny_model_folder, tmp_path / "o", recipe=recipe)))
+    with pytest.raises(ExportError, match="other counts"):
+        calibrate.held_out(other, tmp_path, 20)
 
 
 def test_csv_of_a_set_opens_in_a_spreadsheet(calibrated_folder):
