@@ -18,7 +18,7 @@ from training.network.start_weights import load_backbone  # noqa: E402
 from training.network.starts import STARTS, choose_start, find_start  # noqa: E402
 from training.recipes import Folder  # noqa: E402
 from training.run import loop, own_pictures_run  # noqa: E402
-from training.run.own_pictures_run import fit_last_layer, mean_recall  # noqa: E402
+from training.run.first_answer import fit_last_layer, mean_recall  # noqa: E402
 from zoo.architectures import create  # noqa: E402
 
 CPU = torch.device("cpu")

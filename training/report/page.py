@@ -14,10 +14,12 @@ import numpy as np
 from training.errors import TrainingError
 from training.report.charts import PERCENT_TICKS, Plot, count_ticks, even_ticks, shortened
 from training.report.metrics import BINS, ZERO_RECALL, weighted_accuracy, wilson_interval
+from training.report.pictures import sections_of
 from training.report.sentences import Classes, Results, advice, findings, percent, span, summary
 from zoo.files import write_atomically
 from zoo.markup import DARK, LIGHT, badge, breakable, escaped, variables
 from zoo.model_folder import ModelFolder
+from zoo.pixels import LOCAL
 
 STYLE = Path(__file__).with_name("page.css")
 SINGLE = 20  # classes, from which their means are drawn instead of each one's interval
@@ -27,7 +29,8 @@ OPEN_UP_TO = 60  # rows of a table that is shown unfolded
 def report_of_run(run: Path, results: Results) -> str:
     """Writes RUN/report.html, and gives the sentences that end a training. Raises TrainingError."""
     config = ModelFolder(run / "model").config
-    write_text(run / "report.html", page(config, results, read_log(run / "log.jsonl")))
+    reading = LOCAL.over(config["metasaug"].get("reading") or {})
+    write_text(run / "report.html", page(config, results, read_log(run / "log.jsonl"), sections_of(run, reading)))
     return "\n".join(["", *summary(config, results), f"{run / 'report.html'}: the results in detail"])
 
 
@@ -50,13 +53,17 @@ def read_log(path: Path) -> list[dict]:
     return lines
 
 
-def page(config: Mapping[str, Any], results: Results, log: Sequence[Mapping[str, Any]] = ()) -> str:
-    """HTML5 that is XML as well."""
+def page(config: Mapping[str, Any], results: Results, log: Sequence[Mapping[str, Any]] = (),
+         of_pictures: Sequence[str] = ()) -> str:
+    """HTML5 that is XML as well.
+
+    of_pictures   sections that show pictures (training.report.pictures)
+    """
     ours = config["metasaug"]
     classes = Classes(config, results)
     title = f"{ours['name']}: test results"
     sections = [
-        _top(config, results), _tiles(classes), _words(classes), _by_size(classes), _confusion(classes),
+        _top(config, results), _tiles(classes), _words(classes), _by_size(classes), _confusion(classes), *of_pictures,
         _calibration(classes), _shifts(classes), _curves(log), _every_class(classes), _footer(ours),
     ]
     colours = (f":root {{ {variables(LIGHT)} }}\n"

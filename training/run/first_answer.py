@@ -1,0 +1,160 @@
+"""The first answer of a run from a pretrained start: a last layer on its frozen features.
+
+Shape suffixes: N pictures, C classes, A features.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.data.batches import View, in_order
+from training.data.datasets import LongTailed
+from training.network.feature_cache import FeatureCache
+from training.recipes import OwnPictures
+from training.run.evaluation import evaluate
+from training.run.stages import view_of
+from training.run.state import check_input_size, start
+from zoo.architectures import classifier_name
+from zoo.labels import assign_groups
+
+# Weight decays of the last layer that are tried, and the one that is taken where under FEW pictures are held out.
+PENALTIES, USUAL_PENALTY = (0.1, 0.03, 0.01, 0.003), 0.03
+FEW = 30
+FIT_STEPS = 60
+# Held-out pictures that are turned over to see which flips matter, and the accuracy that may be lost by a flip. What
+# lies on its side may look new to the start where it has no up all the same: by a quarter more may be lost.
+TURNED, FLIP_LOSS, QUARTER_LOSS = 400, 0.04, 0.12
+
+
+class FirstAnswer:
+    """A last layer on the start's features. `score` is of held-out pictures, None without any."""
+
+    def __init__(self, recipe: OwnPictures, data: LongTailed, folder: Path, device: torch.device, workers: int,
+                 features: Path | None):
+        self.recipe, self.data, self.folder, self.device = recipe, data, folder, device
+        self.state = start(dataclasses.replace(recipe, augment="none"), data, device)
+        self.module = self.state.module.eval()
+        self.view = view_of(recipe, data)
+        check_input_size(self.module, recipe, self.view, device)
+        self.cache = FeatureCache(features or folder / "features", 1, self.view, recipe.seed, device, workers)
+        # The training pictures first, then those of the meta set that are not among them.
+        self.joined = data.with_meta_in_training()
+        self.features_NA = torch.from_numpy(self.cache.of("test", self.joined.train, self.module)[0].copy())
+        self.labels_N = torch.from_numpy(self.joined.train.labels)
+        self.last_layer, self.score = self._fit()
+
+    def _fit(self) -> tuple[dict[str, Tensor], float | None]:
+        """The last layer of the training pictures alone, where fine-tuning begins, by the best of PENALTIES."""
+        n, C = len(self.data.train), len(self.data.label_names)
+        balanced = self.recipe.balances
+        held_NA, held_N = self.features_NA[n:], self.labels_N[n:].numpy()
+        self.penalty, best, layer = USUAL_PENALTY, None, None
+        for penalty in PENALTIES if len(held_N) >= FEW else [USUAL_PENALTY]:
+            weight, bias = fit_last_layer(self.features_NA[:n], self.labels_N[:n], C, penalty, balanced)
+            score = mean_recall(F.linear(held_NA, weight, bias).numpy(), held_N) if len(held_N) else None
+            if layer is None or (score is not None and best is not None and score > best):
+                self.penalty, best, layer = penalty, score, (weight, bias)
+        assert layer is not None
+        return self._named(*layer), best
+
+    def _named(self, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+        name = classifier_name(self.module)
+        return {f"{name}.weight": weight.to(self.device), f"{name}.bias": bias.to(self.device)}
+
+    def with_flips(self) -> OwnPictures:
+        """The recipe with --flips chosen."""
+        if self.recipe.flips == "auto":
+            self.module.load_state_dict(self.last_layer, strict=False)
+            flips, why = self._flips()
+            self.recipe = dataclasses.replace(self.recipe, flips=flips)  # type: ignore[arg-type]
+            print(f"--flips {flips}: {why}")
+        return self.recipe
+
+    def fitted(self, features_NA: Tensor, labels_N: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """A last layer for these pictures in at most so many steps: weight (C, A) and bias (C,)."""
+        return fit_last_layer(features_NA, labels_N, len(self.data.label_names), self.penalty, self.recipe.balances,
+                              steps)
+
+    def on_all(self) -> tuple[dict, np.ndarray]:
+        """Train on the meta set as well; returns the test results and the predictions (N,)."""
+        weight, bias = fit_last_layer(self.features_NA, self.labels_N, len(self.data.label_names), self.penalty,
+                                      self.recipe.balances)
+        self.module.load_state_dict(self._named(weight, bias), strict=False)
+        groups, _ = assign_groups(self.joined.class_counts)
+        predicted: list[np.ndarray] = []
+        prior = as_fitted(self.recipe).implicit_prior(self.joined.class_counts)
+        results = evaluate(self.module, self.joined, self.view, groups, self.device, prior=prior,
+                           features_KNA=self.cache.of("test", self.data.test, self.module), predicted=predicted)
+        return {"split": "test", "epoch": 0, **results}, np.concatenate(predicted)
+
+    def _flips(self) -> tuple[str, str]:
+        """What may be turned over: the accuracy on held-out pictures, each way round."""
+        held = self.data.held_out
+        if len(held) < FEW:
+            return "mirror", "too few pictures are held out to see whether they have an up"
+        some = held.at(np.linspace(0, len(held) - 1, min(len(held), TURNED)).astype(int))
+        ways: dict[str, Callable[[Tensor], Tensor]] = {
+            "upright": lambda x: x, "mirrored": lambda x: x.flip(3), "upside down": lambda x: x.flip(2),
+            "turned": lambda x: x.rot90(1, (2, 3))}
+        answers = {way: logits_of(self.module, some, self.view, self.device, turn).argmax(1)
+                   for way, turn in ways.items()}
+        right = {way: float((answers_N == some.labels).mean()) for way, answers_N in answers.items()}
+        lost = {way: right["upright"] - share for way, share in right.items()}
+        flips = ("none" if lost["mirrored"] > FLIP_LOSS else
+                 "all" if lost["upside down"] <= FLIP_LOSS and lost["turned"] <= QUARTER_LOSS else "mirror")
+        return flips, "the first answer gets " + ", ".join(f"{share:.0%} {way}" for way, share in right.items())
+
+
+def fit_last_layer(
+    features_NA: Tensor, labels_N: Tensor, C: int, penalty: float, balanced: bool, steps: int = FIT_STEPS
+) -> tuple[Tensor, Tensor]:
+    """Weight (C, A) and bias (C,) that minimise, by L-BFGS from 0, on features of mean 0 and variance 1,
+
+        mean cross entropy(logits + log prior, labels) + penalty / 2 * sum weight^2
+
+    balanced   with the log prior of the classes, as logit adjustment has it; else without
+    """
+    mean_A, std_A = features_NA.mean(0), features_NA.std(0).clamp_min(1e-4)
+    x_NA = (features_NA - mean_A) / std_A
+    counts_C = torch.bincount(labels_N, minlength=C).clamp_min(1).float()
+    shift_C = (counts_C / counts_C.sum()).log() if balanced else torch.zeros(C)
+    weight, bias = torch.zeros(C, x_NA.shape[1], requires_grad=True), torch.zeros(C, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(F.linear(x_NA, weight, bias) + shift_C, labels_N) + penalty / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)  # type: ignore[arg-type]
+    with torch.no_grad():
+        scaled = weight / std_A
+        return scaled, bias - scaled @ mean_A
+
+
+def mean_recall(logits_NC: np.ndarray, labels_N: np.ndarray) -> float:
+    """Mean over the classes that there are of the share of their pictures that are right."""
+    right_N = logits_NC.argmax(1) == labels_N
+    return float(np.mean([right_N[labels_N == c].mean() for c in np.unique(labels_N)]))
+
+
+@torch.no_grad()
+def logits_of(module: nn.Module, pictures, view: View, device: torch.device,
+            turn: Callable[[Tensor], Tensor] = lambda x: x) -> np.ndarray:
+    training = module.training
+    module.eval()
+    rows = [module(turn(batch)).float().cpu().numpy() for batch, _ in in_order(pictures, view, device)]
+    module.train(training)
+    return np.concatenate(rows)
+
+
+def as_fitted(recipe: OwnPictures) -> OwnPictures:
+    """The recipe by which `fit_last_layer` trains: with the log prior in place of class weights and augmentation."""
+    return dataclasses.replace(recipe, augment="none", class_weights="none",
+                               loss="balanced-softmax" if recipe.balances else recipe.loss)
