@@ -21,7 +21,9 @@ pytest.importorskip("onnx")
 
 from export import to_onnx  # noqa: E402
 from export.card import card, write_card  # noqa: E402
+from export.command_line import finish  # noqa: E402
 from export.errors import ExportError  # noqa: E402
+from training.report.metrics import wilson_interval  # noqa: E402
 from zoo.architectures import create  # noqa: E402
 
 
@@ -82,6 +84,30 @@ def test_weights_that_are_not_numbers_are_refused(tiny_model_folder, tmp_path, m
     monkeypatch.setattr(to_onnx, "onnx_bytes", lambda module, config: (folder / ONNX).read_bytes())
     with pytest.raises(ExportError):
         to_onnx.export_folder(folder)
+
+
+def test_a_network_that_has_exploded_is_refused(tiny_model_folder, tmp_path):
+    """Its ONNX was within 8e+11 of torch, and written."""
+    folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+    opened = ModelFolder(folder)
+    weights = {name: array * 1e12 if name.startswith("fc") else array for name, array in opened.weights().items()}
+    write_model_folder(folder, opened.config, weights)
+    with pytest.raises(ExportError, match=r"as large as \S+e\+1.*exploded"):
+        to_onnx.export_folder(folder)
+    assert ONNX not in ModelFolder(folder)
+
+
+@pytest.mark.parametrize(("correct", "is_said"), [(52, True), (90, False)])
+def test_a_model_that_guesses_says_so_in_its_last_line(tiny_model_folder, tmp_path, capsys, correct, is_said):
+    # Given a model whose classes are right so often (of 520 pictures, in 10 classes),
+    folder, opened = Path(shutil.copytree(tiny_model_folder, tmp_path / "model")), ModelFolder(tiny_model_folder)
+    low, high = wilson_interval(correct, 520)
+    results = {**opened.results, "macro_error": 1 - correct / 520, "macro_accuracy_interval": [low, high]}
+    write_model_folder(folder, {**opened.config, "metasaug": {**opened.config["metasaug"], "results": results}},
+                       opened.weights())
+    # when training ends with its export, then the last line tells.
+    finish(folder)
+    assert ("no better than guessing" in capsys.readouterr().out.splitlines()[-1]) == is_said
 
 
 def test_parity_holds_on_pictures_of_ones_own(tiny_model_folder, config):

@@ -216,6 +216,18 @@ def test_compiled_training_is_training(device, backend, monkeypatch):
     torch.testing.assert_close(compiled["losses"], exact["losses"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
+def test_dropout_draws_the_same_compiled_or_not():
+    """Else what is compiled in the step's first pass draws otherwise than its tangent and its second pass."""
+    module = nn.Sequential(nn.Flatten(), nn.Linear(12, 64), nn.Dropout(0.5))
+    module.forward_features, module.forward_head = module.forward, lambda features, pre_logits: features
+    features = []
+    for compute in (Compute(), Compute(compiled=True)):
+        torch.manual_seed(7)
+        features.append(compute.body(module)(torch.ones(5, 3, 2, 2)))
+    torch.testing.assert_close(*features)
+
+
 # ---- torchrun ----
 
 
