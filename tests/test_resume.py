@@ -35,7 +35,7 @@ from tests.test_training import (  # noqa: E402
 from training.data.datasets import LongTailed, PictureFiles, Split  # noqa: E402
 from training.errors import DivergenceError, Interrupted, TrainingError  # noqa: E402
 from training.network.distributed import joined  # noqa: E402
-from training.run import checkpoints, evaluation, log, loop, state  # noqa: E402
+from training.run import checkpoints, evaluation, log, loop, stages, state  # noqa: E402
 from training.run.steps import Stepper  # noqa: E402
 from zoo.model_folder import ModelFolder  # noqa: E402
 
@@ -177,6 +177,18 @@ def test_a_run_killed_at_random_goes_on_to_the_same_bits(tmp_path, on_disk, meth
     kill_at_random(recipe, on_disk, tmp_path / "killed", 3, rng)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     assert_nothing_left_over(tmp_path / "killed")
+
+
+def test_pictures_read_from_disk_on_request_train_to_the_same_bits(tmp_path, on_disk, monkeypatch):
+    # Given pictures on disk that fit into memory, when a run holds them, and another may not hold any,
+    recipe = dataclasses.replace(SMALL, epochs=2, stage2_epochs=1, input_size=16)
+    data = data_of(dataclasses.replace(recipe, crops="resized"), on_disk)
+    loop.run(recipe, data, tmp_path / "held", CPU)
+    for module in (loop, stages):
+        monkeypatch.setattr(module, "hold", None)
+    loop.run(recipe, data, tmp_path / "read", CPU, in_memory=False)
+    # then they end with the same bits.
+    assert_same_run(tmp_path / "held", tmp_path / "read")
 
 
 @pytest.mark.promise("resume")

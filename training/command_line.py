@@ -81,6 +81,10 @@ class RunOptions:
     workers: int | None = None
     """Processes that decode pictures, if these do not fit into memory. By default one per core."""
 
+    in_memory: bool = True
+    """Hold the pictures in memory if they take at most half of it. --no-in-memory always reads them from disk: slower,
+    for a machine whose memory others need."""
+
     dry_run: bool = False
     """Print the chosen flags and the class counts, and stop."""
 
@@ -95,7 +99,8 @@ class RunOptions:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine
         return {"evaluate_every": self.evaluate_every, "save_minutes": self.save_minutes,
                 "workers": max(1, cores() // here) if self.workers is None else self.workers,
-                "tensorboard": self.tensorboard, "deterministic": self.deterministic, "features": self.features}
+                "tensorboard": self.tensorboard, "deterministic": self.deterministic, "features": self.features,
+                "in_memory": self.in_memory}
 
 
 Options = Annotated[RunOptions, tyro.conf.arg(name="")]

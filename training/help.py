@@ -32,7 +32,7 @@ GROUPS = {
     "Method: class weights and augmentation": (
         "class_weights", "beta", "strength", "covariance", "meta_rate", "lookahead", "fidelity"),
     "Method: losses": ("gamma", "max_margin", "scale", "tau"),
-    "Speed and memory": ("workers", "precision", "accumulate", "compile", "deterministic"),
+    "Speed and memory": ("workers", "in_memory", "precision", "accumulate", "compile", "deterministic"),
     "Log and checkpoints": ("name", "evaluate_every", "save_minutes", "tensorboard"),
 }
 

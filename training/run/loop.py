@@ -51,6 +51,7 @@ class Options:
     workers         processes that decode pictures; their number changes no bit of the result
     tensorboard     write the log to `folder`/tensorboard as well
     deterministic   on CUDA: only kernels that give the same bits each time; else a resumed run differs in the last bits
+    in_memory       hold pictures that fit into memory; else read them from disk at each step
     features        folder of cached features (--cache-features), which runs may share; None: `folder`/features
     graphs          on CUDA: capture each step as a CUDA graph; METASAUG_GRAPHS=0 in the environment turns it off
     """
@@ -60,6 +61,7 @@ class Options:
     workers: int = 0
     tensorboard: bool = False
     deterministic: bool = True
+    in_memory: bool = True
     features: Path | None = None
     graphs: bool = os.environ.get("METASAUG_GRAPHS") != "0"
 
@@ -118,7 +120,8 @@ class Run:
         """Everything that the first step needs, and all that can fail before it."""
         self.view = view_of(self.recipe, self.data)
         check_input_size(self.state.module, self.recipe, self.view, self.device)
-        self.stages = make_stages(self.recipe, self.data, self.view, self.device, self.options.workers, self.processes)
+        self.stages = make_stages(self.recipe, self.data, self.view, self.device, self.options.workers, self.processes,
+                                  self.options.in_memory)
         self.processes.wait()
         self.steps = [self.stages[epoch >= self.recipe.stage2_epoch].batches.steps
                       for epoch in range(self.recipe.epochs)]
@@ -249,7 +252,8 @@ class Run:
     def tested(self) -> LongTailed:
         """The data with its test pictures in memory, if they fit beside the others: they are decoded once."""
         pictures = sum(len(one) for one in (self.final.train, self.final.meta, self.final.test))
-        if self.recipe.cache_features or not fits_in_memory(self.view, pictures):
+        hold_them = self.options.in_memory and not self.recipe.cache_features
+        if not (hold_them and fits_in_memory(self.view, pictures)):
             return self.final
         return dataclasses.replace(self.final, test=hold(self.final.test, self.view, self.options.workers))
 

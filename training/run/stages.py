@@ -54,11 +54,12 @@ def view_of(recipe: Recipe, data: LongTailed) -> View:
 
 
 def make_stages(
-    recipe: Recipe, data: LongTailed, view: View, device: torch.device, workers: int, processes: Processes
+    recipe: Recipe, data: LongTailed, view: View, device: torch.device, workers: int, processes: Processes,
+    in_memory: bool = True,
 ) -> tuple[Stage, Stage]:
     """What both stages train on; pictures that fit are read into memory, once."""
     cached = recipe.cache_features and recipe.stands_still(in_stage2=False)
-    in_memory = not cached and fits_in_memory(view, len(data.train) + len(data.meta))
+    in_memory = in_memory and not cached and fits_in_memory(view, len(data.train) + len(data.meta))
     first, second = (data_of_stage(recipe, data, number) for number in (1, 2))
     train, meta = second.train, second.meta
     if in_memory:
