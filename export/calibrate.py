@@ -17,8 +17,9 @@ from training.data.datasets import PictureFiles, Split
 from training.data.own_pictures import load_folder
 from training.report.evaluate import labelled_pictures
 from training.report.metrics import Tally
-from zoo.calibration import Calibration, fit_calibration, prior_shift, probabilities
+from zoo.calibration import UNFAMILIAR, Calibration, fit_calibration, log_sum_exp, prior_shift, probabilities
 from zoo.labels import GROUPS
+from zoo.listing import pictures_under
 from zoo.model_folder import CARD, ModelFolder
 from zoo.predictor import Classes, Predictor
 
@@ -27,7 +28,8 @@ SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the test pictures, the surest ones
 
 
 def calibrate(
-    folder: tyro.conf.Positional[Path], data: Path, every: bool = False, test: Path | None = None, per_class: int = 200
+    folder: tyro.conf.Positional[Path], data: Path, every: bool = False, test: Path | None = None,
+    strange: Path | None = None, per_class: int = 200,
 ) -> None:
     """Calibrate a model: its probabilities, prediction sets, and how it sees pictures unlike anything in training.
 
@@ -37,6 +39,7 @@ def calibrate(
             pictures measure the result. With --every, labelled pictures that are in neither.
         every: Use every picture of --data.
         test: With --every, labelled test pictures that measure the result.
+        strange: A folder of pictures of none of the classes: how well familiarity tells them from the test pictures.
         per_class: Pictures used of each class, at most.
     """
     from export.card import write_card
@@ -57,7 +60,13 @@ def calibrate(
     logits_NC, labels_N = _logits(model, *cut)
     found = fit_calibration(logits_NC, labels_N, model.classes.prior_C, words)
     if tested is not None:
-        found["measured"] = measured(found, model, *_logits(model, *tested))
+        logits_NC, labels_N = _logits(model, *tested)
+        found["measured"] = measured(found, model, logits_NC, labels_N)
+        if strange is not None:
+            pictures = list(pictures_under(strange))
+            strange_NC, _ = _logits(model, pictures, np.full(len(pictures), -1))
+            found["measured"]["strange"] = {"pictures": strange.resolve().parent.name + "/" + strange.name,
+                                            **told_apart(found, model.classes, logits_NC, strange_NC)}
     record(folder, calibration=found)
     if CARD in model.folder:
         write_card(folder)
@@ -126,6 +135,20 @@ def measured(found: dict[str, Any], model: Predictor, logits_NC: np.ndarray, lab
             "risk": [[share, float(wrong_N[: max(1, round(share * len(wrong_N)))].mean())] for share in SHARES]}
 
 
+def told_apart(found: dict[str, Any], classes: Classes, known_NC: np.ndarray, strange_NC: np.ndarray) -> dict[str, Any]:
+    """How well familiarity tells strange pictures from known ones: `auroc` is the share of pairs in which the strange
+    one has less energy; `called`, `falsely_called` the shares of strange and known ones that are called unfamiliar."""
+    calibration = Calibration.of({"metasaug": {"calibration": found, "groups": classes.groups}})
+    assert calibration is not None
+    known_N, strange_N = (log_sum_exp(classes.fair(each_NC)) for each_NC in (known_NC, strange_NC))
+    known_N.sort()
+    pairs_N = (np.searchsorted(known_N, strange_N, "left") + np.searchsorted(known_N, strange_N, "right")) / 2
+    called, falsely = (float((calibration.familiarity(classes.fair(each_NC)) < UNFAMILIAR).mean())
+                       for each_NC in (strange_NC, known_NC))
+    return {"images": len(strange_N), "auroc": float(1 - pairs_N.mean() / len(known_N)), "called": called,
+            "falsely_called": falsely}
+
+
 def in_words(found: dict[str, Any]) -> Iterable[str]:
     """What was measured, as the lines of a table."""
     if (figures := found.get("measured")) is None:
@@ -137,6 +160,9 @@ def in_words(found: dict[str, Any]) -> Iterable[str]:
         if group in sets:
             yield (f"  {group:<8} {before[group]:>10.1%} {after[group]:>7.1%} {sets[group]['coverage']:>22.1%} "
                    f"{sets[group]['size']:>8.2f}")
+    if other := figures.get("strange"):
+        yield (f"  {other['images']:,} pictures of none of the classes: {other['called']:.1%} are called unfamiliar, "
+               f"{other['falsely_called']:.1%} of the test pictures are; AUROC {other['auroc']:.3f}")
     yield "  error on the surest " + ", ".join(f"{share:.0%}: {error:.1%}" for share, error in figures["risk"])
 
 

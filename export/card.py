@@ -164,6 +164,10 @@ def _calibration(ours: Mapping[str, Any]) -> list[str]:
         lines += ["", "| surest pictures | " + " | ".join(f"{share:.0%}" for share, _ in risk) + " |",
                   "|---" * (1 + len(risk)) + "|",
                   "| error | " + " | ".join(f"{error:.1%}" for _, error in risk) + " |"]
+        if strange := figures.get("strange"):
+            lines += ["", f"Pictures of none of its classes ({strange['images']:,} of {strange['pictures']}): it calls "
+                          f"{strange['called']:.0%} of them unlike anything in training, and falsely "
+                          f"{strange['falsely_called']:.0%} of the test pictures (AUROC {strange['auroc']:.2f})."]
     return ["\n".join(lines)]
 
 

@@ -15,7 +15,7 @@ from tests.test_command_line import run
 from tests.test_own_pictures import paint_classes
 from tests.test_predict_runs import paint
 from tests.test_predictor import noise, with_config
-from zoo.calibration import Calibration, fit_calibration, fit_temperature, probabilities
+from zoo.calibration import Calibration, estimate_prior, fit_calibration, fit_temperature, probabilities
 from zoo.errors import ModelFolderError, ZooError
 from zoo.model_folder import CARD, CONFIG, ONNX, ModelFolder
 
@@ -192,7 +192,9 @@ def test_calibrate_writes_config_onnx_and_card(capsys, tiny_model_folder, tmp_pa
     paint_classes(tmp_path / "cut", dict.fromkeys(names, 8))
     paint_classes(tmp_path / "test", dict.fromkeys(names, 5), seed=9)
     # when it is calibrated,
-    code, out, _ = run(capsys, "calibrate", folder, "--data", tmp_path / "cut", "--every", "--test", tmp_path / "test")
+    paint(tmp_path / "strange", 7)
+    code, out, _ = run(capsys, "calibrate", folder, "--data", tmp_path / "cut", "--every", "--test", tmp_path / "test",
+                       "--strange", tmp_path / "strange")
     assert code == 0 and "80 pictures" in out and "on 50 test pictures" in out
     # then the folder is whole, and config, ONNX metadata and card say the same,
     opened = ModelFolder(folder)
@@ -206,6 +208,11 @@ def test_calibrate_writes_config_onnx_and_card(capsys, tiny_model_folder, tmp_pa
     # and what was measured is what comes out by hand.
     model = zoo.load(folder)
     tested = [(names.index(path.parent.name), model.predict(path)) for path in sorted((tmp_path / "test").glob("*/*"))]
+    strange = [model.predict(path) for path in (tmp_path / "strange").iterdir()]
+    other = found["measured"]["strange"]
+    assert (other["images"], other["called"]) == (7, np.mean([p.unfamiliar for p in strange]))
+    energy = [[np.logaddexp.reduce(p.logits.astype(float)) for p in some] for some in (strange, [p for _, p in tested])]
+    assert other["auroc"] == pytest.approx(np.mean([[a < b for b in energy[1]] for a in energy[0]]))
     held = np.mean([names[c] in [each.label for each in p.set(0.9)] for c, p in tested])
     assert found["measured"]["coverage"]["all"]["coverage"] == pytest.approx(held)
     assert found["measured"]["risk"][0][1] == pytest.approx(np.mean([p.top[0].index != c for c, p in tested]))
@@ -289,3 +296,67 @@ def test_the_demo_shows_a_set_in_place_of_a_falsely_sure_answer(calibrated_folde
     alone = zoo.load(calibrated_folder).only(["gnu"]).predict(picture)
     assert "it is <b>gnu</b>, and nothing else" in honest(alone)
     assert honest(zoo.load(tiny_model_folder).predict(picture)) == ""
+
+
+# ---- the prior of unlabelled pictures ----
+
+
+@pytest.mark.parametrize("prior", [EQUAL, LONG, LONG[::-1], [0.97, 0.01, 0.01, 0.01]])
+@pytest.mark.parametrize("own", [EQUAL, LONG])
+def test_class_frequencies_are_estimated_without_labels(prior, own):
+    # Given unlabelled pictures of other class frequencies than a calibrated model assumes,
+    logits_NC, labels_N = world(8000, prior, 1.0, seed=7)
+    logits_NC = logits_NC + np.log(own)
+    # when the frequencies are estimated,
+    found_C = estimate_prior(probabilities(logits_NC), np.array(own))
+    # then they are near the true ones, and answers with them have fewer errors than with the model's own.
+    assert found_C == pytest.approx(prior, abs=0.03) and found_C.sum() == pytest.approx(1)
+    errors = [(np.argmax(logits_NC + shift_C, 1) != labels_N).mean()
+              for shift_C in (np.log(found_C) - np.log(own), np.zeros(4))]
+    assert errors[0] <= errors[1] + 0.002
+    assert prior in (EQUAL, own) or own == prior or errors[0] < errors[1] - 0.005
+
+
+def test_the_command_takes_priors_of_files_and_of_the_pictures(capsys, tiny_model_folder, tmp_path):
+    folder = with_config(tiny_model_folder, tmp_path / "m", prior="uniform")
+    pictures, model = paint(tmp_path / "in", 30), zoo.load(folder)
+
+    def rows(*flags: object) -> tuple[list[dict], str]:
+        code, out, said = run(capsys, "predict", folder, pictures, "--out", "-", *flags)
+        assert code == 0
+        return list(csv.DictReader(io.StringIO(out, newline=""))), said
+
+    def same(found: list[dict], prior) -> bool:
+        expected = list(model.predict_folder(pictures, prior=prior))
+        return all(row["label"] == p.top[0].label and float(row["probability"]) == pytest.approx(
+            p.top[0].probability, abs=2e-6) for row, p in zip(found, expected, strict=True))
+
+    # A file gives each class a number, 0 to what cannot occur;
+    numbers = [5, 1, 1, 0, 1, 1, 2, 1, 1, 1]
+    (tmp_path / "prior.csv").write_text("label,number\n" + "".join(
+        f"{label},{number}\n" for label, number in zip(model.labels, numbers, strict=True)))
+    found, _ = rows("--prior", tmp_path / "prior.csv")
+    assert same(found, numbers) and not any(model.labels[3] in row.values() for row in found)
+    # the estimate is that of the library, and says why it may be wrong;
+    found, said = rows("--prior", "estimate")
+    assert same(found, model.estimate_prior(model.predict_folder(pictures)))
+    assert "estimated from 30 pictures" in said and "no calibration" in said and "few for 10 classes" in said
+    # a resumed run keeps the estimate of its first part.
+    out = tmp_path / "rows.csv"
+    arguments = ["predict", folder, pictures, "--prior", "estimate", "--out", out]
+    assert run(capsys, *arguments)[0] == 0
+    before = out.read_bytes()
+    paint(tmp_path / "in/new", 3)
+    code, _, said = run(capsys, *arguments, "--resume")
+    assert code == 0 and "estimated" not in said and out.read_bytes().startswith(before)
+    assert run(capsys, "predict", folder, pictures, "--out", out, "--resume")[0] == 2
+    # Mistakes are named.
+    for text, why in (("ant,1\n", "lacks 9 classes"), ("ant,1\nyeti,2\n", "no class 'yeti'"),
+                      ("a,b\nant\n", "line 2")):
+        (tmp_path / "wrong.csv").write_text(text)
+        code, _, said = run(capsys, "predict", folder, pictures, "--prior", tmp_path / "wrong.csv")
+        assert code == 2 and why in said
+    code, _, said = run(capsys, "predict", folder, "-", "--prior", "estimate")
+    assert code == 2 and "--list" in said
+    code, _, said = run(capsys, "predict", tiny_model_folder, pictures, "--prior", "estimate")
+    assert code == 2 and "which prior" in said

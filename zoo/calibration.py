@@ -134,6 +134,24 @@ def prior_shift(counts_C: np.ndarray, own_prior_C: np.ndarray | None) -> np.ndar
         return np.log(counts_C / counts_C.sum()) - np.log(own_prior_C / own_prior_C.sum())
 
 
+def estimate_prior(p_NC: np.ndarray, prior_C: np.ndarray) -> np.ndarray:
+    """(C,) class frequencies of unlabelled pictures, by expectation maximisation (Saerens et al. 2002):
+
+        r_nc = p_nc q_c / prior_c, divided by its sum over c;   q_c = mean over n of r_nc
+
+    p_NC      the model's probabilities, which assume prior_C      q begins as prior_C
+    Right if the probabilities are, and if a class looks the same there as in training.
+    """
+    q_C, ratio_NC = prior_C.astype(np.float64), p_NC / prior_C
+    for _ in range(1000):
+        r_NC = ratio_NC * q_C
+        new_C = (r_NC / r_NC.sum(1, keepdims=True)).mean(0)
+        moved, q_C = np.abs(new_C - q_C).max(), new_C
+        if moved < 1e-6:
+            break
+    return np.maximum(q_C, 1e-9)  # 0 would say that a class cannot be
+
+
 def log_sum_exp(scores_NC: np.ndarray) -> np.ndarray:
     return np.logaddexp.reduce(scores_NC.astype(np.float64), axis=1)
 

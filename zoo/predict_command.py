@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,17 +19,20 @@ import tyro
 from tqdm import tqdm
 
 import zoo
+from zoo.calibration import UNFAMILIAR
 from zoo.errors import Interrupted, ZooError
-from zoo.files import passed_over_in_words, printable
+from zoo.files import passed_over_in_words, printable, same_text
 from zoo.listing import expanded, listed, number_of_pictures, pictures_of
 from zoo.model_folder import CONFIG, WEIGHTS
 from zoo.pixels import LOCAL, Reading, Remarks
 from zoo.predictor import Prediction, Predictor
 from zoo.review import Review
 from zoo.rows import Layout
-from zoo.rows_file import RowsFile, refuse_out
+from zoo.rows_file import RowsFile, earlier_setting, refuse_out
 from zoo.signals import stop_signals
 from zoo.tables import USUAL, Columns, pictures_in_table
+
+ESTIMATED_FROM = 5_000  # pictures behind --prior estimate
 
 
 def predict(
@@ -47,7 +50,7 @@ def predict(
     coverage: float | None = None,
     classes: Path | None = None,
     exclude: tyro.conf.UseAppendAction[list[str]] = [],  # noqa: B006
-    prior: Literal["uniform", "train"] | None = None,
+    prior: Literal["uniform", "train", "estimate"] | Path | None = None,
     batch: int = 64,
     workers: int | None = None,
     backend: Literal["onnx", "torch"] = "onnx",
@@ -82,7 +85,8 @@ def predict(
             for a model with a calibration.
         classes: A file with the classes that can occur, one a line. No other class is answered.
         exclude: A class that cannot occur; give the flag once for each.
-        prior: Answer for pictures whose classes are equally frequent, or as frequent as in training.
+        prior: How frequent the classes are where the pictures are from: equally (uniform), as in training (train), as a
+            CSV file of label and number says, or as estimated from the pictures themselves (estimate).
         batch: Pictures that are computed together. Smaller needs less memory.
         workers: Threads that decode while the network computes; by default one for each core.
         backend: ONNX Runtime, or torch.
@@ -110,15 +114,28 @@ def predict(
         predictor = predictor.only(_lines(classes))
     predictor = predictor.without(exclude)
 
-    def predicted(pictures: Iterable[Any]) -> Iterator[Prediction]:
+    def predicted(pictures: Iterable[Any], prior: Any) -> Iterator[Prediction]:
         return predictor.predict_each(pictures, top_k, prior, batch_size=batch, workers=workers)
 
+    def listed_again() -> Iterator[Any]:
+        return pictures_in_table(table, paths[0], columns) if table else pictures_of(sources, passed_over, columns)
+
     layout = _layout(predictor, top_k, threshold, coverage)
-    next(predicted([]), None)  # flags that make no sense are refused before a file is opened
     passed_over: Counter[str] = Counter()
     remarks = Remarks()
-    pictures: Iterator[Any] = (pictures_in_table(table, paths[0], columns) if table else
-                               pictures_of(sources, passed_over, columns))
+    frequencies: Any = prior
+    if prior == "estimate":
+        next(predicted([], "uniform"), None)  # flags that make no sense are refused before anything is computed
+        frequencies = earlier_setting(out, "prior") if resume and out is not None else None
+        if frequencies is None:
+            if not sources.again:
+                raise ZooError("--prior estimate goes through the pictures twice: use --list FILE in place of -.")
+            frequencies = _estimated(predictor, lambda: predicted(_some(listed_again), "uniform")).tolist()
+            passed_over.clear()
+    elif isinstance(prior, Path):
+        frequencies = _prior_of_file(prior, predictor)
+    next(predicted([], frequencies), None)
+    pictures = listed_again()
     total = bad = 0
     with ExitStack() as stack:
         rows_file, stopped = None, []
@@ -128,7 +145,7 @@ def predict(
             add = _csv_rows(out, layout, stack)
         else:
             rows_file = stack.enter_context(
-                RowsFile(out, layout, _settings(predictor, prior), resume, overwrite, batch))
+                RowsFile(out, layout, _settings(predictor, frequencies), resume, overwrite, batch))
             pictures, add, stopped = rows_file.new(pictures), rows_file.add, stack.enter_context(stop_signals())
             total, bad = rows_file.rows, rows_file.bad
         number = None if table or not sources.again else partial(number_of_pictures, sources, columns)
@@ -136,7 +153,7 @@ def predict(
         review_in = copy_to or link_to
         review = None if review_in is None else Review(review_in, link=link_to is not None, again=resume)
         pictures, sorted_in = itertools.tee(pictures)
-        for row, picture in zip(remarks.noted(predicted(pictures)), sorted_in, strict=True):
+        for row, picture in zip(remarks.noted(predicted(pictures, frequencies)), sorted_in, strict=True):
             if review is not None:
                 review.add(row, picture, layout.threshold)
             add(row)
@@ -238,12 +255,55 @@ def _printer(layout: Layout) -> Callable[[Prediction], None]:
     return add
 
 
-def _settings(predictor: Predictor, prior: str | None) -> dict[str, Any]:
+def _settings(predictor: Predictor, prior: Any) -> dict[str, Any]:
     """What the rows depend on."""
     files = {name: predictor.folder.files[name][1] for name in (CONFIG, WEIGHTS) if name in predictor.folder.files}
     excluded = [predictor.labels[c] for c in np.flatnonzero(~predictor.classes.allowed_C)]
     return {"model": predictor.name, "model files": files, "precision": predictor.precision, "prior": prior,
             "excluded classes": excluded, "reading": asdict(predictor.reading)}
+
+
+def _prior_of_file(path: Path, predictor: Predictor) -> list[float]:
+    """The number of each class in a CSV file of label and number, with or without a header."""
+    if not path.exists():
+        raise ZooError(f"--prior {path}: no such file, and none of train, uniform and estimate.")
+    found: dict[str, float] = {}
+    for i, row in enumerate(csv.reader(_lines(path))):
+        try:
+            label, number = row
+            found[same_text(label.strip())] = float(number)
+        except ValueError:
+            if i:
+                raise ZooError(f"--prior {path}, line {i + 1}: expected a label and a number, as in fox,12.") from None
+    predictor.only(found)  # names that are no classes
+    if missing := [label for label in predictor.labels if same_text(label) not in found]:
+        raise ZooError(f"--prior {path} lacks {len(missing)} classes, the first is {missing[0]}: give each a number, "
+                       "and 0 to those that cannot occur.")
+    return [found[same_text(label)] for label in predictor.labels]
+
+
+def _some(listed_again: Callable[[], Iterable[Any]]) -> Iterator[Any]:
+    """At most ESTIMATED_FROM pictures, evenly from the whole list."""
+    step = max(1, -(-sum(1 for _ in listed_again()) // ESTIMATED_FROM))
+    return itertools.islice(listed_again(), 0, None, step)
+
+
+def _estimated(predictor: Predictor, answers: Callable[[], Iterable[Prediction]]) -> np.ndarray:
+    """The prior, and on standard error what it is and why it may be wrong."""
+    used = [replace(answer, features=None, feature_map=None) for answer in answers() if answer.error is None]
+    prior_C = predictor.estimate_prior(used)
+    first = np.argsort(-prior_C, kind="stable")[:5]
+    print(f"Class frequencies estimated from {len(used):,} pictures: "
+          + ", ".join(f"{predictor.labels[c]} {prior_C[c]:.1%}" for c in first) + " …", file=sys.stderr)
+    strange = float(np.mean([answer.unfamiliar for answer in used]))
+    classes = len(predictor.labels)
+    for holds, warning in (
+            (predictor.calibration is None, "the model has no calibration (`metasaug calibrate`)"),
+            (len(used) < 20 * classes, f"{len(used):,} pictures are few for {classes} classes"),
+            (strange > 3 * UNFAMILIAR, f"{strange:.0%} of the pictures look unlike anything in training")):
+        if holds:
+            print(f"Do not trust this estimate: {warning}.", file=sys.stderr)
+    return prior_C
 
 
 def _lines(path: Path) -> list[str]:

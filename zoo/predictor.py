@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image
 
-from zoo.calibration import UNFAMILIAR, Calibration, probabilities
+from zoo.calibration import UNFAMILIAR, Calibration, estimate_prior, probabilities
 from zoo.errors import BackendError, ModelFolderError, PictureError, ZooError
 from zoo.files import same_text
 from zoo.images import NamedPicture, Picture, preprocess, read
@@ -426,6 +426,24 @@ class Predictor:
     def _group_mass(self, p_C: np.ndarray) -> dict[str, float]:
         members = np.array(self.groups)
         return {g: float(p_C[members == g].sum()) for g in (*GROUPS, UNKNOWN) if g in self.groups}
+
+    def estimate_prior(self, answers: Iterable[Prediction]) -> np.ndarray:
+        """(C,) class frequencies of the pictures behind these answers, for `prior=`: zoo.calibration.estimate_prior.
+
+        Trust it only if the pictures show these classes, as they look in training, and the model is calibrated. A class
+        that cannot be has 0. Raises ZooError where the model's own prior is not known, or no answer is left.
+        """
+        if self.classes.prior_C is None:
+            raise ZooError(f"{self.name} does not say which prior its training assumed: none can be estimated.")
+        logits = [answer.logits for answer in answers if answer.logits is not None]
+        if not logits:
+            raise ZooError("No picture could be read: there is nothing to estimate a prior from.")
+        allowed_C = self.classes.allowed_C
+        p_NC = self._probabilities(np.stack(logits)[:, allowed_C], None)
+        prior_C = np.zeros(len(self.labels))
+        own_C = self.classes.prior_C[allowed_C]
+        prior_C[allowed_C] = estimate_prior(p_NC, own_C / own_C.sum())
+        return prior_C
 
     def prior_shift(self, prior: Prior | None, tau: float = 1.0) -> np.ndarray | None:
         """What `predict` adds to the logits (C,) for this prior: -inf where a class cannot be; None for nothing.

@@ -264,6 +264,14 @@ def about_rows(path: Path) -> dict[str, Any]:
     return settings
 
 
+def earlier_setting(path: Path, name: str) -> Any:
+    """A setting of an earlier part of the run; None where there is none."""
+    try:
+        return json.loads(path.with_name(f"{path.name}.run.json").read_text(encoding="utf-8"))["settings"].get(name)
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
 def refuse_out(path: Path, resume: bool, overwrite: bool) -> str:
     """The format of `--out`. Raises ZooError for one that no run may write."""
     kind = path.suffix.lower()
