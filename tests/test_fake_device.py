@@ -55,7 +55,7 @@ def test_a_run_its_stage_1_and_its_end_stay_on_the_device(tmp_path, run):
 
 def test_a_stage_1_on_a_ready_backbone_is_compared_on_the_device(tmp_path):
     # Given a run of a last layer on a ready backbone, when another takes its stage 1, then their backbones compare,
-    torch.save(create("resnet32", 5).state_dict(), tmp_path / "ready.pth")
+    torch.save(create("resnet8", 5).state_dict(), tmp_path / "ready.pth")
     recipe = dataclasses.replace(SHORT, backbone=str(tmp_path / "ready.pth"), last_layer="fresh")
     with FakeDevice() as device:
         loop.run(recipe, small_data(), tmp_path / "whole", device)

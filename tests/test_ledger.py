@@ -76,8 +76,14 @@ def test_a_cell_is_run_once_from_the_shared_stage_1(tmp_path, monkeypatch):
 ce = { augment = "none", class_weights = "none" }
 metasaug = { augment = "metasaug" }
 [sets.tiny]
-recipe = { dataset = "cifar10-lt", imbalance = 2, epochs = 2, meta_per_class = 2, batch_size = 20 }
 train_pictures = 80
+[sets.tiny.recipe]
+dataset = "cifar10-lt"
+architecture = "resnet8"
+imbalance = 2
+epochs = 2
+meta_per_class = 2
+batch_size = 20
 [[cells]]
 set = "tiny"
 seeds = [3]
