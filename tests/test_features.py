@@ -307,6 +307,10 @@ def test_a_disk_too_small_is_told_before_anything_is_trained(tmp_path, monkeypat
     # when a run asks for more, then it stops before its first step and says how much it takes and what to do.
     with pytest.raises(TrainingError, match=r"take 46 kB in .*features, where 10 kB are free.*--features"):
         loop.run(frozen(), DATA, tmp_path, CPU, on_progress=lambda _: pytest.fail("trained"))
+    # So does one whose checkpoints and model have no room.
+    with pytest.raises(TrainingError, match=r"will write \S+ [kM]B into .*, where 10 kB are free.*--out"):
+        loop.run(dataclasses.replace(frozen(), cache_features=0), DATA, tmp_path, CPU,
+                 on_progress=lambda _: pytest.fail("trained"))
 
 
 def test_a_disk_that_fills_up_loses_nothing(tmp_path, monkeypatch):

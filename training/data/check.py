@@ -184,6 +184,7 @@ def expect(job: Job, data: LongTailed) -> dict[str, Any] | None:
 def measured(recipe: Recipe, data: LongTailed, device) -> dict[str, Any]:
     import torch
 
+    from training.run.stages import run_bytes
     from zoo.architectures import create
 
     size = recipe.input_size or (data.train.pictures.shape[1] if isinstance(data.train, Split) else 224)
@@ -226,12 +227,6 @@ def measured(recipe: Recipe, data: LongTailed, device) -> dict[str, Any]:
         "disk_of_the_run": run_bytes(weights, covariance) + (features if recipe.cache_features else 0),
         "disk_of_the_pictures": None if isinstance(data.train, Split) else _disk(data),
     }
-
-
-def run_bytes(weights: int, covariance: int) -> int:
-    """Disk of a run: three checkpoints (weights and momentum; covariances, running and learned), and the model folder
-    with the weights twice, as ONNX too."""
-    return 4 * (2 * weights + 2 * covariance)
 
 
 def _seconds_to_read(files: PictureFiles, reading: Reading) -> float:

@@ -31,7 +31,16 @@ from training.run import checkpoints
 from training.run.evaluation import evaluate
 from training.run.log import Log
 from training.run.signals import naming_dead_workers
-from training.run.stages import Stage, check_disk, data_of_stage, make_stages, meta_batches, on_features, view_of
+from training.run.stages import (
+    Stage,
+    check_disk,
+    check_room,
+    data_of_stage,
+    make_stages,
+    meta_batches,
+    on_features,
+    view_of,
+)
 from training.run.start import find_start
 from training.run.state import State, check_input_size, start
 from training.run.steps import Stepper, log_line, set_trained
@@ -131,6 +140,8 @@ class Run:
             self.cache = FeatureCache(self.options.features or self.folder / "features", self.recipe.cache_features,
                                       self.view, self.recipe.seed, self.device, self.options.workers, self.compute)
             check_disk(self.recipe, self.data, self.cache, self.state)
+        if self.processes.first:
+            check_room(self.folder, self.state)
 
     def train(self) -> dict:
         """All epochs that are left; returns the results of the last test."""

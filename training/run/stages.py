@@ -2,8 +2,10 @@
 
 import dataclasses
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 
 from training.data.batches import Batches, View, fits_in_memory, hold
-from training.data.datasets import LongTailed, PictureFiles, Split, listed
+from training.data.datasets import LongTailed, PictureFiles, Split, listed, size_in_words
 from training.errors import TrainingError
 from training.method.losses import HeadLoss, class_balanced_weights
 from training.network.distributed import Processes
@@ -131,6 +133,23 @@ def check_disk(recipe: Recipe, data: LongTailed, cache: FeatureCache, state: Sta
         trained_on.append(data.train)
     cache.check_disk([*(("train", one) for one in trained_on), ("meta", second.meta), ("test", data.test)],
                      state.module, recipe.stands_still(state.epoch >= recipe.stage2_epoch))
+
+
+def check_room(folder: Path, state: State) -> None:
+    """TrainingError, before anything is trained, if the disk has no room for what the run will write."""
+    weights, covariances = (sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
+                            for parts in ([state.module], [state.covariance, state.learned]))
+    needed = run_bytes(weights, covariances // 2)
+    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    if free < needed and not (folder / "checkpoints").exists():
+        raise TrainingError(f"The run will write {size_in_words(needed)} into {folder}, where {size_in_words(free)} "
+                            "are free. Make room, or choose another --out.")
+
+
+def run_bytes(weights: int, covariance: int) -> int:
+    """Disk of a run: three checkpoints (weights and momentum; covariances, running and learned), and the model folder
+    with the weights twice, as ONNX too."""
+    return 4 * (2 * weights + 2 * covariance)
 
 
 def meta_batches(recipe: Recipe, stage: Stage, state: State, last: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
