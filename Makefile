@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 PIP     = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo space test test-long test-gpu lint browser clean help
+.PHONY: demo space docs docs-serve test test-long test-gpu lint browser clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -15,6 +15,12 @@ demo: $(VENV)/.demo  ## the Gradio app on 127.0.0.1:7860, on the bundled models 
 
 space: $(VENV)/.demo  ## build/space: the demo as a Hugging Face Space, ready to push
 	$(BIN)/python -m zoo.demo.space build/space
+
+docs: $(VENV)/.dev  ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.dev  ## the same on http://127.0.0.1:8000, up to date as you write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 test: $(VENV)/.dev browser lint  ## lint, types and all tests (a few minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

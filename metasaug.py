@@ -1,9 +1,12 @@
 """The command line: `metasaug COMMAND …`. Each command is imported only when it is called."""
 
+import contextlib
 import importlib
+import io
+import re
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class Command(NamedTuple):
@@ -23,6 +26,7 @@ COMMANDS = {
     "convert": Command(USE, "zoo.exchange:convert", "convert predictions for Timelapse or Camtrap DP"),
     "evaluate": Command(USE, "training.report.evaluate:evaluate",
                         "measure a model on labelled pictures, per group and class"),
+    "completion": Command(USE, "metasaug:completion", "a script with which bash completes commands"),
     "data check": Command(TRAIN, "training.data.check:check",
                           "check your data before training: bad files, class counts, splits, cost",
                           help="training.help:help_of_check"),
@@ -111,6 +115,41 @@ def overview() -> str:
         lines += ["", f"{group}:", *(f"  {name:<10}  {command.summary}" for name, command in COMMANDS.items()
                                      if command.group == group)]
     return "\n".join(lines)
+
+
+def completion(shell: Literal["bash"], /) -> None:
+    """Print a script with which bash completes commands, data sets, flags and names of models.
+
+    It takes some seconds, so keep it in a file:
+    metasaug completion bash > ~/.local/share/bash-completion/completions/metasaug
+    """
+    data_sets = " ".join(job.recipe.dataset for job in _found("training.command_line:JOBS"))
+    models = " ".join(entry.name for entry in _found("zoo.registry:list_models")())
+    cases = ['data) words="check" ;;', *(f'{name}) words="{data_sets}" ;;' for name in ("train", '"data check"'))]
+    for name in COMMANDS:
+        for words in [f"{name} {one}" for one in data_sets.split()] if name in ("train", "data check") else [name]:
+            flags = " ".join(_flags(words)) + (f" {models}" if name in ("predict", "evaluate", "info") else "")
+            cases.append(f'"{words}"*) words="{flags}" ;;')
+    print(COMPLETION.format(commands=" ".join(sorted({name.split()[0] for name in COMMANDS})),
+                            cases="\n    ".join(cases)))
+
+
+COMPLETION = """_metasaug() {{
+  local words="{commands}" line="${{COMP_WORDS[*]:1:COMP_CWORD-1}}"
+  case "$line" in
+    {cases}
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o default -F _metasaug metasaug"""
+
+
+def _flags(words: str) -> list[str]:
+    """Those that the help of a command names."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        main([*words.split(), "--help"])
+    return sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", said.getvalue())))
 
 
 if __name__ == "__main__":

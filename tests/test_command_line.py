@@ -235,8 +235,8 @@ def test_an_unknown_command_lists_the_commands(capsys):
 def test_a_wrong_choice_lists_the_allowed_ones(capsys):
     code, _, err = run(capsys, "predict", "m", "a.png", "--backend", "tensorrt")
     assert code == 2 and "onnx" in plain(err) and "torch" in plain(err)
-    code, _, err = run(capsys, "predict", "m", "a.png", "--prior", "flat")
-    assert code == 2 and "uniform" in plain(err) and "train" in plain(err)
+    code, _, err = run(capsys, "predict", "m", "a.png", "--precision", "int7")
+    assert code == 2 and "fp32" in plain(err) and "int8" in plain(err)
 
 
 def test_a_wrong_flag_is_named_and_a_near_one_suggested(capsys):
@@ -319,3 +319,19 @@ def test_list_info_and_predict_need_no_torch(tiny_model_folder, pictures):
 def test_python_m_export_is_the_same_command(tmp_path):
     done = subprocess.run([sys.executable, "-m", "export", str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.startswith("metasaug export: ")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_bash_completes_commands_data_sets_flags_and_models(capsys, tmp_path):
+    code, script, _ = run(capsys, "completion", "bash")
+    assert code == 0
+    (tmp_path / "metasaug").write_text(script)
+    for words, found in ((["pre"], "predict"), (["train", "fo"], "folder"),
+                         (["train", "folder", "--minu"], "--minutes"),
+                         (["data", ""], "check"), (["data", "check", "ta"], "table"),
+                         (["predict", "heldout-cifar10-lt"], "heldout-cifar10-lt"),
+                         (["predict", "x", "--resu"], "--resume")):
+        ask = ('source "$1"; shift; COMP_WORDS=(metasaug "$@"); COMP_CWORD=$#; _metasaug; '
+               'printf "%s\\n" "${COMPREPLY[@]}"')
+        done = subprocess.run(["bash", "-c", ask, "-", tmp_path / "metasaug", *words], capture_output=True, text=True)
+        assert found in done.stdout.split(), (words, done)
