@@ -99,8 +99,16 @@ def metadata(config: dict[str, Any]) -> dict[str, str]:
         "mean": json.dumps(cfg["mean"]),
         "std": json.dumps(cfg["std"]),
         "input_size": json.dumps(cfg["input_size"]),
-        "preprocessing": f"RGB; {fitting_in_words(cfg)}; float32, (x / 255 - mean) / std per channel; (batch, 3, H, W)",
+        "preprocessing": f"RGB{reading_in_words(config)}; {fitting_in_words(cfg)}; float32, (x / 255 - mean) / std per "
+                         "channel; (batch, 3, H, W)",
     }
+
+
+def reading_in_words(config: dict[str, Any]) -> str:
+    """What the training pictures' files left open; nothing for ordinary ones."""
+    kept = config["metasaug"].get("reading") or {}
+    words = {"white": "16-bit grey divided by {}", "page": "TIFF page {} (max, mean: over all pages)"}
+    return "".join(f", {words[key].format(value)}" for key, value in kept.items())
 
 
 def fitting_in_words(cfg: dict[str, Any]) -> str:

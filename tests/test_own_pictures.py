@@ -10,10 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import zoo
+from tests.test_images import as_bytes
+from tests.test_pixels import stack
+from tests.test_predictor import with_config
 from training.data import splits as cuts
 from training.data.datasets import LongTailed
 from training.data.own_pictures import load_folder, load_table
 from training.errors import DataError
+from training.recipes import Cifar10LT
+from zoo.errors import ModelFolderError
+from zoo.images import decode
+from zoo.pixels import Reading
 from zoo.tables import Columns
 
 
@@ -241,6 +249,65 @@ def test_mean_and_spread_are_those_of_the_training_pictures(tmp_path):
     assert np.allclose(data.mean, pixels.mean((0, 1, 2)), atol=1e-3)
     assert np.allclose(data.std[0], pixels[..., 0].std(), atol=1e-3)
     assert data.train.sizes.tolist() == [[100, 70]] * len(data.train)
+
+
+# ---- what files leave open ----
+
+
+def test_the_range_of_a_12_bit_camera_is_found_over_the_data_set_and_kept_with_the_model(tiny_model_folder, tmp_path):
+    # Given the same pictures with 8 bits, and from a camera of 12 bits in 16, of which some are dark,
+    rng = np.random.default_rng(0)
+    for c in "ab":
+        for i in range(12):
+            grey = rng.integers(0, 256 // (1 + i % 3), (9, 6), dtype=np.uint16)
+            for bits, values in ((8, grey.astype(np.uint8)), (12, grey * 16 + grey // 16)):
+                path = tmp_path / str(bits) / c / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(values).save(path)
+    # when both are loaded, then the range is found and said, and mean, spread and pixels are those of the 8 bits;
+    eight, twelve = (load_folder(tmp_path / bits) for bits in ("8", "12"))
+    assert (eight.reading.white, twelve.reading.white) == (None, 4095)
+    assert any("White is 4,095" in note for note in twelve.notes)
+    assert twelve.mean == eight.mean and twelve.std == eight.std
+    stages = pytest.importorskip("training.run.stages")
+    view = stages.view_of(Cifar10LT(input_size=6), twelve)
+    shown = [view.fit(decode(tmp_path / file, reading=reading)) for file, reading in
+             (("12/a/0.png", view.reading), ("8/a/0.png", eight.reading))]
+    assert np.array_equal(*shown)
+    # a flag decides instead, and another one is another data set;
+    flagged = load_folder(tmp_path / "12", reading=Reading(white=1000))
+    assert flagged.reading.white == 1000 and flagged.identity() != twelve.identity()
+    # and a model that was trained so reads them so.
+    model = zoo.load(with_config(tiny_model_folder, tmp_path / "model", reading=twelve.reading.to_dict()))
+    plain = zoo.load(tiny_model_folder)
+    logits = [by.predict(tmp_path / file).logits for by, file in ((model, "12/b/0.png"), (plain, "8/b/0.png"))]
+    assert np.array_equal(*logits)
+    for wrong in ({"white": 0}, {"page": "all"}, {"gamma": 2}):
+        with pytest.raises(ModelFolderError, match=r"metasaug\.reading"):
+            zoo.load(with_config(tiny_model_folder, tmp_path / f"wrong {wrong}", reading=wrong))
+
+
+def test_stacks_and_cut_off_pictures_are_counted_and_read_as_asked(tmp_path):
+    # Given TIFFs of three pages that differ only on the second, and two JPEGs without their end,
+    for c, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        for i in range(8):
+            pages = [np.full((8, 8), 100, np.uint8), np.random.default_rng([c, i]).integers(0, 90, (8, 8), np.uint8),
+                     np.full((8, 8), 100, np.uint8)]
+            (tmp_path / name / f"{i}.tif").write_bytes(stack(*pages))
+    # when loaded, then all are copies of one picture by their first page, and the reason is said;
+    with pytest.raises(DataError, match=r"Page 1 is read of 16 TIFFs that have several pages"):
+        load_folder(tmp_path)
+    # with the page named, they are not.
+    data = load_folder(tmp_path, reading=Reading(page=2))
+    assert len(data.train) and data.reading.to_dict() == {"page": 2}
+    # A JPEG without its end stops training, unless it is asked for.
+    content = as_bytes(Image.effect_noise((64, 64), 50), "JPEG")
+    (tmp_path / "a" / "cut.jpg").write_bytes(content[:-9])
+    with pytest.raises(DataError, match=r"a/cut.jpg is cut off: .*--most-missing"):
+        load_folder(tmp_path, reading=Reading(page=2, most_missing=0))
+    data = load_folder(tmp_path, reading=Reading(page=2, most_missing=0.5))
+    assert any("1 JPEGs lack their end" in note for note in data.notes)
 
 
 # ---- tables ----
