@@ -26,7 +26,7 @@ COMMANDS = {
     "convert": Command(USE, "zoo.exchange:convert", "convert predictions for Timelapse or Camtrap DP"),
     "evaluate": Command(USE, "training.report.evaluate:evaluate",
                         "measure a model on labelled pictures, per group and class"),
-    "completion": Command(USE, "metasaug:completion", "a script with which bash completes commands"),
+    "completion": Command(USE, "metasaug:completion", "print a bash completion script"),
     "data check": Command(TRAIN, "training.data.check:check",
                           "check your data before training: bad files, class counts, splits, cost",
                           help="training.help:help_of_check"),
@@ -35,7 +35,7 @@ COMMANDS = {
     "import": Command(SHARE, "export.authors_files:import_file", "make a model folder from the authors' checkpoint"),
     "export": Command(SHARE, "export.command_line:export", "write ONNX beside the weights of a model folder"),
     "calibrate": Command(SHARE, "export.calibrate:calibrate",
-                         "make a model's probabilities honest, and give it prediction sets"),
+                         "calibrate a model, and add prediction sets"),
     "publish": Command(SHARE, "export.publish:publish", "upload a model folder to the Hugging Face Hub"),
     "release": Command(SHARE, "export.release:release", "train, measure, export and publish the zoo's missing models"),
 }
