@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -191,6 +192,13 @@ def image(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
 
 
+def overlapping_tags(entries: int = 5000, size: int = 900_000) -> bytes:
+    """A TIFF without a picture, or EXIF data: its tags all hold the same bytes, 4.5 GB if each is read."""
+    data_at = 8 + 2 + 12 * entries + 4
+    tags = b"".join(struct.pack("<HHII", 0x9000 + i, 7, size, data_at) for i in range(entries))
+    return b"II*\0" + struct.pack("<IH", 8, entries) + tags + bytes(4) + bytes(size)
+
+
 def zip_of(content: bytes, copies: int) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
@@ -293,7 +301,7 @@ def uploads_in_all(on: Target, long: bool) -> dict[str, Any]:
 
 
 def hostile_uploads(on: Target, long: bool) -> dict[str, Any]:
-    """Damaged pictures, each uploaded and asked about."""
+    """Damaged pictures, and tags that point to the same bytes again and again, each uploaded and asked about."""
     import numpy as np
 
     rng, good = np.random.default_rng(0), (load.EXAMPLES / "ship.jpg").read_bytes()
@@ -303,7 +311,8 @@ def hostile_uploads(on: Target, long: bool) -> dict[str, Any]:
         changed = bytearray(good[: int(rng.integers(1, len(good)))] if i % 3 == 0 else good)
         for at in rng.integers(len(changed), size=20):
             changed[at] = int(rng.integers(256))
-        data = [{"path": upload_bytes(on, f"{i}.jpg", bytes(changed)), "meta": {"_type": "gradio.FileData"}},
+        content = overlapping_tags() if i % 20 == 7 else bytes(changed)
+        data = [{"path": upload_bytes(on, f"{i}.jpg", content), "meta": {"_type": "gradio.FileData"}},
                 load.MODEL, "own"]
         reply = load.reply(on.url, {"data": data}, 60)
         answers[reply.partition("\n")[0] or "none"] += 1

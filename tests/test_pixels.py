@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
+from benchmarks.attacks import overlapping_tags
 from tests.test_images import ROOT, as_bytes, drawing, png
 from zoo.errors import PictureError, ZooError
 from zoo.images import decode, read
@@ -211,16 +212,9 @@ def test_what_makes_no_sense_is_refused(flags):
 # ---- tags ----
 
 
-def exif_of_overlapping_tags(entries: int = 5000, size: int = 900_000) -> bytes:
-    """EXIF data whose tags all hold the same bytes: 5 GB, if they are read."""
-    head = 8 + 2 + 12 * entries + 4
-    tags = b"".join(struct.pack("<HHII", 0x9000 + i, 7, size, head) for i in range(entries))
-    return b"II*\0" + struct.pack("<IH", 8, entries) + tags + bytes(4) + bytes(size)
-
-
 def test_tags_that_point_to_the_same_bytes_again_and_again_are_refused():
     """A TIFF or a PNG of 1 MB took 4.5 GB."""
-    tags = exif_of_overlapping_tags()
+    tags = overlapping_tags()
     for content in (tags, png(4, 4, 8, 0, bytes(20), (b"eXIf", tags)),
                     as_bytes(drawing(), "JPEG")[:2] + b"\xff\xe1\xff\xffExif\0\0" + tags[:65525] + b"\xff\xd9"):
         script = ("import resource, sys; from zoo.images import decode; from zoo.errors import PictureError\n"
