@@ -239,7 +239,8 @@ def test_a_start_brings_its_own_recipe(monkeypatch):
     # Given a start at hand, on a machine that trains 25 pictures a second at 224 pixels and 50 minutes by default,
     monkeypatch.setattr("training.network.starts.choose_start", lambda device: ("small", "at hand"))
 
-    def step(architecture, size, batch, device):
+    def step(recipe, size, device):
+        assert recipe.freeze == "early"
         return (size / 224) ** 2 / 25
 
     monkeypatch.setattr("training.run.defaults.measure_step", step)

@@ -28,7 +28,7 @@ GROUPS = {
         "color_jitter"),
     "Schedule": ("batch_size", "lr", "lr_drop", "schedule", "momentum", "weight_decay", "seed"),
     "Stage 1 and stage 2": (
-        "stage1", "stage1_loss", "stage2_epochs", "stage2_lr", "stage2_batch_size", "stage2_trains"),
+        "stage1", "stage1_loss", "stage2_epochs", "stage2_lr", "stage2_batch_size", "stage2_trains", "freeze"),
     "Method: class weights and augmentation": (
         "class_weights", "beta", "strength", "covariance", "meta_rate", "lookahead", "fidelity"),
     "Method: losses": ("gamma", "max_margin", "scale", "tau"),

@@ -47,11 +47,11 @@ TESTS = 5  # tests in the course of a run, each of which may leave a better mode
 
 def with_start(
     recipe: OwnPictures, data: LongTailed, device: str, cores: int,
-    seconds_a_picture: Callable[[str, int, int, str], float] | None = None,
+    seconds_a_picture: Callable[[OwnPictures, int, str], float] | None = None,
 ) -> tuple[OwnPictures, list[str]]:
     """The recipe for fine-tuning from a start, chosen where it is auto; unchanged where none is wanted or at hand.
 
-    seconds_a_picture   of training, by (architecture, input size, batch size, device); measured by default
+    seconds_a_picture   of training, by (recipe, input size, device); measured by default
     """
     from training.network.starts import REMEDY, choose_start, find_start
 
@@ -88,6 +88,8 @@ def with_start(
         for flag in ("mean", "std", "interpolation"):
             value = shown.get(flag)
             take(flag, tuple(value) if isinstance(value, (list, tuple)) else value, "the start was trained so")
+    if device == "cpu":
+        take("freeze", "early", "edges and textures that the start knows; a step takes half the time")
     count = len(data.train)
     take("batch_size", min(32, max(8, count // 8)), f"{count:,} training pictures")
     take("lr", 0.02, "fine-tuning: more would destroy what the start has learned")
@@ -108,7 +110,7 @@ def with_start(
 
 
 def _length_and_size(
-    recipe: OwnPictures, data: LongTailed, usual_size: int, device: str, measure: Callable[[str, int, int, str], float]
+    recipe: OwnPictures, data: LongTailed, usual_size: int, device: str, measure: Callable[[OwnPictures, int, str], float]
 ) -> tuple[OwnPictures, list[str]]:
     """Epochs and input size that the minutes allow; both stay as they are for the whole run, and when it resumes."""
     count, others, reasons = len(data.train), len(data.meta) + len(data.test), []
@@ -118,7 +120,7 @@ def _length_and_size(
     # Small pictures are enlarged: a start sees little in less than 128 pixels.
     filled = [size for size in START_SIZES if size <= min(usual_size, max(typical * 1.5, START_SIZES[0]))]
     sizes = [recipe.input_size] if recipe.input_size else filled or [usual_size]
-    each, at = measure(recipe.architecture, sizes[-1], recipe.batch_size, device), sizes[-1]
+    each, at = measure(recipe, sizes[-1], device), sizes[-1]
 
     def epochs_in(size: int) -> float:
         """Once through the frozen start, and the tests, come off the time."""
@@ -143,11 +145,14 @@ def _length_and_size(
     return recipe, reasons
 
 
-def measure_step(architecture: str, size: int, batch: int, device: str) -> float:
+def measure_step(recipe: OwnPictures, size: int, device: str) -> float:
     """Seconds that a training step takes for a picture on this machine: the median of three, after one to warm up."""
+    from training.run.steps import set_trained
     from zoo.architectures import create
 
-    module = create(architecture, 2).to(device).train().to(memory_format=torch.channels_last)
+    module = create(recipe.architecture, 2).to(device).to(memory_format=torch.channels_last)
+    set_trained(module, dataclasses.replace(recipe, input_size=size), False)
+    batch = recipe.batch_size
     pictures = torch.zeros(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     took = []
     for _ in range(4):
@@ -232,7 +237,7 @@ def choose(recipe: OwnPictures, data: LongTailed, device: str, cores: int) -> tu
 
     quiet: dict[str, Any] = {  # said nothing about
         "interpolation": "bilinear", "schedule": "steps", "flips": "mirror" if recipe.start == "none" else "auto",
-        "loss": "ce", "crop_area": 0.08}
+        "loss": "ce", "crop_area": 0.08, "freeze": "none"}
     recipe = dataclasses.replace(recipe, **{flag: value for flag, value in quiet.items()
                                             if getattr(recipe, flag) in ("auto", 0)})
     if not recipe.lr:
