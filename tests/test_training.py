@@ -16,7 +16,8 @@ from training.data.batches import Batches  # noqa: E402
 from training.data.datasets import LongTailed, Split  # noqa: E402
 from training.errors import DivergenceError, Interrupted, TrainingError  # noqa: E402
 from training.recipes import Cifar10LT  # noqa: E402
-from training.run import loop, stages  # noqa: E402
+from training.run import loop, stages, state, steps  # noqa: E402
+from zoo.architectures import create  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = Cifar10LT(architecture="resnet8", epochs=5, batch_size=16, lr=0.05, imbalance=4, meta_per_class=4)
@@ -276,3 +277,27 @@ def test_missing_data_and_wrong_flags_end_in_one_line(tmp_path, monkeypatch, cap
     assert stop.value.code == 2
     said = capsys.readouterr()
     assert "balanced-softmax" in said.out + said.err
+
+
+def test_early_parts_stay_as_they_are_and_the_rest_trains(tmp_path):
+    # Given a network whose first two stages work at an eighth of the side or finer, when it trains with --freeze early,
+    recipe = dataclasses.replace(TINY, architecture="resnet10", freeze="early", epochs=2, stage2_epochs=1,
+                                 augment="metasaug", lookahead="network")
+    before = state.start(recipe, small_data(), CPU).module
+    after, _ = loop.run(recipe, small_data(), tmp_path, CPU)
+    # then their weights and running statistics stand still, in each method's steps, and all else moves.
+    moved = {name.split(".")[0] for name, tensor in after.module.state_dict().items()
+             if not torch.equal(tensor, before.state_dict()[name])}
+    assert moved == {"layer3", "layer4", "fc"}
+
+
+EARLY = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2")
+
+
+@pytest.mark.parametrize(("architecture", "size", "early"), [
+    ("resnet18", 64, set(EARLY)), ("torchvision:resnet18", 64, {f"body.{part}" for part in EARLY}),
+    ("timm:vit_tiny_patch16_224", 224, set())])
+def test_early_parts_are_found_in_any_network(architecture, size, early):
+    module = create(architecture, 3)
+    found = steps.early_parts(module, size)
+    assert {name for name, part in module.named_modules() if any(part is one for one in found)} == early

@@ -110,7 +110,8 @@ def with_start(
 
 
 def _length_and_size(
-    recipe: OwnPictures, data: LongTailed, usual_size: int, device: str, measure: Callable[[OwnPictures, int, str], float]
+    recipe: OwnPictures, data: LongTailed, usual_size: int, device: str,
+    measure: Callable[[OwnPictures, int, str], float],
 ) -> tuple[OwnPictures, list[str]]:
     """Epochs and input size that the minutes allow; both stay as they are for the whole run, and when it resumes."""
     count, others, reasons = len(data.train), len(data.meta) + len(data.test), []
