@@ -177,6 +177,7 @@ def _use(config: Mapping[str, Any], repo: str | None) -> str:
     # Under the name of an imported model the zoo may have weights of our own.
     where = (f'"hf:{repo}")' if repo else '"PATH/OF/THIS/FOLDER")' if ours.get("imported") else
              f'"{ours["name"]}")      # or the path of this folder')
+    since = f" {ours['onnxruntime']} or newer" if ours.get("onnxruntime") else ""
     return f"""## Use
 
 ```python
@@ -185,10 +186,10 @@ model = zoo.load({where}
 print(model.predict("photo.jpg"))
 ```
 
-Without our package: `onnx/model.onnx` in plain onnxruntime. Input `pictures`, float32 (batch, 3, {height}, {width}),
-RGB, (x / 255 - mean) / std with mean {[round(x, 4) for x in cfg['mean']]} and std {[round(x, 4) for x in cfg['std']]};
-outputs `logits`, `features` and, where those are its mean, `feature_map`. Labels, exact mean and std, preprocessing in
-words and this whole configuration are in the file's metadata."""
+Without our package: `onnx/model.onnx` in plain onnxruntime{since}. Input `pictures`, float32
+(batch, 3, {height}, {width}), RGB, (x / 255 - mean) / std with mean {[round(x, 4) for x in cfg['mean']]} and
+std {[round(x, 4) for x in cfg['std']]}; outputs `logits`, `features` and, where those are its mean, `feature_map`.
+Labels, exact mean and std, preprocessing in words and this whole configuration are in the file's metadata."""
 
 
 def _training(ours: Mapping[str, Any]) -> str:

@@ -20,6 +20,8 @@ from zoo.onnx_file import refuse_unsafe
 from zoo.predictor import OUTPUTS, all_outputs, torch_module
 
 OPSET = 20
+# What the oldest runtime reads that we promise, and its version.
+OLD_OPSET, OLD_IR, OLD_RUNTIME = 18, 8, "1.16"
 MOST_LOGIT = 1e4  # beyond it a network is broken, and a difference in proportion says nothing
 MAX_DIFFERENCE = 1e-4  # of a logit, for logits of usual size (up to 10); in proportion above
 
@@ -43,10 +45,13 @@ def export_folder(path: str | Path) -> float:
     """
     folder = ModelFolder(path)
     module = torch_module(folder)
-    content = onnx_bytes(module, folder.config)
+    model = onnx.load_from_string(onnx_bytes(module, folder.config))
+    for_old_runtimes(model)
+    content = model.SerializeToString(deterministic=True)
     refuse_unsafe(content, ONNX)
     difference = check_parity(content, module, folder.config)
     add_files(folder.path, {ONNX: content}, folder.files)
+    record(folder.path)
     return difference
 
 
@@ -78,16 +83,32 @@ def onnx_bytes(module: nn.Module, config: dict[str, Any]) -> bytes:
 
 def record(path: Path, **ours: Any) -> None:
     """Writes values under `metasaug` into the config of a model folder, and the new config into the metadata of each
-    ONNX file, which holds it too."""
+    ONNX file, which holds it too. `metasaug.onnxruntime` names the oldest version that reads the files, where known."""
     folder = ModelFolder(path)
-    config = {**folder.config, "metasaug": {**folder.config["metasaug"], **ours}}
+    models = {name: onnx.load_from_string(folder.read(name)) for name in (ONNX, ONNX_INT8) if name in folder}
+    old = [for_old_runtimes(model) for model in models.values()]
+    config = {**folder.config, "metasaug": {**folder.config["metasaug"], **ours,
+                                            "onnxruntime": OLD_RUNTIME if old and all(old) else None}}
     contents = {CONFIG: json_bytes(config)}
-    for name in (ONNX, ONNX_INT8):
-        if name in folder:
-            model = onnx.load_from_string(folder.read(name))
-            onnx.helper.set_model_props(model, metadata(config))
-            contents[name] = model.SerializeToString(deterministic=True)
+    for name, model in models.items():
+        onnx.helper.set_model_props(model, metadata(config))
+        contents[name] = model.SerializeToString(deterministic=True)
     add_files(folder.path, contents, folder.files)
+
+
+def for_old_runtimes(model: onnx.ModelProto) -> bool:
+    """Declares the file for OLD_RUNTIME where it uses nothing newer, by onnx's own check; returns whether it is."""
+    older = onnx.ModelProto()
+    older.CopyFrom(model)
+    older.ir_version = min(older.ir_version, OLD_IR)
+    for each in older.opset_import:
+        each.version = min(each.version, OLD_OPSET)
+    try:
+        onnx.checker.check_model(older, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
+        return False
+    model.CopyFrom(older)
+    return True
 
 
 def metadata(config: dict[str, Any]) -> dict[str, str]:

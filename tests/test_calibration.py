@@ -203,7 +203,10 @@ def test_calibrate_writes_config_onnx_and_card(capsys, tiny_model_folder, tmp_pa
     props = {each.key: each.value for each in onnx.load_from_string(opened.read(ONNX)).metadata_props}
     assert any(found == json.loads(value).get("metasaug", {}).get("calibration") for value in props.values()
                if value.startswith("{"))
+    model = onnx.load_from_string(opened.read(ONNX))
+    assert model.ir_version == 8 and [each.version for each in model.opset_import] == [18]
     card = opened.read(CARD).decode()
+    assert "plain onnxruntime 1.16 or newer" in card
     assert f"temperature {found['temperature']:.3f}" in card
     # and what was measured is what comes out by hand.
     model = zoo.load(folder)
@@ -227,6 +230,22 @@ def test_calibrate_writes_config_onnx_and_card(capsys, tiny_model_folder, tmp_pa
         assert run(capsys, "evaluate", where, "--data", tmp_path / "test", "--out", tmp_path / "r.json")[0] == 0
         ece[where] = json.loads((tmp_path / "r.json").read_text())["ece"]
     assert ece[folder] < ece[tiny_model_folder]
+
+
+def test_a_file_that_uses_newer_operators_is_left_as_it_is():
+    onnx = pytest.importorskip("onnx")
+    from export.to_onnx import for_old_runtimes
+
+    def network(operator: str):
+        h = onnx.helper
+        value = [h.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 3]) for name in ("x", "y")]
+        graph = h.make_graph([h.make_node(operator, ["x"], ["y"])], "g", value[:1], value[1:])
+        return h.make_model(graph, opset_imports=[h.make_opsetid("", 20)], ir_version=10)
+
+    # Relu is as old as ONNX; Gelu came with opset 20.
+    old, new = network("Relu"), network("Gelu")
+    assert for_old_runtimes(old) and (old.ir_version, old.opset_import[0].version) == (8, 18)
+    assert not for_old_runtimes(new) and (new.ir_version, new.opset_import[0].version) == (10, 20)
 
 
 def test_calibrate_says_what_it_needs(capsys, tiny_model_folder, tmp_path):

@@ -542,6 +542,8 @@ class OnnxNetwork:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors come as exceptions
+        # Its threads wait asleep, not in a loop that takes the cores from those that decode.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # ONNX Runtime's own choice is one for each core of the machine, whatever this job was given.
         options.intra_op_num_threads = threads or (cores() if cores() < (os.cpu_count() or 1) else 0)
         providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
