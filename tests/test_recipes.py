@@ -247,7 +247,8 @@ def test_a_start_brings_its_own_recipe(monkeypatch):
     # when photographs are to be learned, then the recipe is the start's, with as many epochs as the time allows,
     recipe, reasons = choose(Folder(), of_sizes([(400, 500)], (2000, 900, 100)), "cpu", 2)
     assert (recipe.start, recipe.architecture) == ("small", "timm:tf_efficientnet_lite0.in1k")
-    assert (recipe.mean, recipe.interpolation, recipe.input_size) == ((0.5,) * 3, "bicubic", 224)
+    assert (recipe.mean, recipe.interpolation) == ((0.5,) * 3, "bicubic")
+    assert (recipe.train_size, recipe.input_size) == (224, 256)
     assert (recipe.loss, recipe.augment, recipe.meta_in_training) == ("logit-adjustment", "none", "stage2")
     assert recipe.lr <= 0.03
     passes = recipe.epochs * 3000 * 1.2
@@ -256,11 +257,16 @@ def test_a_start_brings_its_own_recipe(monkeypatch):
     assert any(line.startswith("--start small: at hand") for line in reasons)
     # many of them are seen smaller, a few for a short time, small ones larger than they are;
     many, _ = choose(Folder(), of_sizes([(400, 500)], (15_000, 5_000, 100)), "cpu", 2)
-    assert many.input_size < 224 and many.epochs >= 5
+    assert many.train_size == 128 and many.epochs >= 3  # its test set is as large
     few, reasons = choose(Folder(), of_sizes([(400, 500)], (20,) * 8), "cpu", 2)
     assert few.epochs * 160 / 25 < 60
     tiny, _ = choose(Folder(), of_sizes([(30, 30)]), "cpu", 2)
-    assert tiny.input_size == 128
+    assert (tiny.train_size, tiny.input_size) == (128, 160)
+    # and who names a size has it.
+    said, _ = choose(Folder(input_size=128), of_sizes([(400, 500)]), "cpu", 2)
+    assert (said.train_size, said.input_size) == (None, 128)
+    said, _ = choose(Folder(train_size=96), of_sizes([(400, 500)]), "cpu", 2)
+    assert (said.train_size, said.input_size) == (96, 128)
     # --minutes gives more or less, and what is said stands.
     longer, _ = choose(Folder(minutes=20), of_sizes([(400, 500)], (20,) * 8), "cpu", 2)
     assert longer.epochs > few.epochs

@@ -16,8 +16,9 @@ from training.data.batches import Batches  # noqa: E402
 from training.data.datasets import LongTailed, Split  # noqa: E402
 from training.errors import DivergenceError, Interrupted, TrainingError  # noqa: E402
 from training.recipes import Cifar10LT  # noqa: E402
-from training.run import loop, stages, state, steps  # noqa: E402
+from training.run import evaluation, loop, stages, state, steps  # noqa: E402
 from zoo.architectures import create  # noqa: E402
+from zoo.labels import assign_groups  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = Cifar10LT(architecture="resnet8", epochs=5, batch_size=16, lr=0.05, imbalance=4, meta_per_class=4)
@@ -301,3 +302,18 @@ def test_early_parts_are_found_in_any_network(architecture, size, early):
     module = create(architecture, 3)
     found = steps.early_parts(module, size)
     assert {name for name, part in module.named_modules() if any(part is one for one in found)} == early
+
+
+def test_training_shows_pictures_at_its_own_size(tmp_path, monkeypatch):
+    # Given a size of training below that of the input, when trained, then steps and tests have theirs.
+    seen = set()
+    step, look = steps.Stepper.step, evaluation.evaluate
+    monkeypatch.setattr(steps.Stepper, "step",
+                        lambda self, x, *rest: seen.add(("step", *x.shape[2:])) or step(self, x, *rest))
+    recipe = dataclasses.replace(TINY, input_size=24, train_size=16, epochs=2, stage2_epochs=1, augment="heldout")
+    trained, results = loop.run(recipe, small_data(), tmp_path, CPU)
+    assert seen == {("step", 16, 16)}
+    view = stages.view_of(recipe, small_data())
+    assert view.pretrained_cfg["input_size"] == [3, 24, 24]
+    groups, _ = assign_groups(small_data().class_counts)
+    assert look(trained.module, small_data(), view, groups, CPU)["error"] == results["error"]

@@ -163,6 +163,10 @@ class Recipe:
     input_size: int | None = None
     """Height and width of the network's input, in pixels. By default those of the pictures."""
 
+    train_size: int | None = None
+    """Height and width at which training shows pictures; without it --input-size. A random part of a picture shows
+    things larger than the whole picture does, so that a model is better at a size above that of its training."""
+
     mean: tuple[float, float, float] | None = None
     """Per-channel mean in [0, 1], subtracted from the input. By default the start network's, or the data's."""
 
@@ -215,8 +219,8 @@ class Recipe:
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, float) and not math.isfinite(number):
                     raise TrainingError(f"--{flag.replace('_', '-')} {number}: must be a finite number.")
-        for flag in ("epochs", "batch_size", "lr", "meta_per_class", "input_size", "accumulate", "stage2_epochs",
-                     "stage2_lr", "stage2_batch_size"):
+        for flag in ("epochs", "batch_size", "lr", "meta_per_class", "input_size", "train_size", "accumulate",
+                     "stage2_epochs", "stage2_lr", "stage2_batch_size"):
             value = getattr(self, flag)
             if value is not None and not value > 0 and not (value == 0 and flag in self.CHOSEN):
                 raise TrainingError(f"--{flag.replace('_', '-')} {value}: must be greater than 0.")
@@ -228,6 +232,8 @@ class Recipe:
                 raise TrainingError(f"--{flag.replace('_', '-')} {value}: must be from {low:g} to {high:g}.")
         if self.input_size is not None and not self.input_size <= 4096:
             raise TrainingError(f"--input-size {self.input_size}: at most 4096.")
+        if self.train_size is not None and self.backbone is not None:
+            raise TrainingError("--train-size is for a network that trains, and a --backbone does not.")
         if self.stage2_epochs is not None and self.epochs and self.stage2_epochs > self.epochs:
             raise TrainingError(f"--stage2-epochs {self.stage2_epochs}: must be at most --epochs, {self.epochs}.")
         if self.backbone is not None and self.pretrained is not None:

@@ -60,6 +60,7 @@ def make_stages(
     in_memory: bool = True,
 ) -> tuple[Stage, Stage]:
     """What both stages train on; pictures that fit are read into memory, once."""
+    view = view if recipe.train_size is None else dataclasses.replace(view, size=(recipe.train_size,) * 2)
     cached = recipe.cache_features and recipe.stands_still(in_stage2=False)
     in_memory = in_memory and not cached and fits_in_memory(view, len(data.train) + len(data.meta))
     first, second = (data_of_stage(recipe, data, number) for number in (1, 2))

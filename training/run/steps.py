@@ -206,7 +206,7 @@ def set_trained(module: nn.Module, recipe: Recipe, in_stage2: bool) -> None:
     """Train mode; what stands still is in eval mode: early parts, or where only the last layer trains all the rest."""
     module.train()
     if recipe.freeze == "early":
-        for part in early_parts(module, recipe.input_size or EXAMPLE_SIZE):
+        for part in early_parts(module, recipe.train_size or recipe.input_size or EXAMPLE_SIZE):
             part.eval().requires_grad_(False)
     if recipe.stands_still(in_stage2):
         module.eval().requires_grad_(False)
