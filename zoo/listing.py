@@ -96,7 +96,7 @@ def expanded(
                 passed_over[kind] += 1
 
 
-def listed(lines: Iterable[bytes]) -> Iterator[str]:
+def paths_in_list(lines: Iterable[bytes]) -> Iterator[str]:
     """The paths of a list: one a line, as `find` and `ls` print them; empty lines are passed over."""
     for i, line in enumerate(lines):
         line = line.removeprefix(b"\xef\xbb\xbf") if i == 0 else line

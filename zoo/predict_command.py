@@ -22,7 +22,7 @@ import zoo
 from zoo.calibration import UNFAMILIAR
 from zoo.errors import Interrupted, ZooError
 from zoo.files import passed_over_in_words, printable, same_text
-from zoo.listing import expanded, listed, number_of_pictures, pictures_of
+from zoo.listing import expanded, number_of_pictures, paths_in_list, pictures_of
 from zoo.model_folder import CONFIG, WEIGHTS
 from zoo.pixels import LOCAL, Reading, Remarks
 from zoo.predictor import Prediction, Predictor
@@ -196,12 +196,12 @@ class _Sources:
     def __iter__(self) -> Iterator[str]:
         for path in self.paths:
             if path == "-":
-                yield from listed(sys.stdin.buffer)
+                yield from paths_in_list(sys.stdin.buffer)
             else:
                 yield path
         if self.paths_from is not None:
             with open(self.paths_from, "rb") as lines:
-                yield from listed(lines)
+                yield from paths_in_list(lines)
 
 
 def _bar(show: str, done: int, number: Callable[[], int] | None) -> tqdm:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 from training.data.datasets import LongTailed, PictureFiles, Split
 from training.errors import TrainingError
+from training.network.start_weights import Backbone, find_backbone
 from training.network.starts import BY_NAME
 from training.recipes import OwnPictures, Recipe
 from zoo.images import decode
@@ -48,14 +49,8 @@ FORWARD, FORWARD_OF_EARLY, SPARE = 1 / 3, 1 / 2, 1.2
 TESTS = 5  # tests in the course of a run, each of which may leave a better model
 
 
-def with_start(
-    recipe: OwnPictures, data: LongTailed, device: str, cores: int,
-    seconds_a_picture: Callable[[OwnPictures, int, str], float] | None = None,
-) -> tuple[OwnPictures, list[str]]:
-    """The recipe for fine-tuning from a start, chosen where it is auto; unchanged where none is wanted or at hand.
-
-    seconds_a_picture   of training, by (recipe, input size, device); measured by default
-    """
+def with_start(recipe: OwnPictures, data: LongTailed, device: str) -> tuple[OwnPictures, list[str]]:
+    """The recipe for fine-tuning from a start, chosen where it is auto; unchanged where none is wanted or at hand."""
     from training.network.starts import REMEDY, choose_start, find_start
 
     reasons: list[str] = []
@@ -82,11 +77,7 @@ def with_start(
         raise TrainingError(f"--start {recipe.start}: the file does not say which network it holds. Add "
                             "--architecture timm:NAME or torchvision:NAME.")
     take("architecture", start.architecture, "the start's network")
-    shown = start.cfg
-    if not shown and recipe.architecture.startswith(("timm:", "torchvision:")):
-        from training.network.start_weights import find_backbone
-
-        shown = find_backbone(recipe.architecture).cfg
+    shown = _how_shown(start, recipe.architecture)
     if shown:
         for flag in ("mean", "std", "interpolation"):
             value = shown.get(flag)
@@ -107,14 +98,13 @@ def with_start(
     take("crop_area", 0.35, "milder than the start's 0.08, for a shorter run")
     if recipe.input_size and recipe.epochs:
         return recipe, reasons
-    usual_size = (shown or {}).get("input_size", [3, 224, 224])[1]
-    recipe, of_time = _length_and_size(recipe, data, usual_size, device, seconds_a_picture or measure_step)
+    usual_size = shown.get("input_size", [3, 224, 224])[1]
+    recipe, of_time = _length_and_size(recipe, data, usual_size, device)
     return recipe, reasons + of_time
 
 
 def _length_and_size(
-    recipe: OwnPictures, data: LongTailed, usual_size: int, device: str,
-    measure: Callable[[OwnPictures, int, str], float],
+    recipe: OwnPictures, data: LongTailed, usual_size: int, device: str
 ) -> tuple[OwnPictures, list[str]]:
     """Epochs and sizes that the minutes allow; they stay as they are for the whole run, and when it resumes.
 
@@ -128,7 +118,7 @@ def _length_and_size(
     filled = [size for size in START_SIZES if size <= min(usual_size, max(typical * 1.5, START_SIZES[0]))]
     given = recipe.train_size or recipe.input_size
     sizes = [given] if given else filled or [usual_size]
-    each, at = measure(recipe, sizes[-1], device), sizes[-1]
+    each, at = measure_step(recipe, sizes[-1], device), sizes[-1]
     above = ABOVE if recipe.start in BY_NAME and not recipe.input_size else 0
 
     def epochs_in(size: int) -> float:
@@ -179,8 +169,6 @@ def on_backbone(recipe: Recipe, data: LongTailed) -> tuple[Recipe, list[str]]:
 
     Raises TrainingError or another ZooError where there is no such backbone, or it does not say what it is.
     """
-    from training.network.start_weights import find_backbone
-
     assert recipe.backbone is not None
     backbone, usual, reasons = find_backbone(recipe.backbone), type(recipe)(), []
 
@@ -194,9 +182,8 @@ def on_backbone(recipe: Recipe, data: LongTailed) -> tuple[Recipe, list[str]]:
     if recipe.architecture == "auto":
         raise TrainingError(f"--backbone {recipe.backbone}: the file does not say which network it holds: "
                             "--architecture NAME.")
-    shown, why = backbone.cfg, "the backbone was trained so"
-    if not shown and recipe.architecture.startswith(("timm:", "torchvision:")):  # a file of what the library has
-        shown, why = find_backbone(recipe.architecture).cfg, f"of {recipe.architecture}'s own weights"
+    shown = _how_shown(backbone, recipe.architecture)
+    why = "the backbone was trained so" if backbone.cfg else f"of {recipe.architecture}'s own weights"
     if shown:
         take("input_size", shown["input_size"][1], why)
         for flag in ("mean", "std"):
@@ -227,6 +214,13 @@ def on_backbone(recipe: Recipe, data: LongTailed) -> tuple[Recipe, list[str]]:
     return recipe, reasons
 
 
+def _how_shown(backbone: Backbone, architecture: str) -> Mapping[str, Any]:
+    """Input size, mean and so on that its weights were trained with; of a file, those of the library's own weights."""
+    if backbone.cfg or not architecture.startswith(("timm:", "torchvision:")):
+        return backbone.cfg
+    return find_backbone(architecture).cfg
+
+
 def _words(value: Any) -> str:
     return " ".join(f"{number:.4g}" for number in value) if isinstance(value, tuple) else str(value)
 
@@ -236,7 +230,7 @@ def choose(recipe: OwnPictures, data: LongTailed, device: str, cores: int) -> tu
 
     device   cpu, cuda or mps          cores   of the processor
     """
-    recipe, reasons = with_start(recipe, data, device, cores)
+    recipe, reasons = with_start(recipe, data, device)
     count = len(data.train)
     sizes = _sizes(data.train)
 

@@ -75,16 +75,14 @@ class FirstAnswer:
             print(f"--flips {flips}: {why}")
         return self.recipe
 
-    def fitted(self, features_NA: Tensor, labels_N: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    def fitted(self, features_NA: Tensor, labels_N: Tensor, steps: int = FIT_STEPS) -> tuple[Tensor, Tensor]:
         """A last layer for these pictures in at most so many steps: weight (C, A) and bias (C,)."""
         return fit_last_layer(features_NA, labels_N, len(self.data.label_names), self.penalty, self.recipe.balances,
                               steps)
 
     def on_all(self) -> tuple[dict, np.ndarray]:
         """Train on the meta set as well; returns the test results and the predictions (N,)."""
-        weight, bias = fit_last_layer(self.features_NA, self.labels_N, len(self.data.label_names), self.penalty,
-                                      self.recipe.balances)
-        self.module.load_state_dict(self._named(weight, bias), strict=False)
+        self.module.load_state_dict(self._named(*self.fitted(self.features_NA, self.labels_N)), strict=False)
         groups, _ = assign_groups(self.joined.class_counts)
         predicted: list[np.ndarray] = []
         prior = as_fitted(self.recipe).implicit_prior(self.joined.class_counts)
