@@ -155,6 +155,8 @@ def test_stopped_while_fine_tuning_the_first_answer_stays_and_the_run_goes_on(st
             train(job(stripes, tmp_path / "run"))
     # then the exception names the model that there is, and it answers.
     assert stopped.value.model == tmp_path / "run" / "model"
+    report, review = (tmp_path / "run" / name for name in ("report.html", "review.json"))
+    assert report.stat().st_mtime_ns >= review.stat().st_mtime_ns  # the report shows what the review found
     opened = zoo.load(stopped.value.model, backend="torch")
     assert "frozen" in opened.folder.config["metasaug"]["schedule"]
     assert opened.predict(next(stripes.rglob("*.png"))).top[0].label in ("fine", "middle", "wide")

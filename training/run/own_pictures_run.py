@@ -113,6 +113,7 @@ class OwnPicturesRun:
                    f"A last layer on the frozen features of the {self.recipe.start} start")
         self.export()
         write_review(self.folder, review(first.features_NA, first.joined, first.fitted))
+        report_of_run(self.folder, results)
         print(f"{self.model}: first answer after {(time.monotonic() - began) / 60:.1f} minutes, macro error "
               f"{results['macro_error']:.1%}, ready to use."
               + (f" Fine-tuning follows, {self.recipe.epochs} epochs; Ctrl-C keeps the best model so far."
@@ -134,13 +135,13 @@ class OwnPicturesRun:
         if ahead:
             self.leave(self.recipe, self.final, state, {"split": "test", "epoch": state.epoch + 1, **results},
                        predicted_N, None)
+            report_of_run(self.folder, results)
 
     def leave(self, recipe: OwnPictures, data: LongTailed, state: State, results: dict, predicted_N: np.ndarray,
               schedule: str | None) -> None:
-        """Write model and report. schedule: in words; None: the recipe's."""
+        """Write the model, and what it confuses. schedule: in words; None: the recipe's."""
         write_model(self.model, self.name, recipe, data, state, results, schedule=schedule)
         write_review(self.folder, {"confused": confused(self.data.test, predicted_N, data.label_names)})
-        report_of_run(self.folder, results)
 
     def export(self) -> None:
         """ONNX and card, in a process of its own, since training does not know how models are exported."""
