@@ -239,11 +239,11 @@ def test_a_start_brings_its_own_recipe(monkeypatch):
     # Given a start at hand, on a machine that trains 25 pictures a second at 224 pixels and 50 minutes by default,
     monkeypatch.setattr("training.network.starts.choose_start", lambda device: ("small", "at hand"))
 
-    def step(recipe, size, device):
+    def speed(recipe, size, seen, device):
         assert recipe.freeze == "early"
-        return (size / 224) ** 2 / 25
+        return (size / 224) ** 2 / 25, (seen / 224) ** 2 / 75
 
-    monkeypatch.setattr("training.run.defaults.measure_step", step)
+    monkeypatch.setattr("training.run.defaults.measure_speed", speed)
     # when photographs are to be learned, then the recipe is the start's, with as many epochs as the time allows,
     recipe, reasons = choose(Folder(), of_sizes([(400, 500)], (2000, 900, 100)), "cpu", 2)
     assert (recipe.start, recipe.architecture) == ("small", "timm:tf_efficientnet_lite0.in1k")

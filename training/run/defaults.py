@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,8 +44,7 @@ ABOVE = 32
 MOST_EPOCHS, FEW_EPOCHS = 25, 5
 # Minutes of a run by default: at most, and the least; a picture is worth 2 seconds of fine-tuning.
 MOST_MINUTES, LEAST_MINUTES, SECONDS_A_PICTURE = 50.0, 1.0, 2.0
-# Share of a training step that a forward pass takes, alone and with --freeze early; what reading pictures adds.
-FORWARD, FORWARD_OF_EARLY, SPARE = 1 / 3, 1 / 2, 1.2
+SPARE = 1.2  # what reading pictures adds to a step
 TESTS = 5  # tests in the course of a run, each of which may leave a better model
 
 
@@ -118,50 +117,59 @@ def _length_and_size(
     filled = [size for size in START_SIZES if size <= min(usual_size, max(typical * 1.5, START_SIZES[0]))]
     given = recipe.train_size or recipe.input_size
     sizes = [given] if given else filled or [usual_size]
-    each, at = measure_step(recipe, sizes[-1], device), sizes[-1]
     above = ABOVE if recipe.start in BY_NAME and not recipe.input_size else 0
+    largest = sizes[-1]
+    each, forward = measure_speed(recipe, largest, largest + above, device)
 
     def epochs_in(size: int) -> float:
         """Once through the frozen start, and the tests, come off the time."""
-        pixel_seconds = each * (size / at) ** 2 * SPARE
-        forward = (FORWARD_OF_EARLY if recipe.freeze == "early" else FORWARD) * pixel_seconds * (1 + above / size) ** 2
-        frozen, tests = (count + others) * forward, TESTS * len(data.test) * forward
-        return (minutes * 60 - frozen - tests) / (count * pixel_seconds)
+        step = count * each * (size / largest) ** 2 * SPARE
+        look = forward * ((size + above) / (largest + above)) ** 2
+        left, test = minutes * 60 - (count + others) * look, len(data.test) * look
+        return max(left / (step + test) if left < TESTS * (step + test) else (left - TESTS * test) / step, 0)
 
     size = next((size for size in reversed(sizes) if epochs_in(size) >= FEW_EPOCHS), sizes[0])
     if recipe.input_size is None:
         recipe = dataclasses.replace(recipe, input_size=size + above, train_size=size if above else None)
         reasons.append((f"--train-size {size} --input-size {size + above}" if above else f"--input-size {size}")
                        + f": a typical picture has {typical:.0f} x {typical:.0f} pixels"
-                       + (f", and {sizes[-1]} would leave {max(epochs_in(sizes[-1]), 0):.1f} epochs"
-                          if size < sizes[-1] else ""))
+                       + (f", and {sizes[-1]} would leave {epochs_in(largest):.1f} epochs"
+                          if size < largest else ""))
     if not recipe.epochs:
         epochs = min(MOST_EPOCHS, max(2, int(epochs_in(size))))
-        takes = minutes - (epochs_in(size) - epochs) * count * each * (size / at) ** 2 * SPARE / 60
+        takes = minutes - (epochs_in(size) - epochs) * count * each * (size / largest) ** 2 * SPARE / 60
         recipe = dataclasses.replace(recipe, epochs=epochs)
         reasons.append(f"--epochs {epochs}: about {max(1, round(takes))} minutes for the whole run, at "
-                       f"{1 / (each * (size / at) ** 2):.0f} pictures a second in training"
+                       f"{1 / (each * (size / largest) ** 2):.0f} pictures a second in training"
                        + ("; --minutes sets another length" if not recipe.minutes else ""))
     return recipe, reasons
 
 
-def measure_step(recipe: OwnPictures, size: int, device: str) -> float:
-    """Seconds that a training step takes for a picture on this machine: the median of three, after one to warm up."""
+def measure_speed(recipe: OwnPictures, size: int, seen: int, device: str) -> tuple[float, float]:
+    """Seconds of a picture on this machine: in a training step at `size`, in a forward pass at `seen` pixels."""
     from training.run.steps import set_trained
     from zoo.architectures import create
 
     module = create(recipe.architecture, 2).to(device).to(memory_format=torch.channels_last)
     set_trained(module, dataclasses.replace(recipe, input_size=size, train_size=None), False)
-    batch = recipe.batch_size
-    pictures = torch.zeros(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-    took = []
-    for _ in range(4):
-        began = time.perf_counter()
-        module(pictures).sum().backward()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        took.append(time.perf_counter() - began)
-    return float(np.median(took[1:])) / batch
+
+    def seconds(side: int, step: Callable[[torch.Tensor], object]) -> float:
+        """The median of three, after one to warm up."""
+        pictures = torch.zeros(recipe.batch_size, 3, side, side, device=device)
+        pictures = pictures.contiguous(memory_format=torch.channels_last)
+        took = []
+        for _ in range(4):
+            began = time.perf_counter()
+            step(pictures)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            took.append(time.perf_counter() - began)
+        return float(np.median(took[1:])) / recipe.batch_size
+
+    each = seconds(size, lambda pictures: module(pictures).sum().backward())
+    with torch.no_grad():
+        module.eval()
+        return each, seconds(seen, module)
 
 
 def on_backbone(recipe: Recipe, data: LongTailed) -> tuple[Recipe, list[str]]:
