@@ -4,6 +4,7 @@ Shape suffixes: N pictures, C classes.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,13 @@ from export.errors import ExportError
 from training.data.cifar import CIFAR, find_pool, places_of
 from training.data.datasets import PictureFiles, Split
 from training.data.own_pictures import load_folder
+from training.report.calibrated import COVERAGE, measured
 from training.report.evaluate import labelled_pictures
-from training.report.metrics import Tally
-from zoo.calibration import UNFAMILIAR, Calibration, fit_calibration, log_sum_exp, prior_shift, probabilities
+from zoo.calibration import UNFAMILIAR, Calibration, fit_calibration, log_sum_exp
 from zoo.labels import GROUPS
 from zoo.listing import pictures_under
 from zoo.model_folder import CARD, ModelFolder
 from zoo.predictor import Classes, Predictor
-
-COVERAGE = 0.9  # of the sets whose size the card shows
-SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the test pictures, the surest ones: where the error is measured
 
 
 def calibrate(
@@ -61,7 +59,8 @@ def calibrate(
     found = fit_calibration(logits_NC, labels_N, model.classes.prior_C, words)
     if tested is not None:
         logits_NC, labels_N = _logits(model, *tested)
-        found["measured"] = measured(found, model, logits_NC, labels_N)
+        fitted = Calibration.of({"metasaug": {"calibration": found, "groups": model.groups}})
+        found["measured"] = measured(replace(model.classes, calibration=fitted), logits_NC, labels_N)
         if strange is not None:
             pictures = list(pictures_under(strange))
             strange_NC, _ = _logits(model, pictures, np.full(len(pictures), -1))
@@ -108,31 +107,6 @@ def held_out(
         raise ExportError(f"{data} ({source}) is not what {model.name} was trained on: its classes have other counts. "
                           "Name the --data of its training.")
     return (_pictures(cut), cut.labels), (_pictures(test), test.labels), words
-
-
-def measured(found: dict[str, Any], model: Predictor, logits_NC: np.ndarray, labels_N: np.ndarray) -> dict[str, Any]:
-    """On test pictures, with their class frequencies given as the prior: calibration error before and after, coverage
-    and size of prediction sets, and the error on the surest pictures."""
-    classes = Classes(model.labels, model.groups, model.class_counts, np.ones(len(model.labels), bool),
-                      model.classes.prior_C, Calibration.of({"metasaug": {"calibration": found,
-                                                                          "groups": model.groups}}))
-    shift_C = prior_shift(np.bincount(labels_N, minlength=len(model.labels)), classes.prior_C)
-    shift_C = np.maximum(shift_C, -50)  # a class without test pictures
-    ece = {}
-    for when, temperature in (("before", 1.0), ("after", found["temperature"])):
-        tally = Tally(model.labels, model.class_counts, model.groups, None)
-        tally.add(logits_NC / temperature + shift_C, labels_N)
-        results = tally.results()
-        ece[when] = {"all": results["ece"], **{group: each["ece"] for group, each in results["groups"].items()}}
-    inside_NC = classes.inside(logits_NC, COVERAGE)
-    held_N, size_N = inside_NC[np.arange(len(labels_N)), labels_N], inside_NC.sum(1)
-    group_N = np.array(model.groups)[labels_N]
-    p_NC = probabilities(logits_NC / found["temperature"] + shift_C)
-    wrong_N = (p_NC.argmax(1) != labels_N)[np.argsort(-p_NC.max(1), kind="stable")]
-    return {"images": len(labels_N), "ece": ece, "coverage": {
-        "asked": COVERAGE, **{group: {"coverage": float(held_N[of].mean()), "size": float(size_N[of].mean())}
-                              for group in (*GROUPS, "all") if (of := (group_N == group) | (group == "all")).any()}},
-            "risk": [[share, float(wrong_N[: max(1, round(share * len(wrong_N)))].mean())] for share in SHARES]}
 
 
 def told_apart(found: dict[str, Any], classes: Classes, known_NC: np.ndarray, strange_NC: np.ndarray) -> dict[str, Any]:

@@ -124,6 +124,11 @@ def test_a_first_answer_then_fine_tuning_then_the_better_of_both(stripes, tmp_pa
     assert opened.folder.config["metasaug"]["recipe"]["start"] == "small"
     assert opened.folder.config["metasaug"]["prior"] == pytest.approx([1 / 3] * 3, abs=1e-6)
     assert opened.folder.results["macro_error"] <= 0.34
+    # It was calibrated on the held-out pictures, while none of them was trained on, and that was measured.
+    calibration = opened.folder.config["metasaug"]["calibration"]
+    assert calibration["images"] == sum(map(len, calibration["misfits"])) >= 30
+    assert 0.5 <= calibration["measured"]["coverage"]["all"]["coverage"] <= 1
+    assert opened.predict(next(stripes.rglob("*.png"))).set(0.9)
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
 
 

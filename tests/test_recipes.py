@@ -275,6 +275,15 @@ def test_a_start_brings_its_own_recipe(monkeypatch):
     assert said.meta_in_training == "never"
 
 
+def test_a_network_that_takes_one_size_is_given_that_size():
+    for flags in ({"start": "none"}, {"start": "none", "epochs": 5}):
+        recipe, reasons = choose(Folder(architecture="timm:vit_tiny_patch16_224", **flags), of_sizes([(55, 53)]),
+                                 "cpu", 2)
+        assert recipe.input_size == 224 and any("takes no other" in line for line in reasons)
+    # and the covariances' size is by its own number of features
+    assert any("192 features" in line for line in reasons)
+
+
 def test_without_a_start_at_hand_training_begins_from_nothing_and_says_so(monkeypatch):
     monkeypatch.setattr("training.network.starts.choose_start", lambda device: None)
     recipe, reasons = choose(Folder(), of_sizes([(55, 53)]), "cpu", 2)

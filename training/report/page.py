@@ -64,7 +64,8 @@ def page(config: Mapping[str, Any], results: Results, log: Sequence[Mapping[str,
     title = f"{ours['name']}: test results"
     sections = [
         _top(config, results), _tiles(classes), _words(classes), _by_size(classes), _confusion(classes), *of_pictures,
-        _calibration(classes), _shifts(classes), _curves(log), _every_class(classes), _footer(ours),
+        _calibration(classes, ours.get("calibration")), _shifts(classes), _curves(log), _every_class(classes),
+        _footer(ours),
     ]
     colours = (f":root {{ {variables(LIGHT)} }}\n"
                f"@media (prefers-color-scheme: dark) {{ :root {{ {variables(DARK)} }} }}\n")
@@ -298,7 +299,8 @@ def _name(classes: Classes, c: int) -> str:
     return f"<bdi>{breakable(classes.names[c])}</bdi>"
 
 
-def _calibration(classes: Classes) -> str:
+def _calibration(classes: Classes, fitted: Mapping[str, Any] | None) -> str:
+    """fitted   the calibration that the model folder holds"""
     calibration = classes.results.get("calibration")
     if not calibration:
         return ""
@@ -317,7 +319,8 @@ def _calibration(classes: Classes) -> str:
     figure = _figure("Confidence and accuracy", plot.svg("Accuracy against confidence"),
                      "Pictures grouped by confidence, with 95% intervals; larger dots are more pictures. On the dashed "
                      "line confidence equals accuracy; below it the model is overconfident.")
-    return f"""<section><h2>Is its confidence reliable?</h2><p>{escaped(_trust(classes, calibration))}</p>
+    words = escaped(_trust(classes, calibration) + _after(fitted))
+    return f"""<section><h2>Is its confidence reliable?</h2><p>{words}</p>
 <div class="figures">{figure}<figure>
 {_table(["true class", "mean confidence", "accuracy", "calibration error"], rows)}
 <figcaption>Expected calibration error: mean difference of confidence and accuracy over {BINS} equal bins of
@@ -336,6 +339,17 @@ def _trust(classes: Classes, calibration: Mapping[str, Any]) -> str:
         return f"Its mean confidence, {says:.0%}, matches its accuracy."
     return (f"Its mean confidence is {says:.0%} and its accuracy {classes.accuracy:.0%}: it is "
             + ("overconfident." if off > 0 else "underconfident."))
+
+
+def _after(fitted: Mapping[str, Any] | None) -> str:
+    if not fitted or "measured" not in fitted:
+        return ""
+    error, sets = fitted["measured"]["ece"], fitted["measured"]["coverage"]
+    return (f" These are its raw answers. The zoo and the demo divide its logits by a temperature of "
+            f"{fitted['temperature']:.2f}, fitted on {fitted['images']:,} held-out pictures: calibration error "
+            f"{error['before']['all']:.1%} before, {error['after']['all']:.1%} after. Prediction sets of "
+            f"{sets['asked']:.0%} hold the true class of {sets['all']['coverage']:.0%} of the test pictures, with "
+            f"{sets['all']['size']:.1f} classes on average.")
 
 
 def _shifts(classes: Classes) -> str:

@@ -14,9 +14,12 @@ from training.errors import TrainingError
 from training.network.start_weights import Backbone, find_backbone
 from training.network.starts import BY_NAME
 from training.recipes import OwnPictures, Recipe
+from training.run.state import why_not
+from zoo.architectures import create
 from zoo.images import decode
 
 SIZES = (32, 48, 64, 96, 128, 160, 192, 224)
+LIBRARY_SIZES = (224, 256, 288, 336, 384, 448, 518)  # of networks that take one size only
 
 # Steps of training from nothing: with fewer stage 1 is unfinished, with more little is gained (plankton, ResNet-32).
 STEPS, STEPS_ON_GPU = 10_400, 40_000
@@ -26,7 +29,6 @@ CPU_SECONDS = 3600
 CORE_SECONDS = {"resnet32": (3.4e-3, 32), "resnet18": (45e-3, 224)}
 
 FULL_COVARIANCE_BYTES = 64e6
-FEATURES = {"resnet32": 64, "resnet10": 512, "resnet18": 512, "resnet34": 512}
 
 
 # Epochs of a last layer on a ready backbone. Plain: those of classifier-balancing on ImageNet-LT.
@@ -116,8 +118,9 @@ def _length_and_size(
     # Small pictures are enlarged: a start sees little in less than 128 pixels.
     filled = [size for size in START_SIZES if size <= min(usual_size, max(typical * 1.5, START_SIZES[0]))]
     given = recipe.train_size or recipe.input_size
-    sizes = [given] if given else filled or [usual_size]
-    above = ABOVE if recipe.start in BY_NAME and not recipe.input_size else 0
+    takes_any = not why_not(create(recipe.architecture, 2), (START_SIZES[0],) * 2)
+    sizes = [given] if given else filled if filled and takes_any else [usual_size]
+    above = ABOVE if takes_any and recipe.start in BY_NAME and not recipe.input_size else 0
     largest = sizes[-1]
     each, forward = measure_speed(recipe, largest, largest + above, device)
 
@@ -148,7 +151,6 @@ def _length_and_size(
 def measure_speed(recipe: OwnPictures, size: int, seen: int, device: str) -> tuple[float, float]:
     """Seconds of a picture on this machine: in a training step at `size`, in a forward pass at `seen` pixels."""
     from training.run.steps import set_trained
-    from zoo.architectures import create
 
     module = create(recipe.architecture, 2).to(device).to(memory_format=torch.channels_last)
     set_trained(module, dataclasses.replace(recipe, input_size=size, train_size=None), False)
@@ -272,7 +274,11 @@ def choose(recipe: OwnPictures, data: LongTailed, device: str, cores: int) -> tu
         take("epochs", epochs, f"about {epochs * count // recipe.batch_size:,} steps in all, stage 2 being the last "
                                "fifth")
     if recipe.input_size is None:
-        take("input_size", *_input_size(recipe, sizes, count, device, cores))
+        size, why = _input_size(recipe, sizes, count, device, cores)
+        if ":" in recipe.architecture and why_not(network := create(recipe.architecture, 2), (size, size)):
+            size = next((each for each in LIBRARY_SIZES if not why_not(network, (each, each))), size)
+            why = f"{recipe.architecture} takes no other"
+        take("input_size", size, why)
     size = recipe.input_size or SIZES[0]
     if recipe.architecture == "auto":
         take("architecture", *_architecture(size, count, device))
@@ -284,7 +290,7 @@ def choose(recipe: OwnPictures, data: LongTailed, device: str, cores: int) -> tu
         take("crops", "shift" if size <= 96 else "resized",
              f"the usual one for pictures of {size} pixels")
     if recipe.covariance == "auto":
-        wide = FEATURES.get(recipe.architecture, 2048)
+        wide = create(recipe.architecture, 2).num_features
         full = len(data.label_names) * wide**2 * 4
         if recipe.backbone is not None and wide > SMALL_HEAD:
             take("covariance", "diagonal", f"{wide} features, on which the step of a last layer is a few products then")

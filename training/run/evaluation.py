@@ -16,12 +16,12 @@ from training.report.metrics import Tally
 def evaluate(
     module: nn.Module, data: LongTailed, view: View, groups: tuple[str, ...], device: torch.device, workers: int = 0,
     prior: str | Sequence[float] | None = None, before_each: Callable[[], None] = lambda: None,
-    features_KNA: np.ndarray | None = None, processes: Processes = ALONE, predicted: list[np.ndarray] | None = None,
+    features_KNA: np.ndarray | None = None, processes: Processes = ALONE, kept: list[np.ndarray] | None = None,
 ) -> dict:
     """Test results of the module as it stands; see training.report.metrics.Tally. `before_each` batch may end it.
 
     features_KNA   of the test pictures, where they are cached: the same results without looking at pictures
-    predicted      takes the answers, (N,) of each batch
+    kept           takes the logits, (N, C) of each batch
     processes      each sees its part of every batch, and all return the same results
     """
     was_training = module.training
@@ -37,8 +37,8 @@ def evaluate(
             before_each()
             logits = net(pictures) if len(pictures) else torch.empty(0, len(data.label_names), device=device)
             logits = processes.gather(logits.float(), total)
-            if predicted is not None:
-                predicted.append(logits.argmax(1).cpu().numpy())
+            if kept is not None:
+                kept.append(logits.cpu().numpy())
             tally.add(logits.cpu().numpy(), data.test.labels[seen : seen + total])
             seen += total
     module.train(was_training)

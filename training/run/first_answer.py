@@ -32,7 +32,10 @@ TURNED, FLIP_LOSS, QUARTER_LOSS = 400, 0.04, 0.12
 
 
 class FirstAnswer:
-    """A last layer on the start's features. `score` is of held-out pictures, None without any."""
+    """A last layer on the start's features, before and after it is trained on the held-out pictures as well.
+
+    held_NC   logits of the held-out pictures, before          score   their mean recall; None without any
+    """
 
     def __init__(self, recipe: OwnPictures, data: LongTailed, folder: Path, device: torch.device, workers: int,
                  features: Path | None):
@@ -40,27 +43,29 @@ class FirstAnswer:
         self.state = start(dataclasses.replace(recipe, augment="none"), data, device)
         self.module = self.state.module.eval()
         self.view = view_of(recipe, data)
-        check_input_size(self.module, recipe, self.view, device)
+        check_input_size(self.module, recipe, self.view)
         self.cache = FeatureCache(features or folder / "features", 1, self.view, recipe.seed, device, workers)
         # The training pictures first, then those of the meta set that are not among them.
         self.joined = data.with_meta_in_training()
         self.features_NA = torch.from_numpy(self.cache.of("test", self.joined.train, self.module)[0].copy())
         self.labels_N = torch.from_numpy(self.joined.train.labels)
-        self.last_layer, self.score = self._fit()
+        self.last_layer, self.held_NC, self.score = self._fit()
 
-    def _fit(self) -> tuple[dict[str, Tensor], float | None]:
-        """The last layer of the training pictures alone, where fine-tuning begins, by the best of PENALTIES."""
+    def _fit(self) -> tuple[dict[str, Tensor], np.ndarray, float | None]:
+        """The last layer of the training pictures alone, where fine-tuning begins, by the best of PENALTIES; what it
+        says of the held-out pictures, and the score of that."""
         n, C = len(self.data.train), len(self.data.label_names)
         balanced = self.recipe.balances
         held_NA, held_N = self.features_NA[n:], self.labels_N[n:].numpy()
-        self.penalty, best, layer = USUAL_PENALTY, None, None
+        self.penalty, best, found = USUAL_PENALTY, None, None
         for penalty in PENALTIES if len(held_N) >= FEW else [USUAL_PENALTY]:
             weight, bias = fit_last_layer(self.features_NA[:n], self.labels_N[:n], C, penalty, balanced)
-            score = mean_recall(F.linear(held_NA, weight, bias).numpy(), held_N) if len(held_N) else None
-            if layer is None or (score is not None and best is not None and score > best):
-                self.penalty, best, layer = penalty, score, (weight, bias)
-        assert layer is not None
-        return self._named(*layer), best
+            said_NC = F.linear(held_NA, weight, bias).numpy()
+            score = mean_recall(said_NC, held_N) if len(held_N) else None
+            if found is None or (score is not None and best is not None and score > best):
+                self.penalty, best, found = penalty, score, (weight, bias, said_NC)
+        assert found is not None
+        return self._named(*found[:2]), found[2], best
 
     def _named(self, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
         name = classifier_name(self.module)
@@ -81,14 +86,14 @@ class FirstAnswer:
                               steps)
 
     def on_all(self) -> tuple[dict, np.ndarray]:
-        """Train on the meta set as well; returns the test results and the predictions (N,)."""
+        """Train on the meta set as well; returns the test results and the logits (N, C)."""
         self.module.load_state_dict(self._named(*self.fitted(self.features_NA, self.labels_N)), strict=False)
         groups, _ = assign_groups(self.joined.class_counts)
-        predicted: list[np.ndarray] = []
+        kept: list[np.ndarray] = []
         prior = as_fitted(self.recipe).implicit_prior(self.joined.class_counts)
         results = evaluate(self.module, self.joined, self.view, groups, self.device, prior=prior,
-                           features_KNA=self.cache.of("test", self.data.test, self.module), predicted=predicted)
-        return {"split": "test", "epoch": 0, **results}, np.concatenate(predicted)
+                           features_KNA=self.cache.of("test", self.data.test, self.module), kept=kept)
+        return {"split": "test", "epoch": 0, **results}, np.concatenate(kept)
 
     def _flips(self) -> tuple[str, str]:
         """What may be turned over: the accuracy on held-out pictures, each way round."""

@@ -94,7 +94,7 @@ def run(
     folder       run folder: log.jsonl, checkpoints/, stage1/
     processes    those that train together: rank 0 writes, all return the same
     on_progress  called after each step
-    on_test      called with the results of each test and the predictions (N,)
+    on_test      called with the results of each test and the logits (N, C)
     last_layer   its weights at the beginning, by their names in the network; None: random
     options      fields of `Options`
     Returns the state after the last epoch and its test results. Raises TrainingError, DivergenceError before an
@@ -128,7 +128,7 @@ class Run:
     def prepare(self) -> None:
         """Everything that the first step needs, and all that can fail before it."""
         self.view = view_of(self.recipe, self.data)
-        check_input_size(self.state.module, self.recipe, self.view, self.device)
+        check_input_size(self.state.module, self.recipe, self.view)
         self.stages = make_stages(self.recipe, self.data, self.view, self.device, self.options.workers, self.processes,
                                   self.options.in_memory)
         self.processes.wait()
@@ -159,10 +159,11 @@ class Run:
                 self.train_epoch(bar)
                 line = log_line(recipe, state)
                 if (state.epoch + 1) % self.options.evaluate_every == 0 or state.epoch + 1 == recipe.epochs:
-                    results = self.test()
+                    kept: list[np.ndarray] | None = None if self.on_test is None else []
+                    results = self.test(kept)
                     line["test"] = {k: v for k, v in results.items() if k not in DETAILS}
-                    if self.on_test is not None:
-                        self.on_test(state, results, np.concatenate(self.predicted))
+                    if self.on_test is not None and kept is not None:
+                        self.on_test(state, results, np.concatenate(kept))
                 state.begin_epoch(state.epoch + 1)
                 state.log_bytes = log.write(line)
                 if state.epoch == recipe.stage2_epoch and self.processes.first:
@@ -268,18 +269,17 @@ class Run:
             return self.final
         return dataclasses.replace(self.final, test=hold(self.final.test, self.view, self.options.workers))
 
-    def test(self) -> dict:
-        """Results on the test set of the network as it stands."""
+    def test(self, kept: list[np.ndarray] | None = None) -> dict:
+        """Results on the test set of the network as it stands. kept   takes the logits, (N, C) of each batch"""
         cached = None
         if self.cache is not None and self.recipe.stands_still(self.state.epoch >= self.recipe.stage2_epoch):
             cached = self.cache.of("test", self.final.test, self.state.module, lambda: self.leave_if_stopped(False))
             self.processes.wait()
         groups, _ = assign_groups(self.final.class_counts)
-        self.predicted = list[np.ndarray]()
         data = self.tested if cached is None else self.final
         return evaluate(self.state.module, data, self.view, groups, self.device, self.options.workers,
                         self.recipe.implicit_prior(self.final.class_counts), self.leave_if_stopped, cached,
-                        self.processes, self.predicted)
+                        self.processes, kept)
 
 
 def _same_bits_each_time() -> None:

@@ -28,6 +28,7 @@ from training.data.datasets import LongTailed
 from training.data.splits import SMALL_FOR_A_WHILE
 from training.errors import Interrupted
 from training.recipes import OwnPictures
+from training.report.calibrated import measured
 from training.report.page import report_of_run
 from training.run import checkpoints, loop
 from training.run.first_answer import FEW, FirstAnswer, as_fitted, logits_of, mean_recall
@@ -35,20 +36,25 @@ from training.run.review import confused, review, write_review
 from training.run.run_folder import write_model
 from training.run.stages import data_of_stage, view_of
 from training.run.state import State
+from zoo.calibration import Calibration, fit_calibration
 from zoo.files import write_atomically
+from zoo.labels import assign_groups
 from zoo.model_folder import ModelFolder
+from zoo.predictor import Classes
 
 
 @dataclass
 class Scores:
     """Mean accuracy over classes on held-out pictures, kept in the run folder.
 
-    frozen   of the first answer; fine_tuned: at the last test before those pictures are trained on; best: of both
+    frozen       of the first answer; fine_tuned: at the last test before those pictures are trained on; best: of both
+    calibration  of the fine-tuned model, fitted to them at the same test
     """
 
     frozen: float | None = None
     fine_tuned: float | None = None
     best: float | None = None
+    calibration: dict[str, Any] | None = None
 
     @classmethod
     def load(cls, folder: Path) -> "Scores":
@@ -105,11 +111,12 @@ class OwnPicturesRun:
         first = FirstAnswer(self.recipe, self.data, self.folder, self.device, self.how.get("workers", 0),
                             self.how.get("features"))
         self.recipe = first.with_flips()
-        results, predicted_N = first.on_all()
+        results, logits_NC = first.on_all()
         self.scores = Scores(first.score, None, first.score)
         self.scores.save(self.folder)
         first.state.seconds = time.monotonic() - began
-        self.leave(as_fitted(self.recipe), first.joined, first.state, results, predicted_N,
+        fitted = as_fitted(self.recipe)
+        self.leave(fitted, first.joined, first.state, results, logits_NC, self.calibration(fitted, first.held_NC),
                    f"A last layer on the frozen features of the {self.recipe.start} start")
         self.export()
         write_review(self.folder, review(first.features_NA, first.joined, first.fitted))
@@ -120,13 +127,13 @@ class OwnPicturesRun:
                  if len(self.data.held_out) >= FEW else ""))
         return first.last_layer
 
-    def on_test(self, state: State, results: dict, predicted_N: np.ndarray) -> None:
+    def on_test(self, state: State, results: dict, logits_NC: np.ndarray) -> None:
         """Keep the model if it is the best so far; while it trains on the meta set, if it was before."""
         scores = self.scores
         if self.recipe.meta_in_training != "stage2" or state.epoch < self.recipe.stage2_epoch:
-            score = mean_recall(logits_of(state.module, self.held_out, view_of(self.recipe, self.data), self.device),
-                                self.held_out.labels)
-            scores.fine_tuned = score
+            held_NC = logits_of(state.module, self.held_out, view_of(self.recipe, self.data), self.device)
+            scores.fine_tuned = score = mean_recall(held_NC, self.held_out.labels)
+            scores.calibration = self.calibration(self.recipe, held_NC)
             ahead = scores.best is None or score >= scores.best
             scores.best = score if ahead else scores.best
         else:
@@ -134,14 +141,28 @@ class OwnPicturesRun:
         scores.save(self.folder)
         if ahead:
             self.leave(self.recipe, self.final, state, {"split": "test", "epoch": state.epoch + 1, **results},
-                       predicted_N, None)
+                       logits_NC, scores.calibration)
             report_of_run(self.folder, results)
 
-    def leave(self, recipe: OwnPictures, data: LongTailed, state: State, results: dict, predicted_N: np.ndarray,
-              schedule: str | None) -> None:
-        """Write the model, and what it confuses. schedule: in words; None: the recipe's."""
-        write_model(self.model, self.name, recipe, data, state, results, schedule=schedule)
-        write_review(self.folder, {"confused": confused(self.data.test, predicted_N, data.label_names)})
+    def leave(self, recipe: OwnPictures, data: LongTailed, state: State, results: dict, logits_NC: np.ndarray,
+              calibration: dict[str, Any] | None, schedule: str | None = None) -> None:
+        """Write the model, and what it confuses. logits_NC: of the test set; schedule: in words; None: the recipe's."""
+        if calibration is not None:
+            groups, _ = assign_groups(data.class_counts)
+            fitted = Calibration.of({"metasaug": {"calibration": calibration, "groups": groups}})
+            classes = Classes(data.label_names, groups, data.class_counts, np.ones(len(groups), bool),
+                              np.array(recipe.implicit_prior(data.class_counts)), fitted)
+            calibration = {**calibration, "measured": measured(classes, logits_NC, data.test.labels)}
+        write_model(self.model, self.name, recipe, data, state, results, schedule=schedule, calibration=calibration)
+        write_review(self.folder, {"confused": confused(self.data.test, logits_NC.argmax(1), data.label_names)})
+
+    def calibration(self, recipe: OwnPictures, held_NC: np.ndarray) -> dict[str, Any] | None:
+        """By the logits of the held-out pictures; None where they are too few."""
+        labels_N = self.data.held_out.labels
+        if len(labels_N) < FEW or len(np.unique(labels_N)) < 2:
+            return None
+        return fit_calibration(held_NC, labels_N, np.array(recipe.implicit_prior(self.data.class_counts)),
+                               f"{self.data.source}: held-out pictures, before the model was trained on them too")
 
     def export(self) -> None:
         """ONNX and card, in a process of its own, since training does not know how models are exported."""

@@ -5,10 +5,11 @@ import platform
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from training.errors import TrainingError
 from training.recipes import Recipe, without_place
@@ -21,10 +22,12 @@ LOSSES_IN_WORDS = {"ce": "cross entropy", "focal": "focal loss", "ldam": "LDAM (
 
 
 def write_model(model: Path, name: str, recipe: Recipe, data, state, results: dict, processes: int = 1,
-                command: str | None = None, schedule: str | None = None) -> None:
+                command: str | None = None, schedule: str | None = None,
+                calibration: Mapping[str, Any] | None = None) -> None:
     """Write the finished model folder, without ONNX: `metasaug train` adds that next, `metasaug export` at any time.
 
     command, schedule   in words, where they are not those of this process and of the recipe
+    calibration         as zoo.calibration.fit_calibration gives it
     """
     import torch
 
@@ -72,6 +75,7 @@ def write_model(model: Path, name: str, recipe: Recipe, data, state, results: di
             "hardware": hardware(next(state.module.parameters()).device, processes),
             "seconds": round(state.seconds),
             "published_error": entry.published_error if entry else None,
+            **({} if calibration is None else {"calibration": dict(calibration)}),
             "results": results,
         },
     }

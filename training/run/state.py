@@ -151,13 +151,20 @@ def start(recipe: Recipe, data: LongTailed, device: torch.device) -> State:
 
 
 @torch.no_grad()
-def check_input_size(module: nn.Module, recipe: Recipe, view: View, device: torch.device) -> None:
+def check_input_size(module: nn.Module, recipe: Recipe, view: View) -> None:
     """TrainingError where the network does not take pictures of this size."""
-    module.eval()
-    try:
-        module(torch.zeros(2, 3, *view.size, device=device))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    if because := why_not(module, view.size):
         raise TrainingError(f"{recipe.architecture} does not take pictures of {view.size[0]} x {view.size[1]}: "
-                            f"{str(error).splitlines()[0]} Give another --input-size or --architecture.") from error
+                            f"{because} Give another --input-size or --architecture.")
+
+
+def why_not(module: nn.Module, size: tuple[int, int]) -> str:
+    """Why the network, which is in eval mode then, takes no pictures of this height and width; "" where it does."""
+    try:
+        with torch.no_grad():
+            module.eval()(torch.zeros(2, 3, *size, device=next(module.parameters()).device))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError, ValueError) as error:
+        return str(error).splitlines()[0]
+    return ""
