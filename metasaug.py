@@ -26,7 +26,7 @@ COMMANDS = {
     "convert": Command(USE, "zoo.exchange:convert", "convert predictions for Timelapse or Camtrap DP"),
     "evaluate": Command(USE, "training.report.evaluate:evaluate",
                         "measure a model on labelled pictures, per group and class"),
-    "completion": Command(USE, "metasaug:completion", "print a bash completion script"),
+    "completion": Command(USE, "metasaug:completion", "print a completion script for bash or zsh"),
     "data check": Command(TRAIN, "training.data.check:check",
                           "check your data before training: bad files, class counts, splits, cost",
                           help="training.help:help_of_check"),
@@ -117,11 +117,12 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-def completion(shell: Literal["bash"], /) -> None:
-    """Print a script with which bash completes commands, data sets, flags and names of models.
+def completion(shell: Literal["bash", "zsh"], /) -> None:
+    """Print a script with which your shell completes commands, data sets, flags and names of models.
 
     It takes some seconds, so keep it in a file:
     metasaug completion bash > ~/.local/share/bash-completion/completions/metasaug
+    metasaug completion zsh > ~/.metasaug.zsh; in ~/.zshrc, after compinit: source ~/.metasaug.zsh
     """
     data_sets = " ".join(job.recipe.dataset for job in _found("training.command_line:JOBS"))
     models = " ".join(entry.name for entry in _found("zoo.registry:list_models")())
@@ -130,12 +131,14 @@ def completion(shell: Literal["bash"], /) -> None:
         for words in [f"{name} {one}" for one in data_sets.split()] if name in ("train", "data check") else [name]:
             flags = " ".join(_flags(words)) + (f" {models}" if name in ("predict", "evaluate", "info") else "")
             cases.append(f'"{words}"*) words="{flags}" ;;')
+    if shell == "zsh":
+        print("autoload -Uz bashcompinit && bashcompinit")
     print(COMPLETION.format(commands=" ".join(sorted({name.split()[0] for name in COMMANDS})),
                             cases="\n    ".join(cases)))
 
 
 COMPLETION = """_metasaug() {{
-  local words="{commands}" line="${{COMP_WORDS[*]:1:COMP_CWORD-1}}"
+  local words="{commands}" line="${{COMP_WORDS[*]:1:$((COMP_CWORD - 1))}}"
   case "$line" in
     {cases}
   esac

@@ -321,17 +321,20 @@ def test_python_m_export_is_the_same_command(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("metasaug export: ")
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_bash_completes_commands_data_sets_flags_and_models(capsys, tmp_path):
-    code, script, _ = run(capsys, "completion", "bash")
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_completes_commands_data_sets_flags_and_models(shell, capsys, tmp_path):
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    code, script, _ = run(capsys, "completion", shell)
     assert code == 0
+    as_bash = "autoload -Uz compinit && compinit -u -D; setopt kshglob ksharrays; " if shell == "zsh" else ""
     (tmp_path / "metasaug").write_text(script)
     for words, found in ((["pre"], "predict"), (["train", "fo"], "folder"),
                          (["train", "folder", "--minu"], "--minutes"),
                          (["data", ""], "check"), (["data", "check", "ta"], "table"),
                          (["predict", "heldout-cifar10-lt"], "heldout-cifar10-lt"),
                          (["predict", "x", "--resu"], "--resume")):
-        ask = ('source "$1"; shift; COMP_WORDS=(metasaug "$@"); COMP_CWORD=$#; _metasaug; '
+        ask = (as_bash + 'source "$1"; shift; COMP_WORDS=(metasaug "$@"); COMP_CWORD=$#; _metasaug; '
                'printf "%s\\n" "${COMPREPLY[@]}"')
-        done = subprocess.run(["bash", "-c", ask, "-", tmp_path / "metasaug", *words], capture_output=True, text=True)
+        done = subprocess.run([shell, "-c", ask, "-", tmp_path / "metasaug", *words], capture_output=True, text=True)
         assert found in done.stdout.split(), (words, done)
