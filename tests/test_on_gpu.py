@@ -103,7 +103,7 @@ def bare(tmp_path, monkeypatch):
     return {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("stopped_first", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("stopped_first", [pytest.param(each, marks=pytest.mark.long) for each in (False, True)])
 def test_the_whole_command_on_a_bare_machine_and_the_way_back(folders, bare, stopped_first):
     # Given a tiny protocol with a cell that diverges, its pack, and a Python without tyro and without the distribution,
     listed = folders / "tiny.toml"

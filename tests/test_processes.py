@@ -246,6 +246,7 @@ def folder_training(tmp_path, *more: str) -> list[str]:
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.long
 def test_torchrun_trains_one_model_is_stopped_and_goes_on(tmp_path):
     # Given the training command, started twice by torchrun, when it gets SIGTERM in the middle,
     out = tmp_path / "run"

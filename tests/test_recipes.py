@@ -114,6 +114,7 @@ def write_hundred_colours(root, shuffled):
             Image.fromarray(np.uint8(np.clip(colour + rng.normal(0, 4, (32, 32, 3)), 0, 255))).save(path)
 
 
+@pytest.mark.long
 def test_cifar_100_trains_and_with_shuffled_labels_the_gain_is_gone(tmp_path):
     # Given a hundred class folders, each of one colour, and the same with training pictures in any of them,
     def job(shuffled):

@@ -69,6 +69,7 @@ class Releases:
 # ---- the whole of it ----
 
 
+@pytest.mark.long
 def test_a_release_stopped_anywhere_continues_and_does_nothing_twice(hub, tmp_path, pictures):
     # Given ImageNet-LT, small, whose two models share their first stage, and iNaturalist with a damaged picture,
     make_imagenet_lt(tmp_path / "data" / "imagenet-lt", counts=(24, 12, 6), test=4)

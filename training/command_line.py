@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -238,8 +239,9 @@ def train(job: AnyJob) -> Path | None:
 
 def _train(job: Job, processes) -> Path | None:
     options = job.options
-    folder = options.out or Path("runs") / run_name(job.recipe)
     data = job.load()
+    title = run_name(job.recipe, data.source)
+    folder = options.out or Path("runs") / title
     recipe, reasons = processes.from_first(
         settle(job.recipe, data, processes.device, folder if options.resume else None) if processes.first else None)
     counts = data.class_counts
@@ -258,10 +260,10 @@ def _train(job: Job, processes) -> Path | None:
     from training.run.stages import check
 
     check(recipe, data)
-    print(f"{run_name(job.recipe)} on {processes.device}"
+    print(f"{title} on {processes.device}"
           + (f" and {processes.count - 1} more" if processes.count > 1 else "") + f", into {folder}")
     with alone_in(folder) if processes.first else nullcontext():
-        return run_to_model(recipe, data, folder, options.name or run_name(job.recipe), processes,
+        return run_to_model(recipe, data, folder, options.name or title, processes,
                             resume=options.resume, stage1=options.stage1, **options.of_the_loop())
 
 
@@ -317,18 +319,24 @@ def settle(recipe: Recipe, data: LongTailed, device, resumed: Path | None) -> tu
     return recipe, reasons
 
 
-def run_name(recipe: Recipe) -> str:
-    """Method, data set and every flag that differs from the recipe's defaults."""
+def run_name(recipe: Recipe, source: str) -> str:
+    """Method, data set and every flag that differs from the recipe's defaults.
+
+    source   the data set in words: own pictures have its name, without what stands in brackets
+    """
     flags = recipe.to_dict()
     defaults = type(recipe)().to_dict()
-    shown = {"method": recipe.method, "dataset": flags.pop("dataset")}
+    dataset, method = flags.pop("dataset"), recipe.method
+    if isinstance(recipe, OwnPictures):
+        dataset = re.sub(r"[^\w.-]+", "-", source.rpartition(" (")[0]).strip("-.") or dataset
     parts = [f"{name.replace('_', '-')}-{value}" for name, value in flags.items()
              if name not in ("augment", "imbalance") and value != defaults[name]
              and not (name == "loss" and recipe.augment == "none")]
     if "imbalance" in flags:
         parts.insert(0, f"imbalance-{flags['imbalance']:g}")
     # Names of libraries and of the Hub have signs that a folder's name has not.
-    return "_".join([f"{shown['method']}-{shown['dataset']}", *parts]).translate(str.maketrans("/:", "--"))
+    parts.insert(0, dataset if method == "auto" else f"{method}-{dataset}")
+    return "_".join(parts).translate(str.maketrans("/:", "--"))
 
 
 def choose_device(asked: str):

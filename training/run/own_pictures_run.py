@@ -42,6 +42,9 @@ from zoo.labels import assign_groups
 from zoo.model_folder import ModelFolder
 from zoo.predictor import Classes
 
+# Pictures, with repeats, from which on fine-tuning takes minutes: the first answer then has ONNX and card at once.
+LONG = 10_000
+
 
 @dataclass
 class Scores:
@@ -118,7 +121,8 @@ class OwnPicturesRun:
         fitted = as_fitted(self.recipe)
         self.leave(fitted, first.joined, first.state, results, logits_NC, self.calibration(fitted, first.held_NC),
                    f"A last layer on the frozen features of the {self.recipe.start} start")
-        self.export()
+        if self.recipe.epochs * len(self.data.train) > LONG:
+            self.export()
         write_review(self.folder, review(first.features_NA, first.joined, first.fitted))
         report_of_run(self.folder, results)
         print(f"{self.model}: first answer after {(time.monotonic() - began) / 60:.1f} minutes, macro error "
