@@ -174,6 +174,8 @@ def card(name: str, answer: Answer | None, wait: str) -> str:
     except zoo.ZooError as error:
         return closed_card(name, error)
     how = HOW_TRAINED.get(model.method, model.ours["dataset"])
+    if (model.ours.get("recipe") or {}).get("start") not in (None, "none"):
+        how += "; from a pretrained network"
     head = (f"<header><h3>{escape(model.title)}</h3><p>{escape(how)}<br><code>{escape(name)}</code></p></header>")
     body = waiting(model, wait) if answer is None else answered(model, answer)
     accent = " accent" if model.method == "metasaug" else ""

@@ -17,10 +17,12 @@ from zoo.model_folder import CARD, CONFIG, COVARIANCE, ONNX, ModelFolder
 from zoo.registry import find as zoo_find
 
 TITLES = {"metasaug": "MetaSAug", "isda": "ISDA", "heldout": "Held-out augmentation", "ce": "Plain cross entropy",
-          "ldam": "LDAM", "focal": "Focal loss", "drw": "Re-weighted late"}
+          "ldam": "LDAM", "focal": "Focal loss", "drw": "Re-weighted late", "logit-adjustment": "Logit adjustment",
+          "balanced-softmax": "Balanced softmax"}
 HOW_TRAINED = {"metasaug": "Rare classes count more and vary more", "isda": "Features vary, by class",
                "heldout": "Rare classes count more, and vary as pictures held out do",
-               "ce": "Training as usual"}
+               "ce": "Training as usual", **dict.fromkeys(("logit-adjustment", "balanced-softmax"),
+                                                          "Rare classes are not outweighed")}
 AT_ONCE = 4  # models side by side
 FILES = (CONFIG, ONNX, CARD)  # of a model on the Hub, fetched together
 
@@ -180,10 +182,10 @@ def model(name: str) -> Model:
 
 def sets() -> dict[str, list[str]]:
     """The models at hand by what they were trained on: those of one set are worth comparing, MetaSAug first. Of the
-    bundled ones MetaSAug and training as usual, which is what a visitor is to see; the others are for choosing."""
+    bundled ones MetaSAug, training as usual and what began from a pretrained network; the others are for choosing."""
     found: dict[str, list[str]] = {}
     for o in sorted(offers(), key=lambda o: o.method != "metasaug"):
-        if o.weights == "yours" or (o.weights == "bundled" and o.method in ("metasaug", "ce")):
+        if o.weights == "yours" or (o.weights == "bundled" and o.method in ("metasaug", "ce", "logit-adjustment")):
             found.setdefault(o.trained_on, []).append(o.name)
     order = [o.trained_on for o in offers()]
     return dict(sorted(((key, names[:AT_ONCE]) for key, names in found.items()), key=lambda item: order.index(item[0])))
