@@ -13,7 +13,14 @@ torch = pytest.importorskip("torch")
 import metasaug  # noqa: E402
 import zoo  # noqa: E402
 from training import command_line  # noqa: E402
-from training.command_line import RunOptions, TrainCifar, TrainFolder, TrainLargeSet, TrainTable  # noqa: E402
+from training.command_line import (  # noqa: E402
+    RunOptions,
+    TrainCifar,
+    TrainFolder,
+    TrainLargeSet,
+    TrainTable,
+    run_name,
+)
 from training.data.datasets import LongTailed, PictureFiles  # noqa: E402
 from training.errors import TrainingError  # noqa: E402
 from training.help import flags_of  # noqa: E402
@@ -237,12 +244,12 @@ def test_what_is_said_is_not_chosen(flag):
 
 
 def test_a_start_brings_its_own_recipe(monkeypatch):
-    # Given a start at hand, on a machine that trains 25 pictures a second at 224 pixels and 50 minutes by default,
+    # Given a start at hand, on a machine that trains 25 pictures a second at 224 pixels and 55 minutes by default,
     monkeypatch.setattr("training.network.starts.choose_start", lambda device: ("small", "at hand"))
 
-    def speed(recipe, size, seen, device):
+    def speed(recipe, pictures, size, seen, device):
         assert recipe.freeze == "early"
-        return (size / 224) ** 2 / 25, (seen / 224) ** 2 / 75
+        return (size / 224) ** 2 / 25, (seen / 224) ** 2 / 75, 0.002
 
     monkeypatch.setattr("training.run.defaults.measure_speed", speed)
     # when photographs are to be learned, then the recipe is the start's, with as many epochs as the time allows,
@@ -252,8 +259,8 @@ def test_a_start_brings_its_own_recipe(monkeypatch):
     assert (recipe.train_size, recipe.input_size) == (224, 256)
     assert (recipe.loss, recipe.augment, recipe.meta_in_training) == ("logit-adjustment", "none", "stage2")
     assert recipe.lr <= 0.03
-    passes = recipe.epochs * 3000 * 1.2
-    assert 0.6 * 50 * 60 * 25 < passes < 50 * 60 * 25
+    passes = recipe.epochs * 3000 * 1.1
+    assert 0.6 * 55 * 60 * 25 < passes < 55 * 60 * 25
     assert [flag for flag in recipe.CHOSEN if getattr(recipe, flag) in ("auto", 0, None)] == ["meta_per_class", "flips"]
     assert any(line.startswith("--start small: at hand") for line in reasons)
     # many of them are seen smaller, a few for a short time, small ones larger than they are;
@@ -274,6 +281,12 @@ def test_a_start_brings_its_own_recipe(monkeypatch):
     said, _ = choose(Folder(augment="metasaug", lr=0.005, epochs=3, input_size=96), of_sizes([(400, 500)]), "cpu", 2)
     assert (said.augment, said.lr, said.epochs, said.input_size) == ("metasaug", 0.005, 3, 96)
     assert said.meta_in_training == "never"
+
+
+def test_a_run_on_own_pictures_is_named_after_them():
+    assert run_name(Folder(), "field mice (class folders)") == "field-mice"
+    assert run_name(Folder(augment="metasaug", epochs=3), "μ/x (2) (table)") == "metasaug-μ-x-2_epochs-3"
+    assert run_name(Cifar10LT(), "CIFAR-10 (pickled)").startswith("metasaug-cifar10-lt")
 
 
 def test_a_network_that_takes_one_size_is_given_that_size():

@@ -518,7 +518,7 @@ class OwnPictures(Recipe):
 
     minutes: float = 0
     """Time budget of the whole run, with a pretrained start. Steps timed at the beginning decide --epochs and
-    --input-size. 0: up to 50 minutes, less for few pictures."""
+    --input-size. 0: up to 55 minutes, less for few pictures."""
 
     architecture: str = "auto"
     """Network: resnet32, resnet18, resnet18-small (for pictures up to 96 pixels), torchvision:NAME or timm:NAME. auto:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,9 @@ ABOVE = 32
 # Passes that a picture is worth while fine-tuning, and below which a smaller input size serves better.
 MOST_EPOCHS, FEW_EPOCHS = 25, 5
 # Minutes of a run by default: at most, and the least; a picture is worth 2 seconds of fine-tuning.
-MOST_MINUTES, LEAST_MINUTES, SECONDS_A_PICTURE = 50.0, 0.7, 2.0
-SPARE = 1.2  # what reading pictures adds to a step
+MOST_MINUTES, LEAST_MINUTES, SECONDS_A_PICTURE = 55.0, 0.7, 2.0
+SPARE = 1.1  # what crops and the optimizer add to a step
+READ = 3  # times that each file is read: before the run, by the frozen start, and in the first epoch
 TESTS = 5  # tests in the course of a run, each of which may leave a better model
 
 
@@ -122,13 +124,13 @@ def _length_and_size(
     sizes = [given] if given else filled if filled and takes_any else [usual_size]
     above = ABOVE if takes_any and recipe.start in BY_NAME and not recipe.input_size else 0
     largest = sizes[-1]
-    each, forward = measure_speed(recipe, largest, largest + above, device)
+    each, forward, read = measure_speed(recipe, data.train, largest, largest + above, device)
 
     def epochs_in(size: int) -> float:
-        """Once through the frozen start, and the tests, come off the time."""
+        """Reading the files, once through the frozen start, and the tests come off the time."""
         step = count * each * (size / largest) ** 2 * SPARE
         look = forward * ((size + above) / (largest + above)) ** 2
-        left, test = minutes * 60 - (count + others) * look, len(data.test) * look
+        left, test = minutes * 60 - (count + others) * (look + READ * read), len(data.test) * look
         return max(left / (step + test) if left < TESTS * (step + test) else (left - TESTS * test) / step, 0)
 
     size = next((size for size in reversed(sizes) if epochs_in(size) >= FEW_EPOCHS), sizes[0])
@@ -148,8 +150,11 @@ def _length_and_size(
     return recipe, reasons
 
 
-def measure_speed(recipe: OwnPictures, size: int, seen: int, device: str) -> tuple[float, float]:
-    """Seconds of a picture on this machine: in a training step at `size`, in a forward pass at `seen` pixels."""
+def measure_speed(
+    recipe: OwnPictures, pictures: Split | PictureFiles, size: int, seen: int, device: str
+) -> tuple[float, float, float]:
+    """Seconds of a picture on this machine: in a training step at `size`, in a forward pass at `seen` pixels, and to
+    read its file."""
     from training.run.steps import set_trained
 
     module = create(recipe.architecture, 2).to(device).to(memory_format=torch.channels_last)
@@ -157,21 +162,25 @@ def measure_speed(recipe: OwnPictures, size: int, seen: int, device: str) -> tup
 
     def seconds(side: int, step: Callable[[torch.Tensor], object]) -> float:
         """The median of three, after one to warm up."""
-        pictures = torch.zeros(recipe.batch_size, 3, side, side, device=device)
-        pictures = pictures.contiguous(memory_format=torch.channels_last)
+        batch = torch.zeros(recipe.batch_size, 3, side, side, device=device)
+        batch = batch.contiguous(memory_format=torch.channels_last)
         took = []
         for _ in range(4):
             began = time.perf_counter()
-            step(pictures)
+            step(batch)
             if device == "cuda":
                 torch.cuda.synchronize()
             took.append(time.perf_counter() - began)
         return float(np.median(took[1:])) / recipe.batch_size
 
-    each = seconds(size, lambda pictures: module(pictures).sum().backward())
+    each = seconds(size, lambda batch: module(batch).sum().backward())
     with torch.no_grad():
         module.eval()
-        return each, seconds(seen, module)
+        look = seconds(seen, module)
+    began, some = time.perf_counter(), _some(pictures, 16)
+    for path in some:
+        decode(path, reading=recipe.reading).load()
+    return each, look, (time.perf_counter() - began) / max(len(some), 1)
 
 
 def on_backbone(recipe: Recipe, data: LongTailed) -> tuple[Recipe, list[str]]:
@@ -306,8 +315,14 @@ def _sizes(pictures: Split | PictureFiles) -> np.ndarray:
         return np.array([pictures.pictures.shape[2:0:-1]])
     if pictures.sizes is not None:
         return pictures.sizes
-    some = np.linspace(0, len(pictures) - 1, min(len(pictures), 300)).astype(int)
-    return np.array([decode(pictures.paths[i]).size for i in some])
+    return np.array([decode(path).size for path in _some(pictures, 300)])
+
+
+def _some(pictures: Split | PictureFiles, most: int) -> list[Path]:
+    """At most so many files, spread over them; none of pictures in memory."""
+    if isinstance(pictures, Split):
+        return []
+    return [pictures.paths[i] for i in np.linspace(0, len(pictures) - 1, min(len(pictures), most)).astype(int)]
 
 
 def _architecture(size: int, count: int, device: str) -> tuple[str, str]:
