@@ -94,7 +94,7 @@ def _what_it_is(config: Mapping[str, Any]) -> str:
     ours, counts = config["metasaug"], config["metasaug"].get("class_counts")
     method = METHODS.get(ours["method"], f"Plain training with the loss `{ours.get('loss', ours['method'])}`, no "
                                          "augmentation of features")
-    if (start := BY_NAME.get((ours.get("recipe") or {}).get("start"))) is not None:
+    if (start := BY_NAME.get((ours.get("recipe") or {}).get("start", ""))) is not None:
         method = (f"It began as `{start.network}`, trained on {start.learned_on} (weights under {start.licence}). "
                   + method)
     tail = "The numbers of training pictures a class are not known."

@@ -148,6 +148,15 @@ def test_with_too_few_pictures_to_tell_the_first_answer_is_the_model(stripes, tm
 
 
 @needs_wheel
+def test_with_freeze_all_only_a_last_layer_is_fitted(stripes, tmp_path, capsys):
+    model = train(job(stripes, tmp_path / "run", freeze="all"))
+    assert "Fine-tuning" not in capsys.readouterr().out and not (tmp_path / "run" / "checkpoints").exists()
+    assert "frozen" in zoo.load(model, backend="torch").folder.config["metasaug"]["schedule"]
+    with pytest.raises(TrainingError, match="--freeze all"):
+        settle(Folder(start="none", freeze="all"), job(stripes, tmp_path).load(), CPU, None)
+
+
+@needs_wheel
 def test_stopped_while_fine_tuning_the_first_answer_stays_and_the_run_goes_on(stripes, tmp_path, monkeypatch, capsys):
     # Given a run that is stopped as it begins to fine-tune,
     class Stopped(loop.Run):

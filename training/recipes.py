@@ -524,9 +524,10 @@ class OwnPictures(Recipe):
     """Network: resnet32, resnet18, resnet18-small (for pictures up to 96 pixels), torchvision:NAME or timm:NAME. auto:
     that of --start; with --start none, resnet32 up to 64 pixels, else resnet18, or resnet50 on a GPU."""
 
-    freeze: Literal["none", "early", "auto"] = "auto"  # type: ignore[assignment]
+    freeze: Literal["none", "early", "all", "auto"] = "auto"  # type: ignore[assignment]
     """early: the parts that work at an eighth of the picture's side or finer stay as the start has them. A step takes
-    about half the time then. auto: early with a start on a CPU, else none."""
+    about half the time then. all: only a last layer is fitted, and the first answer is the model. auto: early with a
+    start on a CPU, else none; all where only a few steps of fine-tuning fit into the time."""
 
     loss: Loss | Literal["auto"] = "auto"  # type: ignore[assignment]
     """Loss. ce: cross entropy; logit-adjustment, balanced-softmax: add the log of the class prior; focal; ldam; auto:

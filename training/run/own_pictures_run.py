@@ -5,7 +5,7 @@
 2. Everything is fine-tuned from there by training.run.loop. Each test may leave a better model.
 3. The better one stays, by pictures of the meta set that neither was trained on. Those pictures are trained on last.
 
-Where too few pictures are held out to tell which is better, the first model is the last.
+Where too few pictures are held out to tell which is better, or with --freeze all, the first model is the last.
 
 Shape suffix: N pictures.
 """
@@ -94,7 +94,9 @@ class OwnPicturesRun:
             self.scores = Scores.load(self.folder)
             self.recipe = self.recipe.with_choices(newest[1]["recipe"])
         self.held_out, self.final = self.data.held_out, data_of_stage(self.recipe, self.data, 2)
-        if len(self.held_out) < FEW:
+        if self.recipe.freeze == "all":
+            return ModelFolder(self.model).results or {}
+        if not self.fine_tunes:
             print(f"Only {len(self.held_out)} pictures are held out, too few to tell whether fine-tuning makes it "
                   f"better: the first answer is the model. With {SMALL_FOR_A_WHILE} training pictures in most classes, "
                   "or with --meta, it would be tried.")
@@ -107,6 +109,10 @@ class OwnPicturesRun:
             raise
         self.say_which()
         return ModelFolder(self.model).results or {}
+
+    @property
+    def fine_tunes(self) -> bool:
+        return self.recipe.freeze != "all" and len(self.data.held_out) >= FEW
 
     def answer_first(self) -> dict[str, Tensor]:
         """Leave the first model, complete; returns the last layer that fine-tuning begins with."""
@@ -121,14 +127,14 @@ class OwnPicturesRun:
         fitted = as_fitted(self.recipe)
         self.leave(fitted, first.joined, first.state, results, logits_NC, self.calibration(fitted, first.held_NC),
                    f"A last layer on the frozen features of the {self.recipe.start} start")
-        if self.recipe.epochs * len(self.data.train) > LONG:
+        if self.fine_tunes and self.recipe.epochs * len(self.data.train) > LONG:
             self.export()
         write_review(self.folder, review(first.features_NA, first.joined, first.fitted))
         report_of_run(self.folder, results)
         print(f"{self.model}: first answer after {(time.monotonic() - began) / 60:.1f} minutes, macro error "
               f"{results['macro_error']:.1%}, ready to use."
               + (f" Fine-tuning follows, {self.recipe.epochs} epochs; Ctrl-C keeps the best model so far."
-                 if len(self.data.held_out) >= FEW else ""))
+                 if self.fine_tunes else ""))
         return first.last_layer
 
     def on_test(self, state: State, results: dict, logits_NC: np.ndarray) -> None:
