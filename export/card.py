@@ -7,7 +7,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from export.figure import accuracy_figure
-from training.network.starts import BY_NAME
 from zoo.labels import GROUPS, UNKNOWN, meaning_of
 from zoo.model_folder import CARD, FIGURE, ModelFolder, add_files
 from zoo.registry import citation
@@ -94,9 +93,9 @@ def _what_it_is(config: Mapping[str, Any]) -> str:
     ours, counts = config["metasaug"], config["metasaug"].get("class_counts")
     method = METHODS.get(ours["method"], f"Plain training with the loss `{ours.get('loss', ours['method'])}`, no "
                                          "augmentation of features")
-    if (start := BY_NAME.get((ours.get("recipe") or {}).get("start", ""))) is not None:
-        method = (f"It began as `{start.network}`, trained on {start.learned_on} (weights under {start.licence}). "
-                  + method)
+    if start := ours.get("start"):
+        method = (f"It began as `{start['network']}`, trained on {start['learned_on']} (weights under "
+                  f"{start['licence']}). {method}")
     tail = "The numbers of training pictures a class are not known."
     if counts:
         rare = min(counts)

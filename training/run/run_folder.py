@@ -31,6 +31,7 @@ def write_model(model: Path, name: str, recipe: Recipe, data, state, results: di
     """
     import torch
 
+    from training.network.starts import BY_NAME
     from training.run.stages import view_of
     from zoo.architectures import classifier_name
     from zoo.labels import assign_groups
@@ -58,6 +59,8 @@ def write_model(model: Path, name: str, recipe: Recipe, data, state, results: di
             "prior": recipe.implicit_prior(counts),
             "cosine_scale": recipe.cosine_scale,
             "recipe": recipe.to_dict(),
+            **({"start": {"network": start.network, "learned_on": start.learned_on, "licence": start.licence}}
+               if (start := BY_NAME.get(getattr(recipe, "start", ""))) else {}),
             "dataset": data.source,
             # As asked for: 100 on CIFAR-10-LT, where the counts, rounded down, make it 4990 / 49.
             "imbalance": recipe.to_dict().get("imbalance", max(counts) / min(counts)),
