@@ -28,9 +28,11 @@ from torchvision import transforms
 
 from benchmarks.measuring import machine
 from training.data.own_pictures import load_folder
+from training.network.start_weights import load_backbone
 from training.network.starts import BY_NAME, find_start
 from training.report.metrics import Tally
 from training.run.run_folder import code_version
+from zoo.architectures import create
 from zoo.images import decode
 from zoo.labels import assign_groups
 from zoo.machine import keep_freed_memory
@@ -57,12 +59,9 @@ class Pictures(Dataset):
 def plain(data: Any, minutes: float, rate: float) -> tuple[dict, int]:
     """Test results of a fine-tune with timm, and the steps that the minutes sufficed for."""
     torch.manual_seed(0)
-    start = find_start("small")
-    module = timm.create_model(BY_NAME["small"].network.removeprefix("timm:"), num_classes=len(data.label_names))
-    weights = start.weights(timm.create_model(BY_NAME["small"].network.removeprefix("timm:")))
-    own = module.state_dict()
-    module.load_state_dict({name: t for name, t in weights.items() if t.shape == own[name].shape}, strict=False)
-    module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module = create(BY_NAME["small"].network, len(data.label_names))  # timm's own
+    load_backbone(module, find_start("small"), False)
+    module = module.to(memory_format=torch.channels_last)
     cfg = timm.data.resolve_data_config({}, model=module)
     train = DataLoader(Pictures(data.train, timm.data.create_transform(**cfg, is_training=True, auto_augment=None,
                                                                        color_jitter=0, re_prob=0)),

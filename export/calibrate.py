@@ -59,7 +59,7 @@ def calibrate(
     found = fit_calibration(logits_NC, labels_N, model.classes.prior_C, words)
     if tested is not None:
         logits_NC, labels_N = _logits(model, *tested)
-        fitted = Calibration.of({"metasaug": {"calibration": found, "groups": model.groups}})
+        fitted = Calibration.fitted(found, model.groups)
         found["measured"] = measured(replace(model.classes, calibration=fitted), logits_NC, labels_N)
         if strange is not None:
             pictures = list(pictures_under(strange))
@@ -112,8 +112,7 @@ def held_out(
 def told_apart(found: dict[str, Any], classes: Classes, known_NC: np.ndarray, strange_NC: np.ndarray) -> dict[str, Any]:
     """How well familiarity tells strange pictures from known ones: `auroc` is the share of pairs in which the strange
     one has less energy; `called`, `falsely_called` the shares of strange and known ones that are called unfamiliar."""
-    calibration = Calibration.of({"metasaug": {"calibration": found, "groups": classes.groups}})
-    assert calibration is not None
+    calibration = Calibration.fitted(found, classes.groups)
     known_N, strange_N = (log_sum_exp(classes.fair(each_NC)) for each_NC in (known_NC, strange_NC))
     known_N.sort()
     pairs_N = (np.searchsorted(known_N, strange_N, "left") + np.searchsorted(known_N, strange_N, "right")) / 2

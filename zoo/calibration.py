@@ -40,9 +40,12 @@ class Calibration:
     def of(cls, config: Mapping[str, Any]) -> "Calibration | None":
         """That of a model folder's config, if it has one."""
         found = config["metasaug"].get("calibration")
-        return None if found is None else cls(
-            found["temperature"], tuple(map(tuple, found["misfits"])), tuple(found["energies"]),
-            tuple(config["metasaug"]["groups"]))
+        return None if found is None else cls.fitted(found, config["metasaug"]["groups"])
+
+    @classmethod
+    def fitted(cls, found: Mapping[str, Any], groups: Sequence[str]) -> "Calibration":
+        """found   as `fit_calibration` gives it"""
+        return cls(found["temperature"], tuple(map(tuple, found["misfits"])), tuple(found["energies"]), tuple(groups))
 
     @functools.lru_cache(maxsize=8)  # noqa: B019  (a model has one calibration, as long as it lives)
     def thresholds(self, coverage: float) -> np.ndarray:

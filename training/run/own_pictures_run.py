@@ -78,7 +78,7 @@ class OwnPicturesRun:
                  how: Mapping[str, Any]):
         self.recipe, self.data, self.folder, self.device, self.name = recipe, data, folder, device, name
         self.how = {**how, "evaluate_every": max(1, recipe.epochs // 5)}
-        self.model = folder / "model"
+        self.model, self.held_out = folder / "model", data.held_out
 
     def train(self) -> dict:
         """Leaves the best model in `folder`/model, from the first answer on; returns its test results.
@@ -93,7 +93,7 @@ class OwnPicturesRun:
         else:
             self.scores = Scores.load(self.folder)
             self.recipe = self.recipe.with_choices(newest[1]["recipe"])
-        self.held_out, self.final = self.data.held_out, data_of_stage(self.recipe, self.data, 2)
+        self.final = data_of_stage(self.recipe, self.data, 2)
         if self.recipe.freeze == "all":
             return ModelFolder(self.model).results or {}
         if not self.fine_tunes:
@@ -112,7 +112,7 @@ class OwnPicturesRun:
 
     @property
     def fine_tunes(self) -> bool:
-        return self.recipe.freeze != "all" and len(self.data.held_out) >= FEW
+        return self.recipe.freeze != "all" and len(self.held_out) >= FEW
 
     def answer_first(self) -> dict[str, Tensor]:
         """Leave the first model, complete; returns the last layer that fine-tuning begins with."""
@@ -159,7 +159,7 @@ class OwnPicturesRun:
         """Write the model, and what it confuses. logits_NC: of the test set; schedule: in words; None: the recipe's."""
         if calibration is not None:
             groups, _ = assign_groups(data.class_counts)
-            fitted = Calibration.of({"metasaug": {"calibration": calibration, "groups": groups}})
+            fitted = Calibration.fitted(calibration, groups)
             classes = Classes(data.label_names, groups, data.class_counts, np.ones(len(groups), bool),
                               np.array(recipe.implicit_prior(data.class_counts)), fitted)
             calibration = {**calibration, "measured": measured(classes, logits_NC, data.test.labels)}
@@ -168,7 +168,7 @@ class OwnPicturesRun:
 
     def calibration(self, recipe: OwnPictures, held_NC: np.ndarray) -> dict[str, Any] | None:
         """By the logits of the held-out pictures; None where they are too few."""
-        labels_N = self.data.held_out.labels
+        labels_N = self.held_out.labels
         if len(labels_N) < FEW or len(np.unique(labels_N)) < 2:
             return None
         return fit_calibration(held_NC, labels_N, np.array(recipe.implicit_prior(self.data.class_counts)),

@@ -150,7 +150,6 @@ def start(recipe: Recipe, data: LongTailed, device: torch.device) -> State:
     return State(module, optimizer, covariance, LearnedCovariance(covariance), sums=Sums(device))
 
 
-@torch.no_grad()
 def check_input_size(module: nn.Module, recipe: Recipe, view: View) -> None:
     """TrainingError where the network does not take pictures of this size."""
     if because := why_not(module, view.size):
