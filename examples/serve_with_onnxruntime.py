@@ -52,7 +52,7 @@ def handler(model: Model) -> type[BaseHTTPRequestHandler]:
                 if not 0 < length <= MOST_BYTES:
                     raise ValueError(f"a picture of at most {MOST_BYTES:,} bytes, with its Content-Length")
                 status, answer = 200, model.predict(self.rfile.read(length))
-            except (OSError, ValueError) as error:  # what Pillow raises for what is no picture
+            except (OSError, ValueError) as error:  # what Pillow raises for what is not a picture
                 status, answer = 400, {"error": str(error)}
             body = json.dumps(answer).encode()
             self.send_response(status)

@@ -182,14 +182,15 @@ def _split(
     """The backbone; weight, bias and LWS's scales of the last layer."""
     for part, what in _OTHER_PARTS.items():
         if any(part in key.split(".") for key in tensors):
-            raise ExportError(f"{name} has {what}, which no network of the zoo has: its logits could not be kept.")
+            raise ExportError(f"{name} has {what}, which no network of the zoo has: the imported model would give "
+                              "other logits.")
     last: dict[str, Tensor] = {}
     backbone: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         layers, _, kind = key.rpartition(".")
         is_last = kind in ("weight", "bias", "scales") and set(layers.split(".")) <= {*_LAST_LAYERS, "module"}
         if is_last and layers and kind in last:
-            raise ExportError(f"{name} has two last layers, both with a {kind}: which one counts is not known.")
+            raise ExportError(f"{name} has two last layers, each with a {kind}: it is not clear which one to use.")
         (last if is_last and layers else backbone)[kind if is_last and layers else key] = tensor
     if "weight" not in last:
         raise ExportError(f"{name} has no last layer ({', '.join(f'{each}.weight' for each in _LAST_LAYERS)}). It "
@@ -212,7 +213,7 @@ def _last_layer(
                 f"{name}: the last layer, {tuple(weight.shape)}, has no bias. Either it is a cosine classifier, and "
                 "how its logits are scaled is not in the file: say --cosine-scale 30 (LDAM's code) or whatever it was; "
                 "or it is a plain linear layer: --cosine-scale 0. The cosine classifier of OLTR and of "
-                "classifier-balancing (norm / (1 + norm)) is no network of the zoo.")
+                "classifier-balancing (norm / (1 + norm)) is not a network of the zoo.")
         features = _features(backbone)
         if weight.shape[0] == features != weight.shape[1]:  # LDAM's NormedLinear is (features, classes)
             weight = weight.t().contiguous()
@@ -250,7 +251,7 @@ def _as_float32(tensor: Tensor, key: str, name: str, notes: list[str]) -> Tensor
         notes.append(f"Its weights are {str(tensor.dtype).removeprefix('torch.')}, here float32.")
     if not torch.isfinite(tensor).all():
         bad = int((~torch.isfinite(tensor)).sum())
-        raise ExportError(f"{name}: {key} holds {bad} values that are no numbers (NaN or infinite): its training "
+        raise ExportError(f"{name}: {key} holds {bad} values that are not numbers (NaN or infinite): its training "
                           "diverged, or the file is damaged.")
     if key.endswith("running_var") and (tensor < 0).any():
         raise ExportError(f"{name}: {key} is a variance and below 0: the file is damaged.")
@@ -277,7 +278,7 @@ def _architecture(backbone: Mapping[str, Tensor], loaded: Mapping[str, Any], nam
                      for key in dict.fromkeys([*ours, *theirs]) if ours.get(key) != theirs.get(key)]
         nearest = max(nearest, (2 * same - len(ours), architecture, "\n  ".join(differing[:4])
                                 + (f"\n  … and {len(differing) - 4} more" if len(differing) > 4 else "")))
-    raise ExportError(f"{name} is no network that is known. It holds\n{_shown(loaded)}\nNearest is {nearest[1]}, but\n"
+    raise ExportError(f"{name} is not a known network. It holds\n{_shown(loaded)}\nNearest is {nearest[1]}, but\n"
                       f"  {nearest[2]}\n{LAYOUTS}")
 
 
@@ -362,7 +363,7 @@ def _read_counts(path: Path) -> tuple[list[int], tuple[str, ...]]:
         try:
             counts = json.loads(_read(path))
         except ValueError as error:
-            raise ExportError(f"--counts {path} is no JSON: {error}.") from error
+            raise ExportError(f"--counts {path} is not JSON: {error}.") from error
         if not all(type(n) is int and 0 <= n < 10**9 for n in counts):
             raise ExportError(f"--counts {path}: a list of whole numbers is expected, one a class.")
         return counts, ()

@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from export.figure import accuracy_figure
+from training.report.sentences import summary
 from zoo.labels import GROUPS, UNKNOWN, meaning_of
 from zoo.model_folder import CARD, FIGURE, ModelFolder, add_files
 from zoo.registry import citation
@@ -44,6 +45,7 @@ def card(config: Mapping[str, Any], repo: str | None = None, figure: bool = Fals
         f"---\n{_card_data(config).to_yaml()}\n---",
         f"# {ours['name']}",
         _what_it_is(config),
+        *_in_short(config),
         *_results(ours, figure),
         *_calibration(ours),
         _use(config, repo),
@@ -105,6 +107,30 @@ def _what_it_is(config: Mapping[str, Any]) -> str:
             f"**{_data_in_words(ours)}**. {tail}\n\n{method}. Schedule: {ours.get('schedule', 'not known')}.")
 
 
+def _in_short(config: Mapping[str, Any]) -> list[str]:
+    """What the model knows, how well, where it fails and what a probability means, for readers who train no models."""
+    ours, results = config["metasaug"], config["metasaug"].get("results")
+    calibration = ours.get("calibration") or {}
+    strange = ("`familiarity` is low for pictures unlike anything in training." if calibration else
+               "Nothing marks pictures unlike anything in training.")
+    said = [f"**What it knows.** {config['num_classes']} classes. It names one of them for any picture, even of none "
+            f"of them. {strange}"]
+    if results:
+        overall, groups, weak = summary(config, results)
+        said += [f"**How well.** {overall} The test pictures come from the same source as the training pictures: "
+                 "expect less from another camera or place.",
+                 f"**Where it fails.** By group: {groups} {weak}"]
+        if measured := calibration.get("measured"):
+            said.append("**What a probability means.** Of the answers given with 80 %, about 80 % are correct where "
+                        "classes are as frequent as `prior` says: the two differ by "
+                        f"{measured['ece']['after']['all']:.1%} on average over the test pictures. `p.set(0.9)` names "
+                        "as many classes as it takes to hold the true one nine times of ten.")
+        elif "ece" in results:
+            said.append("**What a probability means.** Not calibrated: probability and share of correct answers "
+                        f"differ by {results['ece']:.1%} on average over the test pictures. Use it to sort answers.")
+    return ["## In short\n\n" + "\n".join(f"- {line}" for line in said)]
+
+
 def _results(ours: Mapping[str, Any], figure: bool) -> list[str]:
     results = ours.get("results")
     if not results:
@@ -126,17 +152,19 @@ def _results(ours: Mapping[str, Any], figure: bool) -> list[str]:
     groups = [f"{group}: {meaning_of(group, ours['groups_by'])}" for group in (*GROUPS, UNKNOWN)
               if group in results["groups"]]
     lines += ["", f"Groups of classes: {', '.join(groups)}. Intervals: 95 %, Wilson.", "",
-              "| group | classes | right | of | accuracy | interval |", "|---|---|---|---|---|---|"]
+              "| group | classes | correct | test pictures | accuracy | interval |", "|---|---|---|---|---|---|"]
     for group in (*GROUPS, UNKNOWN):
         if group in results["groups"]:
             r = results["groups"][group]
-            right = "–" if r["accuracy"] is None else f"{r['accuracy']:.1%}"
+            accuracy = "–" if r["accuracy"] is None else f"{r['accuracy']:.1%}"
             low, high = r["interval"]
-            lines.append(f"| {group} | {r['classes']} | {r['correct']:,} | {r['images']:,} | {right} | "
+            lines.append(f"| {group} | {r['classes']} | {r['correct']:,} | {r['images']:,} | {accuracy} | "
                          f"{low:.1%} to {high:.1%} |")
     if figure:
-        lines += ["", f"![Share right per class, and its training pictures]({FIGURE})"]
-    per_class = ["### Per class", "", "| class | group | training pictures | right | of |", "|---|---|---|---|---|"]
+        lines += ["", "![Accuracy of each class beside its training pictures, of the groups, and of answers beside "
+                      f"their probability]({FIGURE})"]
+    per_class = ["### Per class", "", "| class | group | training pictures | correct | test pictures |",
+                 "|---|---|---|---|---|"]
     for row, group in zip(results["per_class"], ours["groups"], strict=True):
         trained = "?" if row["train_images"] is None else f"{row['train_images']:,}"
         per_class.append(f"| {_cell(row['label'])} | {group} | {trained} | {row['correct']:,} | "
@@ -212,7 +240,7 @@ def _training(ours: Mapping[str, Any]) -> str:
 
 
 def _variants(ours: Mapping[str, Any]) -> list[str]:
-    """What each ONNX file gets right, side by side: quantisation may cost rare classes more than frequent ones."""
+    """Accuracy of each ONNX file, side by side: quantisation may cost rare classes more than frequent ones."""
     variants = ours.get("variants") or {}
     if not variants:
         return []
@@ -232,7 +260,7 @@ def _variants(ours: Mapping[str, Any]) -> list[str]:
             "| | " + " | ".join(measured) + " |", "|---" * (1 + len(measured)) + "|",
             row("error", lambda v: v["error"]), row("macro error", lambda v: v["macro_error"]),
             row("worst class, error", lambda v: v["worst_class_error"]),
-            *(row(f"{g}, right", lambda v, g=g: v["groups"].get(g, {}).get("accuracy")) for g in groups)]))
+            *(row(f"{g}, accuracy", lambda v, g=g: v["groups"].get(g, {}).get("accuracy")) for g in groups)]))
     if "int8" in variants:
         pictures = variants["int8"].get("calibration_pictures")
         ranges = f", ranges from {pictures:,} calibration pictures" if pictures else ""
@@ -289,7 +317,6 @@ def _limits(config: Mapping[str, Any]) -> str:
 
 For research on long-tailed recognition and as an example of the method.
 
-- It knows its {config['num_classes']} classes only, and names one of them for any picture whatsoever.
 - It sees {width} x {height} pixels; larger pictures are {fitted}.
 - Rare classes are less reliable{how_much}. {assumes}{jpeg}
 - Nothing in it was tested for safety-critical use.

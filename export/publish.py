@@ -53,9 +53,9 @@ def publish(
     missing = what_the_card_lacks(opened.config)
     print(f"  card    {'lacks ' + ', '.join(missing) if missing else 'complete'}")
     if missing and not incomplete:
-        raise ExportError(f"the card of {folder} lacks {', '.join(missing)}: people could not judge the model. "
-                          "`metasaug export FOLDER --data TEST` measures it; training or importing again may add what "
-                          "else is lacking. Or publish it all the same, with --incomplete.")
+        raise ExportError(f"the card of {folder} lacks {', '.join(missing)}: readers could not judge the model. "
+                          "`metasaug export FOLDER --data TEST` measures it; training or importing again may add "
+                          "the rest. --incomplete publishes it all the same.")
     contents = contents_for(opened, repo)
     print(f"to {PREFIX}{repo}{' (private)' if private else ''}, in one commit:")
     for name, content in contents.items():
@@ -94,7 +94,7 @@ def parity(opened: ModelFolder) -> str:
     for precision, name in precisions.items():
         logits = Predictor(opened, "onnx", "cpu", precision=precision).predict(grey).logits
         if logits is None or not np.isfinite(logits).all():
-            raise ExportError(f"{opened.path / name} answers a grey picture with what is no number.")
+            raise ExportError(f"{opened.path / name} answers a grey picture with values that are not numbers.")
     try:
         from export.to_onnx import check_parity
     except ModuleNotFoundError as error:
@@ -163,7 +163,7 @@ def read_back(repo: str, commit: str, contents: Mapping[str, bytes]) -> None:
         folder = HubFolder(repo, commit, hashlib.sha256(contents[MANIFEST]).hexdigest(), names, cache=Path(cache))
         for name in names:
             if folder.read(name) != contents[name]:
-                raise HubError(f"{folder.source}: {name} is not what was uploaded. Publish again.")
+                raise HubError(f"{folder.source}: {name} differs from what was uploaded. Publish again.")
 
 
 def entry(config: Mapping[str, Any], repo: str, commit: str, manifest_sha256: str) -> str:

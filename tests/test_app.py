@@ -140,7 +140,7 @@ def test_an_example_shows_both_models_side_by_side(page):
 def test_an_uploaded_picture_is_classified_and_a_bad_one_gets_one_plain_sentence(page):
     upload(page, "blue.png", png())
     page.locator(".best").first.wait_for()
-    # Given an answer on the page, when the next upload is no picture inside,
+    # Given an answer on the page, when the next upload is not a picture inside,
     page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()
     page.get_by_text("Waiting for a picture").first.wait_for()
     upload(page, "holiday.png", b"certainly no picture" * 50)
@@ -148,7 +148,7 @@ def test_an_uploaded_picture_is_classified_and_a_bad_one_gets_one_plain_sentence
     notice = page.get_by_role("alert").filter(has_text="could not be read")
     notice.wait_for()
     text = notice.inner_text()
-    assert "is no picture" in text
+    assert "is not a picture" in text
     assert "/" not in text.replace("JPEG, PNG", "") and "Traceback" not in text
     assert page.locator(".best").count() == 0
     # and the next example works.
@@ -469,7 +469,7 @@ def test_the_api_answers_gradio_client(address, tmp_path):
     # and for no picture one sentence, without a path.
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"no picture at all")
-    with pytest.raises(Exception, match="This file is no picture") as caught:
+    with pytest.raises(Exception, match="This file is not a picture") as caught:
         client.predict(client_library.handle_file(bad), "ce-cifar10-lt", api_name="/predict")
     assert "bad.jpg" not in str(caught.value) and "/tmp" not in str(caught.value)
     with pytest.raises(Exception, match="Unknown model"):

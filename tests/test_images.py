@@ -331,7 +331,7 @@ def test_an_avif_is_as_large_as_the_video_frame_in_it(monkeypatch):
     monkeypatch.setattr("zoo.pixels.MAX_PIXELS", 6000)
     with pytest.raises(PictureError, match="90 x 70"):
         decode(avif_that_says(64, 64, small))
-    # Where no frame is found, or items overlap without end, it is no picture.
+    # Where no frame is found, or items overlap without end, it is not a picture.
     with pytest.raises(PictureError, match="no picture"):
         decode(avif_that_says(64, 64, small).replace(b"av01", b"av09"))
     whole = as_bytes(small, "AVIF")
@@ -340,7 +340,7 @@ def test_an_avif_is_as_large_as_the_video_frame_in_it(monkeypatch):
         av1_sizes(whole[:at] + b"\xff\xff" + whole[at + 2 :])
 
 
-# ---- what is no picture ----
+# ---- what is not a picture ----
 
 
 @pytest.mark.parametrize(("content", "reason"), [
@@ -370,7 +370,7 @@ def test_paths_that_hold_no_picture(tmp_path):
             decode(tmp_path / name)
         with pytest.raises(PictureError, match=reason):
             decode(f"{tmp_path}/{name}")
-    with pytest.raises(PictureError, match="/dev/zero is no regular file"):
+    with pytest.raises(PictureError, match="/dev/zero is not a regular file"):
         decode("/dev/zero")
 
 

@@ -360,7 +360,7 @@ def test_counts_may_be_a_list_file_or_numbers(tmp_path, no_onnx):
 
 
 @pytest.mark.parametrize(("content", "reason"), [
-    ("[1, 2, 3]", "counts 3 classes"), ("[]", "counts 0 classes"), ("[1, 2", "no JSON"), ('["a"]', "whole numbers"),
+    ("[1, 2, 3]", "counts 3 classes"), ("[]", "counts 0 classes"), ("[1, 2", "not JSON"), ('["a"]', "whole numbers"),
     ("[0, 1, 1, 1, 1, 1, 1, 1, 1, 1]", "1 classes have no training picture, beginning with airplane"),
     ("{}", "expected images, annotations"), ("no list at all", "not of the form"), ("", "lists no pictures"),
     (None, "cannot be read")])
@@ -456,7 +456,7 @@ REFUSED = {
                        r"Nearest is resnet32(?s:.*)layer2\.3\.bn1\.weight missing, expected \(32,\)"),
     "wrong class count": (lambda: saved({"state_dict": cifar_state(7)}), "tells 7 classes apart, .* has 10"),
     "nan": (lambda: with_value("layer1.0.conv1.weight", float("nan")), r"layer1\.0\.conv1\.weight holds 1 values"),
-    "infinite": (lambda: with_value("linear.bias", float("inf")), "1 values that are no numbers"),
+    "infinite": (lambda: with_value("linear.bias", float("inf")), "1 values that are not numbers"),
     "variance below zero": (lambda: with_value("bn1.running_var", -1.0), r"bn1\.running_var is a variance and below 0"),
     "too large for float32": (lambda: saved({k: v.double() * 1e200 for k, v in cifar_state().items()}), "too large"),
     "integers": (lambda: saved({k: v.int() for k, v in cifar_state().items()}), "expected float numbers"),

@@ -254,8 +254,8 @@ def test_a_file_that_the_manifest_does_not_name_is_not_read(folder):
 
 def test_a_folder_that_is_no_model_says_what_one_is(tmp_path):
     (tmp_path / "file").write_text("x")
-    for path, reason in [(tmp_path, "no manifest.json"), (tmp_path / "absent", "is no folder"),
-                         (tmp_path / "file", "is no folder")]:
+    for path, reason in [(tmp_path, "no manifest.json"), (tmp_path / "absent", "is not a folder"),
+                         (tmp_path / "file", "is not a folder")]:
         with pytest.raises(ModelFolderError, match=reason) as caught:
             ModelFolder(path)
         assert "metasaug train" in str(caught.value)

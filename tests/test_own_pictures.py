@@ -234,7 +234,7 @@ def test_file_names_that_are_no_text_are_read(tmp_path):
     assert len(data.train.names) + len(data.test.names) == 18
     with open(os.fsencode(tmp_path) + b"/a/\xff.jpg", "wb") as file:
         file.write(b"no picture")
-    with pytest.raises(DataError, match=r"udcff\.jpg is no picture") as caught:
+    with pytest.raises(DataError, match=r"udcff\.jpg is not a picture") as caught:
         load_folder(tmp_path)
     str(caught.value).encode()
 

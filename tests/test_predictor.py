@@ -252,7 +252,7 @@ def test_a_prediction_prints_as_a_table(model, pictures):
     assert "%" in best and "times in training" in best and "%" in second
     assert groups.split()[::2] == ["head", "medium", "tail"]
     bad = model.predict_batch([b"no picture"])[0]
-    assert str(bad).startswith("picture 1\n  the bytes is no picture")
+    assert str(bad).startswith("picture 1\n  the bytes is not a picture")
     assert "array" not in repr(bad)
 
 

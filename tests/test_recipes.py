@@ -460,14 +460,14 @@ def test_data_that_cannot_be_trained_on_is_refused_by_name():
     stages.check(Cifar10LT(augment="isda"), one)
     none_spared = dataclasses.replace(data, shared_meta_classes=(0, 1, 2))
     stages.check(Cifar10LT(), none_spared)
-    with pytest.raises(TrainingError, match="Hardly a class can spare a picture"):
+    with pytest.raises(TrainingError, match="heldout"):
         stages.check(Cifar10LT(augment="heldout"), none_spared)
     empty = dataclasses.replace(data, train=coloured_stripes([6, 6], 0))
     with pytest.raises(TrainingError, match="no training picture: c"):
         stages.check(Cifar10LT(augment="none"), empty)
     single = dataclasses.replace(data, label_names=("a",), train=dataclasses.replace(
         data.train, labels=np.zeros_like(data.train.labels)))
-    with pytest.raises(TrainingError, match="one class only"):
+    with pytest.raises(TrainingError, match="only one class"):
         stages.check(Cifar10LT(), single)
 
 

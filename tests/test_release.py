@@ -102,7 +102,7 @@ def test_a_release_stopped_anywhere_continues_and_does_nothing_twice(hub, tmp_pa
     code, out = releases.to_the_end()
     assert code == 1
     assert {name: repo.messages for name, repo in hub.repos.items()} == commits
-    assert "1 of 3 models to do" in out and "Failed: inat18-" in out and "train0.jpg is no picture" in out
+    assert "1 of 3 models to do" in out and "Failed: inat18-" in out and "train0.jpg is not a picture" in out
     # the results stand beside the published ones and their source, and everybody can load the models.
     assert re.search(rf"^{one} .* 52\.33%, {re.escape(find(one).published_source)}$", out, re.MULTILINE)
     for name in (one, two):

@@ -294,7 +294,7 @@ def test_mistakes_are_one_message(capsys, tiny_model_folder, labelled, tmp_path)
     (bad / "ant").mkdir(parents=True)
     (bad / "ant" / "torn.png").write_bytes(b"\x89PNG\r\n")
     for arguments, reasons in [
-        ([labelled.parent / "absent"], ["is no folder"]),
+        ([labelled.parent / "absent"], ["is not a folder"]),
         ([labelled.parent], ["2 classes", "unknown to", "test", f"Did you mean --data {labelled}?"]),
         ([bad], ["1 of 1 pictures cannot be read", "torn.png"]),
         ([bad, "--skip-bad"], ["1 of 1 pictures cannot be read"]),

@@ -58,7 +58,7 @@ def test_coco_pictures_without_or_with_two_labels_are_named(sea):
 
 @pytest.mark.parametrize(("text", "words"), [
     ('{"train": [1]}', "JSON, but not in the COCO form"), ("[1, 2]", "JSON, but not in the COCO form"),
-    ('{"images": [', "begins as JSON"), ('{"images": [], "annotations": [], "categories": []}', "no images"),
+    ('{"images": [', "JSON"), ('{"images": [], "annotations": [], "categories": []}', "no images"),
     ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "file_name")])
 def test_other_json_is_named(tmp_path, text, words):
     (tmp_path / "t.json").write_text(text)

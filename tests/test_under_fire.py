@@ -247,7 +247,7 @@ def test_no_cell_is_a_formula_and_every_text_comes_back(text):
 
 def test_a_csv_of_hostile_file_names_holds_no_formula():
     for name in ("=1+1.png", "+x.png", "-2+3.png", "@SUM(1).png", "\t=x.png", "'=x.png"):
-        path, *_, error = rows.Layout().cells(zoo.Prediction(name, error=f"{name} is no picture"))
+        path, *_, error = rows.Layout().cells(zoo.Prediction(name, error=f"{name} is not a picture"))
         assert path == f"'{name}" and rows.plain(path) == name
         assert not error.startswith(("=", "+", "-", "@", "\t"))
 

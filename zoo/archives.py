@@ -64,7 +64,7 @@ def open_zip(
             _refuse_dangers(archive.infolist(), name)
     except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, struct.error, ValueError,
             UnicodeDecodeError) as error:
-        raise PictureError(f"{name} is no zip archive, or is damaged: {error}.") from error
+        raise PictureError(f"{name} is not a zip archive, or is damaged: {error}.") from error
     except OSError as error:
         raise PictureError(f"{name} cannot be read: {error.strerror or error}.") from error
     pictures = []
@@ -102,7 +102,7 @@ def _refuse_long_list(file, name: str) -> None:
     tail = file.read()
     at = tail.rfind(_END)
     if at < 0 or len(tail) - at < _END_SIZE:
-        raise PictureError(f"{name} is no zip archive, or is cut off.")
+        raise PictureError(f"{name} is not a zip archive, or is cut off.")
     entries, directory = struct.unpack_from("<HI", tail, at + 10)
     if tail[max(0, at - _LOCATOR_SIZE) : at].startswith(_ZIP64_LOCATOR) or entries == 0xFFFF:
         raise PictureError(f"{name} is of the zip64 kind, for archives that are too large here: "
@@ -128,7 +128,7 @@ def _refuse_dangers(members: list[zipfile.ZipInfo], name: str) -> None:
         if inside.lower().endswith(_ARCHIVES):
             raise PictureError(f"{name} is refused: {inside} is an archive inside the archive. Unpack that one first.")
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise PictureError(f"{name} is refused: {inside} is packed by an unusual method. Zip the pictures anew.")
+            raise PictureError(f"{name} is refused: {inside} is packed by an unusual method. Zip the pictures again.")
         if member.file_size > SMALL and member.file_size > MAX_RATIO * member.compress_size:
             raise PictureError(f"{name} is refused as a zip bomb: {inside} would grow from "
                                f"{member.compress_size / 1e6:.2f} to {member.file_size / 1e6:.0f} MB.")

@@ -63,7 +63,7 @@ def left_behind(name: str) -> str | None:
 
 
 def no_picture(path: str) -> str | None:
-    """What a file is by its name, where that is no picture's: "hidden", "Thumbs.db", ".csv"; else None."""
+    """What a file is by its name, where that is not a picture's: "hidden", "Thumbs.db", ".csv"; else None."""
     if kind := next(filter(None, map(left_behind, re.split(r"[/\\]", path))), None):
         return kind
     ending = suffix(path)
@@ -73,7 +73,7 @@ def no_picture(path: str) -> str | None:
 def walk(root: Path, passed_over: Counter[str] | None = None) -> Iterator[tuple[str, str | None]]:
     """Every picture under `root`: its name relative to it, with "/", as the disk spells it; and None.
 
-    passed_over  counts what is no picture by its name
+    passed_over  counts what is not a picture by its name
     Links are followed, unless they lead back to a folder above. A folder that cannot be listed, or a link to nothing,
     comes with the reason in place of None. In the order of the names, folder by folder.
     """
@@ -111,7 +111,7 @@ def _entries(root: Path, prefix: str) -> "Iterator[os.DirEntry[str] | OSError]":
 
 
 def folder_identity(path: "Path | os.DirEntry[str]") -> tuple[int, int] | None:
-    """Equal for the same folder under any name, links followed; None for what is no folder."""
+    """Equal for the same folder under any name, links followed; None for what is not a folder."""
     try:
         status = os.stat(path) if path.is_dir() else None
     except OSError:  # a link to itself, or gone meanwhile

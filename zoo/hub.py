@@ -33,8 +33,8 @@ def parse(name: str) -> tuple[str, str | None]:
     """"hf:owner/repo@revision" -> ("owner/repo", "revision"); without a revision None. Raises HubError."""
     repo, at, revision = name.removeprefix(PREFIX).partition("@")
     if not _REPO.fullmatch(repo) or bool(at) != bool(revision.strip()):
-        raise HubError(f"{name!r} names no model on the Hub: hf:owner/repo, or hf:owner/repo@revision with a branch, "
-                       "tag or commit.")
+        raise HubError(f"{name!r} is not the name of a model on the Hub: hf:owner/repo, or hf:owner/repo@revision with "
+                       "a branch, tag or commit.")
     return repo, revision or None
 
 
@@ -42,7 +42,7 @@ def own_copies() -> str | None:
     """The user or organisation whose repositories, by the registry's names, stand in for those that are not out."""
     owner = os.environ.get(OWNER, "").strip()
     if owner and not _REPO.fullmatch(f"{owner}/x"):
-        raise HubError(f"{OWNER}={owner!r} is no user or organisation on the Hub, the part before a repository's /.")
+        raise HubError(f"{OWNER}={owner!r} is not a user or organisation on the Hub, the part before a repository's /.")
     return owner or None
 
 

@@ -101,7 +101,7 @@ def read(
         name = name or os.fsdecode(source)
         return _from_file(_content(Path(os.fsdecode(source)), name, reading), name, shrink, reading)
     else:
-        raise PictureError(f"{type(source).__name__} is no picture: give a path, bytes, a PIL image or an array.")
+        raise PictureError(f"{type(source).__name__} is not a picture: give a path, bytes, a PIL image or an array.")
     try:
         return _to_rgb(source, reading)
     except Exception as error:  # Pillow's decoders raise whatever they stumble over, assertions among it
@@ -175,7 +175,7 @@ def _content(path: Path, name: str, reading: Reading) -> bytes:
         if not path.exists():
             raise PictureError(f"{name} does not exist.")
         if not path.is_file():
-            raise PictureError(f"{name} is no regular file.")
+            raise PictureError(f"{name} is not a regular file.")
         _check_size(path.stat().st_size, name, reading)
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
@@ -328,7 +328,7 @@ def _what_it_is(content: bytes) -> str:
                 "as grey with 16")
     if content.startswith(b"BM"):
         return "is a BMP of a kind that is not read (colours in unusual fields, for one), or damaged: save it as PNG"
-    return "is no picture in a supported format (JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF …), or its header is damaged"
+    return "is not a picture in a supported format (JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF …), or its header is damaged"
 
 
 def _from_array(array: np.ndarray, name: str, reading: Reading) -> Image.Image:

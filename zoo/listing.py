@@ -21,7 +21,7 @@ def pictures_of(
 
     A path with *, ? or [ that does not exist is a pattern; ** stands for folders in folders.
 
-    passed_over  counts what is no picture by its name
+    passed_over  counts what is not a picture by its name
     columns      how tables (zoo.tables.SUFFIXES) are read
     """
     for path in expanded(paths, passed_over):
@@ -44,7 +44,7 @@ def pictures_under(
     """As zoo.files.walk finds them. Raises PictureError where there is none."""
     root, passed_over = Path(folder), Counter() if passed_over is None else passed_over
     if not root.is_dir():
-        raise PictureError(f"{root} is no folder" + (": use predict for a single picture." if root.exists() else
+        raise PictureError(f"{root} is not a folder" + (": use predict for a single picture." if root.exists() else
                                                      ": it does not exist."))
     each = walk(root, passed_over)
     first = next(each, None)

@@ -49,7 +49,7 @@ class ModelFolder:
         self.known = manifest_sha256 is not None  # its bytes are those that the registry names
         self._checked: set[str] = set()
         if not self.path.is_dir():
-            raise ModelFolderError(f"{self.path} is no folder. A model folder is what `metasaug train` leaves in "
+            raise ModelFolderError(f"{self.path} is not a folder. A model folder is what `metasaug train` leaves in "
                                    "RUN/model.")
         self.files = self._read_manifest(manifest_sha256)
 
@@ -118,14 +118,14 @@ class ModelFolder:
         try:
             return load(self.read(name))
         except (SafetensorError, KeyError, TypeError, ValueError) as error:  # the latter: types that numpy has not
-            raise ModelFolderError(f"{self.path / name} is no safetensors file: {error}.") from error
+            raise ModelFolderError(f"{self.path / name} is not a safetensors file: {error}.") from error
 
     def _bytes(self, name: str, size: int) -> bytes:
         """The file, or a little more than `size` bytes of it: a wrong one may be endless."""
         path = self.path / name
         try:
             if path.exists() and not path.is_file():
-                raise ModelFolderError(f"{path} is no regular file. Get the folder again.")
+                raise ModelFolderError(f"{path} is not a regular file. Get the folder again.")
             with open(path, "rb") as file:
                 return file.read(min(size, os.fstat(file.fileno()).st_size) + 1)  # the claim may be out of all bounds
         except FileNotFoundError:
@@ -138,7 +138,7 @@ class ModelFolder:
     def _read_manifest(self, expected: str | None) -> dict[str, tuple[int, str]]:
         path = self.path / MANIFEST
         if not path.exists():
-            raise ModelFolderError(f"{self.path} is no model folder: it has no {MANIFEST}. A model folder is what "
+            raise ModelFolderError(f"{self.path} is not a model folder: it has no {MANIFEST}. A model folder is what "
                                    "`metasaug train` leaves in RUN/model.")
         content = self._bytes(MANIFEST, 100_000)
         if expected is not None and hashlib.sha256(content).hexdigest() != expected:
@@ -177,7 +177,7 @@ def write_model_folder(
     path = Path(path)
     try:
         for old in (*(path / name for name in (MANIFEST, *FILES)), *path.rglob(".*.tmp")):
-            old.unlink(missing_ok=True)  # the manifest first: from now until the end it is no model folder
+            old.unlink(missing_ok=True)  # the manifest first: from now until the end it is not a model folder
     except OSError as error:
         raise ModelFolderError(f"{path} cannot be written: {error.strerror or error}.") from error
     add_files(path, {CONFIG: json_bytes(config), WEIGHTS: save(dict(weights)),
@@ -224,7 +224,7 @@ def _parse_json(content: bytes, path: Path) -> dict[str, Any]:
     try:
         parsed = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ModelFolderError(f"{path} is no JSON: {error}. Get the folder again.") from error
+        raise ModelFolderError(f"{path} is not JSON: {error}. Get the folder again.") from error
     if not isinstance(parsed, dict):
         raise ModelFolderError(f"{path} holds no JSON object. Get the folder again.")
     return parsed

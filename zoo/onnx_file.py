@@ -50,7 +50,7 @@ def refuse_unsafe(content: bytes, name: str) -> None:
     try:
         _Check(name).model(memoryview(content))
     except (ValueError, IndexError, TypeError) as error:
-        raise ModelFolderError(f"{name} is no ONNX file: {error}.") from error
+        raise ModelFolderError(f"{name} is not an ONNX file: {error}.") from error
 
 
 class _Check:

@@ -223,7 +223,7 @@ def _bar(show: str, done: int, number: Callable[[], int] | None) -> tqdm:
 
 
 def _csv_rows(out: Path, layout: Layout, stack: ExitStack) -> Callable[[Prediction], None]:
-    """Rows to standard output, or to what is no file: a pipe, a device."""
+    """Rows to standard output, or to what is not a file: a pipe, a device."""
     try:
         stream = sys.stdout if str(out) == "-" else stack.enter_context(out.open("w", newline="", encoding="utf-8"))
     except OSError as error:

@@ -569,8 +569,8 @@ class OnnxNetwork:
         expected = list(config["pretrained_cfg"]["input_size"])
         if (len(inputs) != 1 or inputs[0].type != "tensor(float)" or list(inputs[0].shape[1:]) != expected
                 or isinstance(inputs[0].shape[0], int) or not set(outputs) >= set(OUTPUTS[:2])):
-            raise ModelFolderError(f"{name} takes and gives something else than config.json says, or a fixed number of "
-                                   "pictures.")
+            raise ModelFolderError(f"{name} has other inputs or outputs than config.json says, or takes a fixed "
+                                   "number of pictures.")
         self.input = inputs[0].name
         self.outputs = [name for name in OUTPUTS if name in outputs]
 

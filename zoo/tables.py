@@ -127,7 +127,7 @@ def _text(path: Path, content: bytes, encoding: str | None) -> tuple[str, list[s
         text = content.decode("cp1252", errors="replace")
         notes.append(f"{path.name} is not UTF-8; it was read as Windows-1252 (--encoding NAME for another).")
     if "\0" in text:
-        raise DataError(f"{path} is no text: expected a CSV table with the columns path and label.")
+        raise DataError(f"{path} is not text: expected a CSV table with the columns path and label.")
     return text, notes
 
 
@@ -143,7 +143,7 @@ def _coco(path: Path, text: str, notes: list[str], group: str | None) -> Table:
         parsed = json.loads(text)
         parts = {part: parsed[part] for part in ("images", "annotations", "categories")}
     except ValueError as error:
-        raise DataError(f"{path} begins as JSON and is none: {error}.") from error
+        raise DataError(f"{path} starts like JSON but cannot be read: {error}.") from error
     except (KeyError, TypeError, RecursionError):
         raise DataError(f"{path} is JSON, but not in the COCO form (images, annotations, categories): give a CSV table "
                         "with path and label.") from None

@@ -266,7 +266,7 @@ def _read_cifar_batches(about: _Cifar, folder: Path) -> tuple[Split, Split, tupl
                 if len(at) and not (at.min() >= 0 and at.max() < about.num_classes):
                     raise ValueError("labels out of range")
             except (KeyError, TypeError, ValueError) as error:
-                raise DataError(f"{folder / name} is no file of {about.title}: {error!r}.") from error
+                raise DataError(f"{folder / name} is not a file of {about.title}: {error!r}.") from error
         return Split(np.ascontiguousarray(np.concatenate(pictures)), np.concatenate(labels))
 
     train, test = split(about.train_files), split(about.test_files)

@@ -156,8 +156,8 @@ def check_class_names(names: Iterable[str], where: str) -> None:
             raise DataError(f"{where}: the class name {printable(name)} is not UTF-8: rename it.")
         twin = seen.setdefault(same_text(name).casefold(), name)
         if twin != name:
-            raise DataError(f"{where} has two classes of one name but for case or accents, {twin} and {name}: rename "
-                            "or join them.")
+            raise DataError(f"{where} has two classes whose names differ only in case or accents, {twin} and "
+                            f"{name}: rename or merge them.")
 
 
 def listed(items: Sequence[str], between: str, most: int = 10) -> str:

@@ -170,7 +170,7 @@ def read_list(path: Path) -> _Listed:
             bad.append(f"line {number}: {printable(name)} as {label}, and before as {labels[name.strip()]}")
     if bad:
         raise DataError(f"{path}: {len(bad):,} lines are not of the form `path label`:\n  " + listed(bad, "\n  ")
-                        + "\nIs the file cut off, or of another kind?")
+                        + "\nIs the file cut off, or of another format?")
     if not labels:
         raise DataError(f"{path} lists no pictures.")
     return _Listed(list(labels), np.fromiter(labels.values(), np.int64, len(labels)))
@@ -224,7 +224,7 @@ def _read_json(path: Path) -> dict:
         raise DataError(f"{path} is cut off or damaged ({error.msg} at character {error.pos:,} of {size:,} bytes): "
                         "fetch or unpack it again.") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON: {error}.") from error
+        raise DataError(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} is not of iNaturalist's form: expected images, annotations and categories.")
     return content

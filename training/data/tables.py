@@ -171,7 +171,8 @@ def _split_folders(root: Path) -> dict[str, Path]:
     parts: dict[str, Path] = {}
     for split, name in sorted(zip(named, folders, strict=True), key=lambda pair: pair[0] != "train"):
         if split in parts:
-            raise DataError(f"{root} holds {parts[split].name}/ and {name}/, two folders of one meaning: join them.")
+            raise DataError(f"{root} holds {parts[split].name}/ and {name}/, two folders with the same "
+                            "meaning: merge them.")
         parts[str(split)] = root / name
     return parts
 
@@ -181,9 +182,9 @@ def class_folders(root: Path) -> list[str]:
     try:
         names = sorted(path.name for path in root.iterdir() if not left_behind(path.name) and folder_identity(path))
     except NotADirectoryError:
-        raise DataError(f"{root} is no folder: name one that holds a folder of pictures for each class.") from None
+        raise DataError(f"{root} is not a folder: name one that holds a folder of pictures for each class.") from None
     except OSError as error:
-        raise DataError(f"{root} is no folder that can be listed ({error.strerror}): name one that holds a folder of "
+        raise DataError(f"{root} cannot be listed ({error.strerror}): name one that holds a folder of "
                         "pictures for each class.") from error
     if not names:
         raise DataError(f"{root} holds no class folders: expected {root}/CLASS/picture.jpg.")

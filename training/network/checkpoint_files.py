@@ -66,12 +66,12 @@ def open_checkpoint(file: Path | bytes, name: str) -> Mapping[str, Any]:
         # torch's own text goes on to say how to load it all the same, which is the last thing to do.
         asked = re.search(r"GLOBAL ([\w.]+)|but got <class '([\w.]+)'>", str(error))
         if asked is None:
-            raise TrainingError(f"{name} is no checkpoint of torch, or damaged. Fetch it again.") from error
+            raise TrainingError(f"{name} is not a torch checkpoint, or damaged. Download it again.") from error
         raise TrainingError(f"{name} holds more than tensors and plain values: it asks for {asked[1] or asked[2]}, "
                             "which is refused, because loading it could run anything. Ask its makers for the state "
                             "dict alone.") from error
     except Exception as error:  # a broken archive or pickle: torch and safetensors have many types for it
-        raise TrainingError(f"{name} is no checkpoint of torch, or cut off: {first_line(error)}. Fetch it again."
+        raise TrainingError(f"{name} is not a torch checkpoint, or cut off: {first_line(error)}. Download it again."
                             ) from error
     if not isinstance(loaded, Mapping):
         raise TrainingError(f"{name} holds a {type(loaded).__name__}, not a dictionary of tensors.")
@@ -86,7 +86,7 @@ def _check_zip(source: Any, name: str) -> None:
             size = sum(entry.file_size for entry in archive.infolist())
             names = [entry.filename for entry in archive.infolist()]
     except zipfile.BadZipFile as error:
-        raise TrainingError(f"{name} is a damaged or cut off zip: {error}. Fetch it again.") from error
+        raise TrainingError(f"{name} is a damaged or cut off zip: {error}. Download it again.") from error
     if not any(each.endswith("data.pkl") for each in names):
         raise TrainingError(f"{name} is a zip but no checkpoint of torch (it holds {', '.join(names[:5]) or 'nothing'}"
                             ").")

@@ -31,7 +31,7 @@ def load_pretrained(module: nn.Module, source: str) -> list[str]:
     share = sum(own[name].numel() for name in fitting) / sum(tensor.numel() for tensor in own.values())
     if share < 0.5:
         raise TrainingError(f"--pretrained {source}: {len(fitting)} of {len(own)} tensors ({share:.0%} of the numbers) "
-                            "fit this network by name and shape. Are the weights of another --architecture?")
+                            "fit this network by name and shape. Were they made for another --architecture?")
     module.load_state_dict(fitting, strict=False)
     return sorted(own.keys() - fitting.keys())
 
@@ -135,7 +135,7 @@ def load_backbone(module: nn.Module, backbone: Backbone, last_layer: bool) -> No
         what = [f"{len(names)} {kind} ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})" for names, kind in
                 ((missing, "missing"), (left_over, "left over"), (shapes, "of another shape")) if names]
         raise TrainingError(f"--backbone {backbone.source} does not fit the network by its tensors: {'; '.join(what)}. "
-                            "Is it another --architecture's, or has it layers that this one has not?")
+                            "Was it made for another --architecture?")
     module.load_state_dict({name: weights[name].to(own[name]) for name in wanted if name in weights}, strict=False)
 
 
@@ -193,8 +193,8 @@ def _torchvision_file(path: Path) -> Backbone | None:
 
 def _of_torchvision(source: str, name: str, weights: Any, fetch: Callable) -> Backbone:
     if name in ("googlenet", "inception_v3"):
-        raise TrainingError(f"--backbone {source}: torchvision's weights of it want their pictures in another form "
-                            "than any other. Take another network.")
+        raise TrainingError(f"--backbone {source}: its torchvision weights need an input format that is not "
+                            "supported. Choose another network.")
     shown = weights.transforms()
     size = shown.crop_size[0]
     cfg = {"input_size": [3, size, size], "mean": list(shown.mean), "std": list(shown.std),

@@ -28,13 +28,14 @@ def measured(classes: Classes, logits_NC: np.ndarray, labels_N: np.ndarray) -> d
         tally = Tally(classes.labels, classes.counts, classes.groups, None)
         tally.add(logits_NC / temperature + shift_C, labels_N)
         results = tally.results()
+        reliability = results["calibration"]
         ece[when] = {"all": results["ece"], **{group: each["ece"] for group, each in results["groups"].items()}}
     inside_NC = classes.inside(logits_NC, COVERAGE)
     held_N, size_N = inside_NC[np.arange(len(labels_N)), labels_N], inside_NC.sum(1)
     group_N = np.array(classes.groups)[labels_N]
     p_NC = probabilities(logits_NC / warmth + shift_C)
     wrong_N = (p_NC.argmax(1) != labels_N)[np.argsort(-p_NC.max(1), kind="stable")]
-    return {"images": len(labels_N), "ece": ece, "coverage": {
+    return {"images": len(labels_N), "ece": ece, "reliability": reliability, "coverage": {
         "asked": COVERAGE, **{group: {"coverage": float(held_N[of].mean()), "size": float(size_N[of].mean())}
                               for group in (*GROUPS, "all") if (of := (group_N == group) | (group == "all")).any()}},
             "risk": [[share, float(wrong_N[: max(1, round(share * len(wrong_N)))].mean())] for share in SHARES]}

@@ -166,7 +166,7 @@ def measure(
 def per_class_table(results: dict) -> str:
     """A line a class, in the model's order."""
     width = max(len(row["label"]) for row in results["per_class"])
-    lines = [f"  {'class':<{width}} {'trained on':>10} {'right':>7} {'of':>6}"]
+    lines = [f"  {'class':<{width}} {'trained on':>10} {'correct':>7} {'of':>6}"]
     for row in results["per_class"]:
         trained = "?" if row["train_images"] is None else f"{row['train_images']:,}"
         lines.append(f"  {row['label']:<{width}} {trained:>10} {row['correct']:>7,} {row['test_images']:>6,}")

@@ -64,7 +64,7 @@ class Tally:
         self.shifted_SC = None if self.log_shift_SC is None else np.zeros(self.log_shift_SC.shape, np.int64)
 
     def add(self, logits_NC: np.ndarray, labels_N: np.ndarray) -> None:
-        """Count a batch. labels_N int in [0, C). Raises DivergenceError for logits that are no numbers."""
+        """Count a batch. labels_N int in [0, C). Raises DivergenceError for logits that are not numbers."""
         labels_N = np.asarray(labels_N, np.int64)
         if logits_NC.shape != (len(labels_N), len(self.label_names)):
             raise ValueError(f"{logits_NC.shape} logits for {len(labels_N)} labels of {len(self.label_names)} classes")

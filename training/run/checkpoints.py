@@ -25,8 +25,8 @@ def write(path: Path, content: bytes) -> None:
     try:
         write_atomically(path, content)
     except OSError as error:
-        raise TrainingError(f"{path} could not be written ({error.strerror or error}); what stood there before is "
-                            "whole. Make room or choose another --out, then go on with --resume.") from error
+        raise TrainingError(f"{path} could not be written ({error.strerror or error}); the file that was there before "
+                            "is whole. Make room or choose another --out, then go on with --resume.") from error
 
 
 def save(folder: Path, state: dict, epoch: int, step: int, keep: int = 2) -> Path:

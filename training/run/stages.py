@@ -112,7 +112,7 @@ def check(recipe: Recipe, data: LongTailed) -> None:
         return listed([data.label_names[c] for c in classes], ", ")
 
     if len(counts) < 2:
-        raise TrainingError("There is one class only: nothing to tell apart.")
+        raise TrainingError("There is only one class: training needs at least two.")
     empty = np.flatnonzero(counts == 0)
     if len(empty):
         raise TrainingError(f"{len(empty)} classes have no training picture: {named(empty)}.")
@@ -121,8 +121,8 @@ def check(recipe: Recipe, data: LongTailed) -> None:
         raise TrainingError(f"{len(lacking)} classes have no picture in the meta set, which MetaSAug learns from: "
                             f"{named(lacking)}. Give each one at least, or train with --augment isda or none.")
     if recipe.augment == "heldout" and len(data_of_stage(recipe, data, 2).meta) < 2:  # batch norm needs two
-        raise TrainingError("Hardly a class can spare a picture from training, and --augment heldout measures on such: "
-                            "train with --augment metasaug, isda or none.")
+        raise TrainingError("Almost no class can spare a picture from training, and --augment heldout measures on "
+                            "spared ones: train with --augment metasaug, isda or none.")
 
 
 def check_disk(recipe: Recipe, data: LongTailed, cache: FeatureCache, state: State) -> None:

@@ -81,7 +81,7 @@ def _fitting(path: Path, recipe: Recipe) -> Iterator[None]:
     except (RuntimeError, ValueError, KeyError) as error:
         raise TrainingError(f"{path} does not fit {recipe.architecture} as it is built here: "
                             f"{' '.join(str(error).split())[:300]}. Take the versions that it was trained with, or "
-                            "begin anew with another --out.") from error
+                            "start again with another --out.") from error
 
 
 def _check_data(data: LongTailed, saved: dict, what: str) -> None:
@@ -93,5 +93,5 @@ def _check_data(data: LongTailed, saved: dict, what: str) -> None:
     differing = [f"{name} had {then.get(name, 'no')} training pictures and has {now.get(name, 'none')}"
                  for name in sorted(now.keys() | then.keys()) if now.get(name) != then.get(name)]
     reason = listed(differing, ", ") or "as many of each class, but not the same"
-    raise TrainingError(f"{what}: it was trained on other pictures ({reason}). Put those back, or begin anew with "
+    raise TrainingError(f"{what}: it was trained on other pictures ({reason}). Put those back, or start again with "
                         "another --out.")

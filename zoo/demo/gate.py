@@ -127,8 +127,8 @@ class Gate:
         if self.rules.trust_proxy:
             host = headers.get("x-forwarded-host", host).split(",")[0].strip()
         if not self.rules.trust_proxy and not self._known(_host_and_port(host, "http")[0]):
-            raise Refused(421, f"The demo does not answer to the name {host[:100]!r}. Whoever runs it can allow it: "
-                               "metasaug demo --allowed-host NAME, or --trust-proxy behind a proxy.")
+            raise Refused(421, f"The demo does not answer under the host name {host[:100]!r}. Whoever runs it can "
+                               "allow it: metasaug demo --allowed-host NAME, or --trust-proxy behind a proxy.")
         method, path = scope["method"], scope["path"]
         origin = headers.get("origin")
         if origin is not None and method not in ("GET", "HEAD"):
@@ -145,7 +145,7 @@ class Gate:
             raise Refused(404, f"No endpoint is called {called[1][:50]!r}: there are {', '.join(self.names)}.")
         _, is_file, file = path.partition("/gradio_api/file=")
         if not routes.fullmatch(path) or (is_file and not self.uploads.holds(file)):
-            raise Refused(404, "There is nothing here.")
+            raise Refused(404, "There is no page at this address.")
 
     def _known(self, host: str) -> bool:
         if host in (*self.rules.hosts, "localhost") or host.endswith(".localhost"):
@@ -199,7 +199,7 @@ class Gate:
         session = self._check_json(content, path)
         if path == "/gradio_api/queue/join":
             if self.unread.get(session, 0) >= UNREAD:
-                raise Refused(429, "The answers to earlier requests of this session were not fetched.")
+                raise Refused(429, "This session has not fetched the answers to its earlier requests yet.")
             self.unread[session] = self.unread.pop(session, 0) + 1
             if len(self.unread) > 1000:
                 self.unread.popitem(last=False)
@@ -229,9 +229,9 @@ class Gate:
         try:
             body = json.loads(content or b"{}")
         except (ValueError, RecursionError):
-            raise Refused(400, "The body is no JSON.") from None
+            raise Refused(400, "The body is not JSON.") from None
         if not isinstance(body, dict):
-            raise Refused(400, "The body is no JSON object.")
+            raise Refused(400, "The body is not a JSON object.")
         session = body.get("session_hash")
         if session is not None and not (isinstance(session, str) and re.fullmatch(r"[\w-]{1,64}", session)):
             raise Refused(400, "session_hash is a short text of letters, digits, _ and -.")

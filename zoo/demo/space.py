@@ -42,7 +42,7 @@ def build(folder: Path) -> Path:
         raise zoo.ZooError(f"{app} is missing: build the Space from a checkout, or an installed metasaug.")
     if folder.exists() and any(folder.iterdir()):
         if not (folder / "app.py").is_file() or not (folder / "requirements.txt").is_file():
-            raise zoo.ZooError(f"{folder} holds something else than a Space: choose an empty folder.")
+            raise zoo.ZooError(f"{folder} holds something other than a Space: choose an empty folder.")
         shutil.rmtree(folder / "zoo", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(HERE, folder / "zoo", ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
