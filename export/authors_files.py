@@ -79,7 +79,7 @@ def import_file(
 
     Args:
         file: The checkpoint: MetaSAug's CIFAR, ImageNet-LT and iNaturalist files, or classifier-balancing's.
-        name: A name from `metasaug list`: it gives the labels, how pictures are prepared, and the published error.
+        name: A name from `metasaug list --all`, which gives the labels, the preprocessing and the published error.
         out: The new model folder.
         counts: Where the training pictures of each class are counted: iNaturalist's train2018.json, a list file
             (ImageNet_LT_train.txt), or a JSON list of numbers. By default those of the benchmark, where known.
@@ -88,7 +88,7 @@ def import_file(
     """
     entry = find(name)
     if entry is None:
-        raise ExportError(f"--as {name}: no such model. `metasaug list` shows the names.")
+        raise ExportError(f"--as {name}: no such model. `metasaug list --all` shows the names.")
     about = _about(entry)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"--out {out} is there already: choose another folder, or remove it.")

@@ -61,7 +61,8 @@ def release(
     Exit code 0: all done; 1: some models failed, each with its reason; 2: nothing was started; 129, 130, 143: stopped.
 
     Args:
-        cells: Names from `metasaug list`, data sets (all their models), or all. Separate several by commas or spaces.
+        cells: Names from `metasaug list --all`, data sets (all their models), or all. Separate several by commas or
+            spaces.
         root: Folder of the data sets: ROOT/cifar10, cifar100, imagenet-lt, inat17, inat18, plankton, each as `metasaug
             train` reads it.
         owner: User or organisation on the Hub. Models go to OWNER/NAME. By default METASAUG_HUB_OWNER.
@@ -132,7 +133,7 @@ def entries_named(words: Sequence[str]) -> list[Entry]:
             unknown.append(f"No model or data set is called {word!r}."
                            + (f" Did you mean {' or '.join(near)}?" if near else ""))
     if unknown or not found:
-        raise UnknownModelError("\n".join([*unknown, "--cells takes names from `metasaug list`, data sets ("
+        raise UnknownModelError("\n".join([*unknown, "--cells takes names from `metasaug list --all`, data sets ("
                                            f"{', '.join(FOLDERS)}), or all."]))
     return [entry for entry in ENTRIES if entry.name in found]
 

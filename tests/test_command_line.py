@@ -73,8 +73,16 @@ def test_the_version_is_the_distributions(capsys):
 # ---- list and info ----
 
 
-def test_list_shows_every_model_and_where_its_weights_are(capsys):
+def test_list_shows_the_models_that_load_and_counts_the_others(capsys):
     code, out, _ = run(capsys, "list")
+    ready = [entry for entry in zoo.list_models() if entry.weights != "unpublished"]
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[1:1 + len(ready)]] == [entry.name for entry in ready]
+    assert f"{len(zoo.list_models()) - len(ready)} more models" in out and "metasaug-inat18" not in out
+
+
+def test_list_all_shows_every_model_and_where_its_weights_are(capsys):
+    code, out, _ = run(capsys, "list", "--all")
     assert code == 0
     lines = out.splitlines()
     for entry, line in zip(zoo.list_models(), lines[1:], strict=False):

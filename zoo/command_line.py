@@ -12,11 +12,15 @@ from zoo.model_folder import CARD
 from zoo.registry import PAPER
 
 
-def list_table(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+def list_table(
+    every: Annotated[bool, tyro.conf.arg(name="all")] = False,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
     """The models of the zoo: data set, method, where the weights are, test error.
 
     Args:
-        as_json: One JSON array instead of the table.
+        every: List the benchmark cells without published weights too; `metasaug train` and `release` make them.
+        as_json: One JSON array of all models instead of the table.
     """
     rows: list[dict[str, Any]] = [
         {"name": e.name, "aliases": e.aliases, "dataset": e.dataset, "imbalance": e.imbalance, "method": e.method,
@@ -28,6 +32,10 @@ def list_table(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> 
     if as_json:
         print(json.dumps(rows, indent=1))
         return
+    owner = own_copies()
+    if not (every or owner):
+        ready = [row for row in rows if row["weights"] != "unpublished"]
+        left_out, rows = len(rows) - len(ready), ready
     width = max(len(row["name"]) for row in rows)
     print(f"{'name':<{width}}  {'data set':<11} {'imbalance':>9}  {'weights':<11} {'error':>7} {'paper':>7}")
     for row in rows:
@@ -42,8 +50,10 @@ def list_table(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> 
     for row in rows:
         if row["weights"] != "unpublished":
             print(f"{row['name']}: {row['summary']}")
-    if owner := own_copies():
+    if owner:
         print(f"{OWNER}={owner}: what is not bundled loads from hf:{owner}/NAME.")
+    elif not every:
+        print(f"\n{left_out} more models are benchmark cells without published weights: `metasaug list --all`.")
 
 
 def info(model: tyro.conf.Positional[str]) -> None:

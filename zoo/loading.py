@@ -124,5 +124,5 @@ def _unknown(name: str) -> str:
         return f"{name} does not exist: no model folder is there. If it is a repository on the Hub: hf:{name}."
     if os.sep in name or name.startswith("."):
         return f"{name} does not exist: no model folder is there."
-    return (f"No model is called {name!r}, and no folder either.{meant} `metasaug list` (zoo.list_models()) shows all "
-            "names.")
+    return (f"No model is called {name!r}, and no folder either.{meant} `metasaug list --all` (zoo.list_models()) "
+            "shows all names.")
