@@ -4,6 +4,7 @@ import fcntl
 import os
 import pickle
 import shutil
+import signal
 import tarfile
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import pytest
 from PIL import Image
 
 from zoo import label_names
+
+# A shell starts background jobs with SIGINT ignored, and the processes that tests stop by it would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("METASAUG_DATA", ROOT.parent / "shared" / "data"))

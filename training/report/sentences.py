@@ -154,9 +154,11 @@ def advice(classes: Classes) -> list[str]:
         if figures["images"] and high - low > 0.15:
             said.append(f"The accuracy of {group} classes rests on {figures['images']:,} test pictures: it may be as "
                         f"low as {low:.0%} or as high as {high:.0%}. Test on more pictures before you rely on it.")
-    if results.get("ece", 0) > 0.05:
-        said.append(f"Do not read the model's percentages as probabilities: they are off by "
-                    f"{results['ece'] * 100:.0f} points on average (see the section on confidence).")
+    measured = (classes.ours.get("calibration") or {}).get("measured")
+    off = measured["ece"]["after"]["all"] if measured else results.get("ece", 0)
+    if off > 0.05:
+        said.append(f"Do not read the model's percentages as probabilities: they are off by {off * 100:.0f} points on "
+                    "average (see the section on confidence).")
     gains = [(row["adjusted_accuracy"] - row["accuracy"], row) for row in results.get("shifted_priors") or ()
              if row["adjusted_accuracy"] is not None]
     gain, row = max(gains, key=lambda pair: pair[0], default=(0.0, None))

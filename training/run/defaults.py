@@ -106,6 +106,8 @@ def with_start(recipe: OwnPictures, data: LongTailed, device: str) -> tuple[OwnP
         return recipe, reasons
     usual_size = shown.get("input_size", [3, 224, 224])[1]
     recipe, of_time = _length_and_size(recipe, data, usual_size, device, may_stop)
+    if recipe.freeze == "all":  # which says why itself
+        reasons = [reason for reason in reasons if not reason.startswith("--freeze")]
     return recipe, reasons + of_time
 
 

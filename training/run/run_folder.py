@@ -122,16 +122,17 @@ def schedule_in_words(recipe: Recipe) -> str:
     elif recipe.augment == "metasaug":
         second = (f"MetaSAug ({recipe.covariance} covariances, look-ahead through the {recipe.lookahead}"
                   + (", quirks of the authors' code" if recipe.fidelity == "reference" else "") + ")")
-    some = "most of the" if recipe.augment == "heldout" else "the"
-    meta = {"stage2": f", {some} meta pictures among those trained on"}
-    second = f"{'the same' if first == second else second}{weights}{meta.get(recipe.meta_in_training, '')}"
     epochs = f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''}"
     if recipe.backbone is not None:
         epochs += f" of a last layer on {without_place(recipe.backbone)}"
-    if second == "the same":
-        return f"{epochs} of plain {first}"
+    last, meta = recipe.epochs - recipe.stage2_epoch, recipe.meta_in_training == "stage2"
+    if second == first and not weights:
+        also = f"; the last {'epoch also trains' if last == 1 else f'{last} also train'} on the meta pictures"
+        return f"{epochs} of plain {first}{also if meta else ''}"
     before = f"{recipe.stage2_epoch} of plain {first}, then " if recipe.stage2_epoch else ""
-    return f"{epochs}: {before}{recipe.epochs - recipe.stage2_epoch} of {second}"
+    some = "most of the" if recipe.augment == "heldout" else "the"
+    return (f"{epochs}: {before}{last} of {'the same' if second == first else second}{weights}"
+            + (f", {some} meta pictures among those trained on" if meta else ""))
 
 
 def code_version() -> str:
