@@ -157,6 +157,28 @@ def test_fitting_is_timms():
                                            err_msg=f"{mode} {crop_pct} {width} x {height}")
 
 
+def test_square_root_sampling_shows_so_many_of_each_class_and_others_each_time():
+    # Given classes of 50, 9 and 4 pictures, of which an epoch shows 12, 9 and 4,
+    labels = np.repeat([0, 1, 2], [50, 9, 4])
+    split = Split(np.arange(63, dtype=np.uint8)[:, None, None, None].repeat(3, 3), labels)
+    each = (12, 9, 4)
+    made = Batches(split, view(size=(1, 1), mean=(0, 0, 0), std=(1 / 255,) * 3, flips="none", crops="resized"), 0, 10,
+                   CPU, each_C=each)
+
+    def seen(epoch, first=0):
+        return np.concatenate([pictures[:, 0, 0, 0].round().int().numpy() for pictures, _ in made.epoch(epoch, first)])
+
+    # when epochs are read, then each shows so many, none twice, mixed; common classes show others the next time;
+    assert made.steps == 3
+    for epoch in (0, 1):
+        assert len(set(seen(epoch))) == 25
+        assert tuple(np.bincount(labels[seen(epoch)])) == each
+        assert (labels[seen(epoch)][:12] != 0).any()
+    assert set(seen(0)) != set(seen(1)) and set(seen(0)) >= set(range(50, 63))
+    # and an epoch that goes on in its middle is the same.
+    np.testing.assert_array_equal(seen(1, 2), seen(1)[20:])
+
+
 # ---- the gathers, against a loop over pictures ----
 
 

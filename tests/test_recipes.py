@@ -259,12 +259,15 @@ def test_a_start_brings_its_own_recipe(monkeypatch):
     assert (recipe.train_size, recipe.input_size) == (224, 256)
     assert (recipe.loss, recipe.augment, recipe.meta_in_training) == ("logit-adjustment", "none", "stage2")
     assert recipe.lr <= 0.03
-    passes = recipe.epochs * 3000 * 1.1
-    assert 0.6 * 55 * 60 * 25 < passes < 55 * 60 * 25
+    assert recipe.sampling == "square-root"
+    assert recipe.epochs == 40  # which 847 pictures an epoch leave time for
+    longest, _ = choose(Folder(sampling="instance"), of_sizes([(400, 500)], (2000, 900, 100)), "cpu", 2)
+    assert 0.6 * 55 * 60 * 25 < longest.epochs * 3000 * 1.1 < 55 * 60 * 25
     assert [flag for flag in recipe.CHOSEN if getattr(recipe, flag) in ("auto", 0, None)] == ["meta_per_class", "flips"]
     assert any(line.startswith("--start small: at hand") for line in reasons)
     # many of them are seen smaller, a few for a short time, small ones larger than they are;
-    many, _ = choose(Folder(), of_sizes([(400, 500)], (15_000, 5_000, 100)), "cpu", 2)
+    many, _ = choose(Folder(), of_sizes([(400, 500)], (300,) * 67), "cpu", 2)
+    assert many.sampling == "instance"  # classes of one size
     assert many.train_size == 128 and many.epochs >= 3  # its test set is as large
     few, reasons = choose(Folder(), of_sizes([(400, 500)], (20,) * 8), "cpu", 2)
     assert few.freeze == "all" and few.input_size == 256 and any("--minutes gives more" in line for line in reasons)
@@ -281,6 +284,16 @@ def test_a_start_brings_its_own_recipe(monkeypatch):
     said, _ = choose(Folder(augment="metasaug", lr=0.005, epochs=3, input_size=96), of_sizes([(400, 500)]), "cpu", 2)
     assert (said.augment, said.lr, said.epochs, said.input_size) == ("metasaug", 0.005, 3, 96)
     assert said.meta_in_training == "never"
+
+
+def test_square_root_sampling_shows_small_classes_whole_and_says_which_prior_that_is():
+    recipe = Folder(sampling="square-root", loss="ce", augment="none")
+    assert recipe.shown_counts([2000, 500, 20, 7]) == (200, 100, 20, 7)
+    assert recipe.shown_counts([90, 80, 70]) == (79, 75, 70)
+    assert dataclasses.replace(recipe, sampling="instance").shown_counts([9, 5]) == (9, 5)
+    assert recipe.implicit_prior([2000, 500]) == pytest.approx([2 / 3, 1 / 3], abs=1e-5)
+    balanced = dataclasses.replace(recipe, loss="logit-adjustment")
+    assert balanced.implicit_prior([2000, 500]) == pytest.approx([1 / 2, 1 / 2], abs=1e-5)
 
 
 def test_a_run_on_own_pictures_is_named_after_them():

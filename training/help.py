@@ -25,7 +25,7 @@ GROUPS = {
     "Network": ("architecture", "pretrained", "backbone", "last_layer", "cache_features", "features"),
     "Input: how pictures are resized, normalised and varied": (
         "input_size", "train_size", "mean", "std", "interpolation", "crop_mode", "crop_pct", "crops", "crop_area",
-        "flips", "color_jitter"),
+        "flips", "sampling", "color_jitter"),
     "Schedule": ("batch_size", "lr", "lr_drop", "schedule", "momentum", "weight_decay", "seed"),
     "Stage 1 and stage 2": (
         "stage1", "stage1_loss", "stage2_epochs", "stage2_lr", "stage2_batch_size", "stage2_trains", "freeze"),

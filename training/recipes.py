@@ -24,6 +24,7 @@ Flips = Literal["none", "mirror", "all"]
 CropMode = Literal["center", "squash", "border"]
 Schedule = Literal["steps", "cosine", "one-cycle"]
 
+SHOWN_WHOLE = 20  # square-root sampling: an epoch shows all pictures of a class of so many
 WARM_UP = 0.1  # share of a one-cycle run in which the learning rate rises
 
 # What a flag may be, both ends included.
@@ -194,6 +195,10 @@ class Recipe:
     """Random flips of training pictures. mirror: left and right; all: also upside down and quarter turns, for
     pictures without an up; none: no flips, for writing and the like."""
 
+    sampling: Literal["instance", "square-root"] = "instance"
+    """Training pictures of an epoch. instance: all; square-root: fewer of common classes, about the square root of
+    their number, drawn anew in each epoch, so that rare classes are seen more often in the same time."""
+
     color_jitter: float = 0.0
     """--crops resized: random factor, 1 plus or minus this, on brightness, contrast and saturation."""
 
@@ -304,13 +309,21 @@ class Recipe:
         """Whether the loss counts rare classes for more than their share of the pictures."""
         return self.weighted or self.loss in ("balanced-softmax", "logit-adjustment")
 
+    def shown_counts(self, class_counts: Sequence[int]) -> tuple[int, ...]:
+        """Pictures of each class that an epoch shows: all n, or with square-root sampling (Kang et al. 2020) sqrt(n k),
+        at most n, where k is the size of the smallest class, at least SHOWN_WHOLE."""
+        if self.sampling != "square-root":
+            return tuple(class_counts)
+        k = max(SHOWN_WHOLE, min(class_counts))
+        return tuple(min(n, round(math.sqrt(n * k))) for n in class_counts)
+
     def implicit_prior(self, class_counts: Sequence[int]) -> list[float]:
         """The class frequencies that the network's probabilities assume; they sum to 1.
 
-        A softmax learns p(x|y) n_y w_y, for n_y pictures of weight w_y. Logit adjustment adds tau log n_y to the logits
-        in training, which leaves n_y^(1 - tau). Margins and the focal loss do not change the prior.
+        A softmax learns p(x|y) n_y w_y, for n_y pictures of weight w_y in an epoch. Logit adjustment adds tau log n_y
+        to the logits in training, which leaves n_y^(1 - tau). Margins and the focal loss do not change the prior.
         """
-        n_C = np.asarray(class_counts, np.float64)
+        n_C = np.asarray(self.shown_counts(class_counts), np.float64)
         tau = {"balanced-softmax": 1.0, "logit-adjustment": self.tau}.get(self.loss, 0.0)
         log_C = (1 - tau) * np.log(n_C)
         if self.weighted:
@@ -510,7 +523,7 @@ class OwnPictures(Recipe):
     CHOSEN: ClassVar[tuple[str, ...]] = (
         "start", "architecture", "freeze", "loss", "augment", "meta_per_class", "meta_in_training", "epochs",
         "batch_size", "lr", "schedule", "input_size", "mean", "std", "interpolation", "crop_mode", "crops", "crop_area",
-        "flips", "covariance")
+        "flips", "sampling", "covariance")
 
     start: str = "auto"
     """Pretrained network to fine-tune. small, medium, large: networks that we chose; timm:NAME; torchvision:NAME; a
@@ -579,6 +592,11 @@ class OwnPictures(Recipe):
     """Random flips of training pictures. mirror: left and right; all: also upside down and quarter turns; none: no
     flips; auto: those that the first model still recognises, or mirror without a pretrained start."""
 
+    sampling: Literal["instance", "square-root", "auto"] = "auto"  # type: ignore[assignment]
+    """Training pictures of an epoch. instance: all; square-root: fewer of common classes, about the square root of
+    their number, drawn anew in each epoch, so that rare classes are seen more often in the same time. auto:
+    square-root with a pretrained start."""
+
     covariance: Literal["full", "diagonal", "auto"] = "auto"  # type: ignore[assignment]
     """Class covariances. full: a matrix per class; diagonal: variances only; auto: full if they take under 64 MB."""
 
@@ -634,7 +652,8 @@ class OwnPictures(Recipe):
     @classmethod
     def completed(cls, saved: dict) -> dict:
         """As for every recipe. Versions without --start trained from random weights."""
-        return cls(start="none", freeze="none", crop_area=0.08, interpolation="bilinear").to_dict() | saved
+        return cls(start="none", freeze="none", crop_area=0.08, interpolation="bilinear",
+                   sampling="instance").to_dict() | saved
 
     def with_choices(self, saved: dict) -> Self:
         """This recipe, with what it leaves open as an earlier run chose it."""

@@ -302,31 +302,36 @@ class Batches:
     pictures   in memory, or on disk               workers   processes that decode
     first      only so many of the pictures: stages that share the others share their memory
     processes  those that train together: each gets its part of the pictures, and the labels of all
+    each_C     so many pictures of each class in an epoch, drawn anew; None: all of them
     """
 
     def __init__(self, pictures: Split | PictureFiles, view: View, seed: int, batch_size: int, device: torch.device,
-                 workers: int = 0, processes: Processes = ALONE, first: int | None = None):
+                 workers: int = 0, processes: Processes = ALONE, first: int | None = None,
+                 each_C: Sequence[int] | None = None):
         self.pictures, self.view, self.workers = pictures, view, workers
         self.labels = pictures.labels[:first]
         self.seed, self.device, self.processes = seed, device, processes
-        self.batch_size = min(batch_size, len(self.labels))
+        self.each_C = None if each_C is None or sum(each_C) == len(self.labels) else np.asarray(each_C)
+        self.length = len(self.labels) if self.each_C is None else int(self.each_C.sum())
+        self.batch_size = min(batch_size, self.length)
         if self.batch_size < 2 * processes.count:
             raise DataError(f"{self.batch_size} pictures a step are too few for {processes.count} processes: batch "
                             "norm needs 2 in each.")
         # A last batch of one picture (a process) has no batch statistics: it is left out.
-        self.steps = len(self.labels) // self.batch_size + (
-            len(self.labels) % self.batch_size >= 2 * processes.count)
+        self.steps = self.length // self.batch_size + (self.length % self.batch_size >= 2 * processes.count)
 
     def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
         """What happens to each of n pictures, (n, ...)."""
         return self.view.draw(rng, n)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each picture once, in an order of its own; `first_step` on."""
+        """Each picture once, or `each_C` of each class, in an order of its own; `first_step` on."""
         n = len(self.labels)
         order = np.random.default_rng([self.seed, epoch, ORDER]).permutation(n)
+        if self.each_C is not None:
+            order = order[rank_in_class(self.labels[order]) < self.each_C[self.labels[order]]]
         drawn = self.draw(np.random.default_rng([self.seed, epoch, CROPS]), n)
-        sizes = batch_sizes(n, self.batch_size)[first_step : self.steps]
+        sizes = batch_sizes(self.length, self.batch_size)[first_step : self.steps]
         at = order[first_step * self.batch_size :][: sum(sizes)]
         yield from self._batches(at, drawn[at], sizes)
 
@@ -351,6 +356,15 @@ class Batches:
 
     def _shown(self, at: np.ndarray, drawn: np.ndarray, parts: list[slice]) -> Iterator[Tensor]:
         return shown(self.pictures, self.view, at, drawn, parts, self.device, self.workers)
+
+
+def rank_in_class(labels_N: np.ndarray) -> np.ndarray:
+    """How many earlier ones have the same label, (N,)."""
+    by_class = np.argsort(labels_N, kind="stable")
+    first_C = np.searchsorted(labels_N[by_class], np.arange(labels_N.max() + 1))
+    rank_N = np.empty_like(by_class)
+    rank_N[by_class] = np.arange(len(labels_N)) - first_C[labels_N[by_class]]
+    return rank_N
 
 
 def batch_sizes(pictures: int, batch: int) -> list[int]:

@@ -184,12 +184,14 @@ def expect(job: Job, data: LongTailed) -> dict[str, Any] | None:
 def measured(recipe: Recipe, data: LongTailed, device) -> dict[str, Any]:
     import torch
 
+    from training.network.prepared import prepared
     from training.run.stages import run_bytes
     from zoo.architectures import create
 
-    size = recipe.input_size or (data.train.pictures.shape[1] if isinstance(data.train, Split) else 224)
+    own_size = data.train.pictures.shape[1] if isinstance(data.train, Split) else 224
+    size = recipe.train_size or recipe.input_size or own_size
     torch.manual_seed(0)
-    module = create(recipe.architecture, len(data.label_names)).to(device, memory_format=torch.channels_last).train()
+    module = prepared(create(recipe.architecture, len(data.label_names)), device).train()
     pictures = min(recipe.batch_size, 16)
     batch = torch.rand(pictures, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(pictures, device=device) % len(data.label_names)
@@ -217,11 +219,13 @@ def measured(recipe: Recipe, data: LongTailed, device) -> dict[str, Any]:
     width: int = module.get_classifier().in_features  # type: ignore[operator, union-attr]
     covariance = len(data.label_names) * (width**2 if recipe.covariance == "full" else width) * 4
     reading = 0.0 if isinstance(data.train, Split) else _seconds_to_read(data.train, data.reading)
+    shown = sum(recipe.shown_counts(data.class_counts))
     features = (recipe.cache_features * (len(data.train) + len(data.meta)) * 2 + len(data.test) * 4) * width
     return {
-        "architecture": recipe.architecture, "input_size": size, "epochs": recipe.epochs, "device": str(device),
-        "seconds": len(data.train) * a_picture * sum(passes(recipe)),
-        "seconds_to_read_an_epoch": reading * len(data.train) / cores(),
+        "architecture": recipe.architecture, "input_size": recipe.input_size or own_size, "epochs": recipe.epochs,
+        "device": str(device),
+        "seconds": shown * a_picture * sum(passes(recipe)),
+        "seconds_to_read_an_epoch": reading * shown / cores(),
         "memory": {"network_and_batch": round(3 * weights + batch_bytes), "covariances": 2 * covariance,
                    "pictures_at_input_size": (len(data.train) + len(data.meta) + len(data.test)) * size * size * 3},
         "disk_of_the_run": run_bytes(weights, covariance) + (features if recipe.cache_features else 0),

@@ -79,8 +79,8 @@ class CachedBatches(Batches):
 
     def __init__(self, pictures: Split | PictureFiles, features_KNA: np.ndarray, view: View, seed: int,
                  batch_size: int, device: torch.device, dtype: torch.dtype = torch.float32,
-                 processes: Processes = ALONE):
-        super().__init__(pictures, view, seed, batch_size, device, processes=processes)
+                 processes: Processes = ALONE, each_C: Sequence[int] | None = None):
+        super().__init__(pictures, view, seed, batch_size, device, processes=processes, each_C=each_C)
         self.features_KNA, self.dtype = features_KNA, dtype
 
     def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:

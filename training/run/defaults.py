@@ -12,6 +12,7 @@ import torch
 
 from training.data.datasets import LongTailed, PictureFiles, Split
 from training.errors import TrainingError
+from training.network.prepared import prepared
 from training.network.start_weights import Backbone, find_backbone
 from training.network.starts import BY_NAME
 from training.recipes import OwnPictures, Recipe
@@ -43,8 +44,8 @@ SMALL_HEAD = 64  # features, up to which full covariances cost little
 START_SIZES = (128, 160, 192, 224)  # of training
 # So much larger is the model's input: macro error on clothes 23.2 % at 192 pixels and 24.4 % at 160, trained at 160.
 ABOVE = 32
-# Passes that a picture is worth while fine-tuning, and below which a smaller input size serves better.
-MOST_EPOCHS, FEW_EPOCHS = 25, 5
+# Epochs that a picture of a rare class is worth while fine-tuning, and below which a smaller input size serves better.
+MOST_EPOCHS, FEW_EPOCHS = 40, 5
 # Steps of fine-tuning, fewer than which made the first answer worse (47 and 251 of two sets of photographs of clothes).
 FEW_STEPS = 300
 # Minutes of a run by default: at most, and the least; a picture is worth 2 seconds of fine-tuning.
@@ -96,6 +97,10 @@ def with_start(recipe: OwnPictures, data: LongTailed, device: str) -> tuple[OwnP
     take("schedule", "one-cycle", "falls to 0 at the end of the run, however long that is")
     take("loss", "logit-adjustment", "the model answers as if all classes were equally frequent")
     take("augment", "none", "logit adjustment alone; the paper's method: --augment metasaug")
+    sampled = dataclasses.replace(recipe, sampling="square-root").shown_counts(data.class_counts)
+    if recipe.augment == "none" and recipe.balances and sum(sampled) < count:
+        take("sampling", "square-root", f"an epoch shows {sum(sampled):,} of {count:,} pictures, rare classes whole, so "
+                                        "that they are seen more often in the same time")
     take("meta_in_training", "stage2" if recipe.augment in ("none", "isda") else "never",
          "the meta set decides between first answer and fine-tuning, then is trained on too"
          if recipe.augment in ("none", "isda") else f"--augment {recipe.augment} measures on the meta set")
@@ -120,6 +125,7 @@ def _length_and_size(
     fit into the time, the first answer is the model, at the largest size that it has the time for.
     """
     count, others, reasons = len(data.train), len(data.meta) + len(data.test), []
+    shown = sum(recipe.shown_counts(data.class_counts))
     minutes = recipe.minutes or min(
         MOST_MINUTES, max(LEAST_MINUTES, LEAST_MINUTES + (count - 200) * SECONDS_A_PICTURE / 60))
     typical = float(np.median(np.sqrt(_sizes(data.train).prod(1))))
@@ -141,13 +147,13 @@ def _length_and_size(
 
     def epochs_in(size: int) -> float:
         """With the tests."""
-        step, test = count * each * (size / largest) ** 2 * SPARE, len(data.test) * look(size)
+        step, test = shown * each * (size / largest) ** 2 * SPARE, len(data.test) * look(size)
         time = left(size)
         return max(time / (step + test) if time < TESTS * (step + test) else (time - TESTS * test) / step, 0)
 
     size = next((size for size in reversed(sizes) if epochs_in(size) >= FEW_EPOCHS), sizes[0])
     epochs = min(MOST_EPOCHS, max(2, int(epochs_in(size))))
-    steps = epochs * -(-count // recipe.batch_size)
+    steps = epochs * -(-shown // recipe.batch_size)
     if may_stop and epochs < MOST_EPOCHS and steps < FEW_STEPS:
         size = next((size for size in reversed(sizes) if left(size) > 0), sizes[0])
         return dataclasses.replace(recipe, freeze="all", epochs=epochs, input_size=recipe.input_size or size + above), [
@@ -160,7 +166,7 @@ def _length_and_size(
                        + (f", and {sizes[-1]} would leave {epochs_in(largest):.1f} epochs"
                           if size < largest else ""))
     if not recipe.epochs:
-        takes = minutes - (epochs_in(size) - epochs) * count * each * (size / largest) ** 2 * SPARE / 60
+        takes = minutes - (epochs_in(size) - epochs) * shown * each * (size / largest) ** 2 * SPARE / 60
         recipe = dataclasses.replace(recipe, epochs=epochs)
         reasons.append(f"--epochs {epochs}: about {max(1, round(takes))} minutes for the whole run, at "
                        f"{1 / (each * (size / largest) ** 2):.0f} pictures a second in training"
@@ -175,7 +181,7 @@ def measure_speed(
     read its file."""
     from training.run.steps import set_trained
 
-    module = create(recipe.architecture, 2).to(device).to(memory_format=torch.channels_last)
+    module = prepared(create(recipe.architecture, 2), device)
     set_trained(module, dataclasses.replace(recipe, input_size=size, train_size=None), False)
 
     def seconds(side: int, step: Callable[[torch.Tensor], object]) -> float:
@@ -278,7 +284,7 @@ def choose(recipe: OwnPictures, data: LongTailed, device: str, cores: int) -> tu
 
     quiet: dict[str, Any] = {  # said nothing about
         "interpolation": "bilinear", "schedule": "steps", "flips": "mirror" if recipe.start == "none" else "auto",
-        "loss": "ce", "crop_area": 0.08, "freeze": "none"}
+        "loss": "ce", "crop_area": 0.08, "freeze": "none", "sampling": "instance"}
     recipe = dataclasses.replace(recipe, **{flag: value for flag, value in quiet.items()
                                             if getattr(recipe, flag) in ("auto", 0)})
     if recipe.freeze == "all" and recipe.start == "none":

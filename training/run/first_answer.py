@@ -159,5 +159,5 @@ def logits_of(module: nn.Module, pictures, view: View, device: torch.device,
 
 def as_fitted(recipe: OwnPictures) -> OwnPictures:
     """The recipe by which `fit_last_layer` trains: with the log prior in place of class weights and augmentation."""
-    return dataclasses.replace(recipe, augment="none", class_weights="none",
+    return dataclasses.replace(recipe, augment="none", class_weights="none", sampling="instance",
                                loss="balanced-softmax" if recipe.balances else recipe.loss)

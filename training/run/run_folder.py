@@ -123,6 +123,8 @@ def schedule_in_words(recipe: Recipe) -> str:
         second = (f"MetaSAug ({recipe.covariance} covariances, look-ahead through the {recipe.lookahead}"
                   + (", quirks of the authors' code" if recipe.fidelity == "reference" else "") + ")")
     epochs = f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''}"
+    if recipe.sampling == "square-root":
+        epochs += " with square-root sampling"
     if recipe.backbone is not None:
         epochs += f" of a last layer on {without_place(recipe.backbone)}"
     last, meta = recipe.epochs - recipe.stage2_epoch, recipe.meta_in_training == "stage2"

@@ -70,12 +70,13 @@ def make_stages(
 
     def stage(counts: tuple[int, ...], loss: Loss, size: int, weighted: bool) -> Stage:
         # Meta pictures that join the second stage's come after the first one's: one copy serves both.
+        shown = recipe.shown_counts(counts)
         return Stage(
-            Batches(train, view, recipe.seed, size, device, workers, processes, sum(counts)),
+            Batches(train, view, recipe.seed, size, device, workers, processes, sum(counts), shown),
             Batches(meta, view, recipe.seed, size, device, workers, processes),
-            HeadLoss(loss, counts, gamma=recipe.gamma, max_margin=recipe.max_margin, scale=recipe.scale,
+            HeadLoss(loss, shown, gamma=recipe.gamma, max_margin=recipe.max_margin, scale=recipe.scale,
                      tau=recipe.tau),
-            _placed(class_balanced_weights(counts, recipe.beta), device) if weighted else None)
+            _placed(class_balanced_weights(shown, recipe.beta), device) if weighted else None)
 
     return (stage(first.class_counts, recipe.first_loss, recipe.batch_size, False),
             stage(second.class_counts, recipe.loss, recipe.stage2_batch_size or recipe.batch_size,
@@ -98,7 +99,8 @@ def on_features(
 
     def cached(kind: Literal["train", "meta"], pictures: Split | PictureFiles, batches: Batches) -> Batches:
         return CachedBatches(pictures, cache.of(kind, pictures, module, before_each), batches.view, batches.seed,
-                             batches.batch_size, batches.device, last.weight.dtype, batches.processes)
+                             batches.batch_size, batches.device, last.weight.dtype, batches.processes,
+                             batches.each_C)
 
     return dataclasses.replace(stage, batches=cached("train", data.train, stage.batches),
                                meta=cached("meta", data.meta, stage.meta), head=Head(last))

@@ -18,6 +18,7 @@ from training.method.finite import Finite, check_finite
 from training.method.heldout import HeldOut
 from training.network.derivatives import GradientScale
 from training.network.distributed import Processes
+from training.network.prepared import prepared
 from training.network.start_weights import find_backbone, load_backbone, load_pretrained
 from training.network.starts import find_start
 from training.recipes import OwnPictures, Recipe
@@ -137,8 +138,7 @@ def start(recipe: Recipe, data: LongTailed, device: torch.device) -> State:
         load_backbone(module, find_start(recipe.start), False)
     if recipe.backbone is not None:
         load_backbone(module, find_backbone(recipe.backbone), recipe.last_layer == "ready")
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    module.train()
+    prepared(module, device).train()
     optimizer = torch.optim.SGD(module.parameters(), recipe.lr, recipe.momentum, nesterov=recipe.momentum > 0,
                                 weight_decay=recipe.weight_decay, fused=device.type == "cuda")
     width: int = module.get_classifier().in_features  # type: ignore[operator, union-attr]
