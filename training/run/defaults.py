@@ -99,8 +99,8 @@ def with_start(recipe: OwnPictures, data: LongTailed, device: str) -> tuple[OwnP
     take("augment", "none", "logit adjustment alone; the paper's method: --augment metasaug")
     sampled = dataclasses.replace(recipe, sampling="square-root").shown_counts(data.class_counts)
     if recipe.augment == "none" and recipe.balances and sum(sampled) < count:
-        take("sampling", "square-root", f"an epoch shows {sum(sampled):,} of {count:,} pictures, rare classes whole, so "
-                                        "that they are seen more often in the same time")
+        take("sampling", "square-root", f"an epoch shows {sum(sampled):,} of {count:,} pictures, rare classes whole, "
+                                        "so that they are seen more often in the same time")
     take("meta_in_training", "stage2" if recipe.augment in ("none", "isda") else "never",
          "the meta set decides between first answer and fine-tuning, then is trained on too"
          if recipe.augment in ("none", "isda") else f"--augment {recipe.augment} measures on the meta set")
@@ -201,10 +201,12 @@ def measure_speed(
     with torch.no_grad():
         module.eval()
         look = seconds(seen, module)
-    began, some = time.perf_counter(), _some(pictures, 16)
-    for path in some:
+    reading = [0.0]
+    for path in _some(pictures, 33):  # the median: the first ones load what decodes them, or come from a cold disk
+        began = time.perf_counter()
         decode(path, reading=recipe.reading).load()
-    return each, look, (time.perf_counter() - began) / max(len(some), 1)
+        reading.append(time.perf_counter() - began)
+    return each, look, float(np.median(reading))
 
 
 def on_backbone(recipe: Recipe, data: LongTailed) -> tuple[Recipe, list[str]]:
