@@ -100,23 +100,23 @@ CLASSES = {"cifar10-lt": 10, "cifar100-lt": 100, "imagenet-lt": 1000, "inat17": 
 
 BUNDLED = {
     "metasaug-cifar10-lt": Bundled(
-        "2f72dc8b919393292ce0a24d91e167ad53347b87fb3067852192754b297a6862", 0.2616,
+        "8f59ce264af42fbafbd9724e9f09670d44f6902430fe39c49fce806875737cdf", 0.2616,
         "trained on CIFAR-10 (JPEG), 60 epochs: 48 of plain cross entropy, then 12 of MetaSAug (full "
         "covariances, look-ahead through the network) with class-balanced weights"),
     "heldout-cifar10-lt": Bundled(
-        "8e2b622415f70d36078fcc42d4ec97beb1754d73b51261dc40a4e2d3edc2591c", 0.2531,
+        "5ea669b4b8249fe223606fa1b9409cabb880199f15ac1f1e874d227854f25324", 0.2531,
         "trained on CIFAR-10 (JPEG), 60 epochs: 48 of plain cross entropy, then 12 of held-out augmentation "
         "(full covariances) with class-balanced weights"),
     "ce-cifar10-lt": Bundled(
-        "d975eeea91e8f729a56d7006e7a80cfe50a8bc9e47a22e4906248174e4a001d6", 0.3558,
+        "c519a7e6129a631b2f67cd0116a36bbc15223ef3c5e641562e24ff093cd350d3", 0.3558,
         "trained on CIFAR-10 (JPEG), 60 epochs of plain cross entropy"),
     "metasaug-plankton": Bundled(
-        "80c4ec2615d4a908fb2cd4c36d58ca390349ad87bc051cdbb414e31cc482d128", 0.303539,
+        "ab949a11f859fc4fae7d58db6598693b843a4751e2ee5aaa4e15323f31d63ec8", 0.303539,
         "trained on National Data Science Bowl plankton (class folders), 45 epochs: 36 of plain cross "
         "entropy, then 9 of MetaSAug (full covariances, look-ahead through the classifier) with class-"
         "balanced weights"),
     "ce-plankton": Bundled(
-        "49edd6369edda27797c0d9338b8ec70cd7fc4ae606a040bc77cd6b5b9a6d1e7e", 0.254156,
+        "2881485331918eed51e9ca03dec77d9d1c478bfba0ae0cc11930b26072e06e9d", 0.254156,
         "trained on National Data Science Bowl plankton (class folders), 45 epochs of plain cross entropy"),
     "finetuned-plankton": Bundled(
         "61ecefe9b50370957896d02d6e8ba56ff4e09d8657b8d3135df2f53e8500c6d7", 0.297942,
