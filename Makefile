@@ -1,4 +1,4 @@
-# Two commands matter: `make demo` and `make test`. Both may be run again at no cost.
+# The two main commands are `make demo` and `make test`. You may run both again at any time.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
@@ -10,7 +10,7 @@ PIP     = $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.demo  ## the Gradio app on 127.0.0.1:7860, on the bundled models (no torch needed)
+demo: $(VENV)/.demo  ## the Gradio app on 127.0.0.1:7860, with the bundled models (no torch needed)
 	$(BIN)/python app.py
 
 space: $(VENV)/.demo  ## build/space: the demo as a Hugging Face Space, ready to push
@@ -19,7 +19,7 @@ space: $(VENV)/.demo  ## build/space: the demo as a Hugging Face Space, ready to
 docs: $(VENV)/.dev  ## the documentation as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-docs-serve: $(VENV)/.dev  ## the same on http://127.0.0.1:8000, up to date as you write
+docs-serve: $(VENV)/.dev  ## the same on http://127.0.0.1:8000, updated as you write
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 test: $(VENV)/.dev browser lint  ## lint, types and all tests (a few minutes)
@@ -30,14 +30,14 @@ test-long: $(VENV)/.dev browser  ## the long tests (under 40 minutes on 2 cores)
 		--junitxml build/robustness.xml; status=$$?; \
 	$(BIN)/python -m benchmarks.robustness build/robustness.xml && exit $$status
 
-test-gpu: $(VENV)/.dev  ## what only a GPU can show, skipped with the reason where there is none
+test-gpu: $(VENV)/.dev  ## the tests that need a GPU; without one they are skipped, with the reason
 	$(BIN)/python -m pytest -m gpu -rs
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Debian's package where apt is there; elsewhere the tests look for an installed browser, or say that they skip.
+# Installs Debian's Chromium if apt is there. Without a browser, the tests that need one say that they skip.
 browser:
 	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \
 	elif command -v apt-get && [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq chromium >/dev/null; \
@@ -56,5 +56,5 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.demo
 
-clean:  ## remove the environment and what the tests leave
+clean:  ## remove the environment and the files that tests leave
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .test-data

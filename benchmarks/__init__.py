@@ -1,1 +1,1 @@
-"""Speeds and memory, as ratios against what a user would run instead, measured side by side in one run."""
+"""Measurements: training results, speed and memory. A speed is a ratio to what a user would run instead."""

@@ -1,4 +1,4 @@
-"""The demo: how soon it is there, how fast it answers, what it takes, and what 50 people at once get of it.
+"""Measure the demo: start time, answer time, memory, and answers to 50 clients at once.
 
     python -m benchmarks.app --out benchmarks/results/app.jsonl
 """
@@ -26,7 +26,7 @@ BUNDLED = ("metasaug-cifar10-lt", "ce-cifar10-lt")
 
 @contextmanager
 def demo(*flags: str) -> Iterator[tuple[subprocess.Popen, str, float]]:
-    """A demo of its own: the process, its address, and the seconds from its start to its first whole page."""
+    """Start a demo. Yields the process, its address, and the seconds from start to first whole page."""
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, "app.py", "--port", "0", *flags], cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -45,8 +45,8 @@ def main(out: Path | None = None, rounds: int = 5, seconds: float = 120) -> None
 
     Args:
         out: Write one JSON object a line here.
-        rounds: Starts, and tens of answers, of which the medians are taken.
-        seconds: How long 50 clients ask.
+        rounds: Number of starts, and tens of answers. Their medians are reported.
+        seconds: How long 50 clients send requests, in seconds.
     """
     starts, worked = [], []
     for _ in range(rounds):
@@ -67,7 +67,7 @@ def main(out: Path | None = None, rounds: int = 5, seconds: float = 120) -> None
                            "as a client on the same machine sees it, queue and HTTP included"))
         outcome = load.fifty_clients(address, seconds)
         rows.append(figure_row(f"50 clients, {seconds:g} s: broken or wrong", len(outcome.broken) + outcome.wrong, "",
-                               0, f"{outcome.right:,} right, {outcome.busy:,} told that it is busy, median answer "
+                               0, f"{outcome.right:,} correct, {outcome.busy:,} refused as busy, median answer "
                                   f"{statistics.median(outcome.seconds or [0]):.2f} s"))
         rows.append(figure_row("memory after them, at its peak", memory(process, "VmHWM"), "MB", 600, "resident"))
     report(rows, False, out)

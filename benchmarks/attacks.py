@@ -1,6 +1,6 @@
-"""Attacks on a running demo, each with what was answered and the memory of the server over time.
+"""Attack a running demo, and report its answers and the server's memory over time.
 
-    python -m benchmarks.attacks                    # all, in short form, on a demo of its own
+    python -m benchmarks.attacks                    # all, in short form, on a demo that it starts
     python -m benchmarks.attacks --long --only json_bodies slow_uploads
     python -m benchmarks.attacks --root OTHER       # another checkout: before and after
 """
@@ -40,7 +40,7 @@ FORM = b"multipart/form-data; boundary=b"
 
 @dataclass
 class Target:
-    """A demo under attack: where it is, its process, and what it printed."""
+    """A demo under attack: its address, its process, and what it printed."""
 
     url: str
     process: subprocess.Popen
@@ -71,7 +71,7 @@ class Target:
 
 @contextmanager
 def target(root: Path = ROOT, *flags: str) -> Iterator[Target]:
-    """A demo of its own on a free port."""
+    """Start a demo on a free port."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -105,14 +105,14 @@ def target(root: Path = ROOT, *flags: str) -> Iterator[Target]:
 
 @dataclass
 class Outcome:
-    """What an attack came to: figures by name, and the server's memory in MB each half second."""
+    """Result of an attack: figures by name, and the server's memory in MB every half second."""
 
     figures: dict[str, Any]
     memory: list[float]
 
 
 def attacked(on: Target, attack: Callable[[Target, bool], dict[str, Any]], long: bool = False) -> Outcome:
-    """Runs an attack, watches the memory, and asks for a picture before and afterwards as anybody would."""
+    """Run an attack and watch the memory. Classify a picture before and after it, as a visitor would."""
     load.ask(on.url, load.upload(on.url, load.EXAMPLES / "ship.jpg"))
     memory, over = [on.memory()], threading.Event()
 
@@ -142,7 +142,7 @@ def attacked(on: Target, attack: Callable[[Target, bool], dict[str, Any]], long:
 
 def request(on: Target, path: str, body: bytes | None = None, method: str | None = None, timeout: float = 30,
             **headers: str) -> tuple[int, bytes]:
-    """Status and content; 0 where the connection was closed."""
+    """Status and content of the answer; status 0 if the connection was closed."""
     kind = {"Content-Type": "application/json"} if body is not None else {}
     asked = urllib.request.Request(on.url + path, body, {**kind, **headers}, method=method)
     try:
@@ -193,7 +193,7 @@ def image(width: int, height: int) -> bytes:
 
 
 def overlapping_tags(entries: int = 5000, size: int = 900_000) -> bytes:
-    """A TIFF without a picture, or EXIF data: its tags all hold the same bytes, 4.5 GB if each is read."""
+    """A TIFF without a picture, or EXIF data: all its tags point to the same bytes, 4.5 GB if each is read."""
     data_at = 8 + 2 + 12 * entries + 4
     tags = b"".join(struct.pack("<HHII", 0x9000 + i, 7, size, data_at) for i in range(entries))
     return b"II*\0" + struct.pack("<IH", 8, entries) + tags + bytes(4) + bytes(size)
@@ -245,7 +245,7 @@ def json_bodies(on: Target, long: bool) -> dict[str, Any]:
 
 
 def slow_uploads(on: Target, long: bool) -> dict[str, Any]:
-    """Uploads that begin and then stall; while they do, a newcomer asks for a picture."""
+    """Uploads that begin and then stall; meanwhile a new visitor sends a request."""
     return _stalled(on, HEAD % (b"/gradio_api/upload", FORM) + b"Content-Length: 1000000\r\n\r\n" + PART, long)
 
 
@@ -256,7 +256,7 @@ def slow_bodies(on: Target, long: bool) -> dict[str, Any]:
 
 
 def slow_headers(on: Target, long: bool) -> dict[str, Any]:
-    """Connections that never finish their request's header, one byte now and then."""
+    """Connections that never finish their request's header and send a byte now and then."""
     return _stalled(on, b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-", long, drip=b"x")
 
 
@@ -301,7 +301,7 @@ def uploads_in_all(on: Target, long: bool) -> dict[str, Any]:
 
 
 def hostile_uploads(on: Target, long: bool) -> dict[str, Any]:
-    """Damaged pictures, and tags that point to the same bytes again and again, each uploaded and asked about."""
+    """Damaged pictures, and tags that all point to the same bytes; each is uploaded and classified."""
     import numpy as np
 
     rng, good = np.random.default_rng(0), (load.EXAMPLES / "ship.jpg").read_bytes()
@@ -321,7 +321,7 @@ def hostile_uploads(on: Target, long: bool) -> dict[str, Any]:
 
 
 def uncollected(on: Target, long: bool) -> dict[str, Any]:
-    """Requests whose answers nobody fetches."""
+    """Requests whose answers are never fetched."""
     uploaded = load.upload(on.url, load.EXAMPLES / "ship.jpg")
     body = json.dumps({"data": [{"path": uploaded, "meta": {"_type": "gradio.FileData"}}, load.MODEL, "own"]}).encode()
     statuses: Counter[int] = Counter()
@@ -336,7 +336,7 @@ def uncollected(on: Target, long: bool) -> dict[str, Any]:
 
 
 class Job:
-    """Pictures of one visitor, as the Folder tab starts them; `read` follows it to its end."""
+    """A job of one visitor, started as the Folder tab does; `read` follows it to its end."""
 
     def __init__(self, on: Target, name: str, content: bytes, session: str):
         self.on, self.session, self.began = on, session, time.monotonic()
@@ -376,13 +376,13 @@ def large_pictures(on: Target, long: bool) -> dict[str, Any]:
 
 
 def hang_up(on: Target, long: bool) -> dict[str, Any]:
-    """A visitor who starts a job of large pictures and leaves: what the server works until it rests, for a minute."""
+    """A visitor starts a job of large pictures and leaves: CPU time until the server rests, for up to a minute."""
     def work() -> float:
         before = on.cpu()
         time.sleep(1)
         return on.cpu() - before
 
-    resting = max(work() for _ in range(3))  # Gradio's queue looks around a thousand times a second
+    resting = max(work() for _ in range(3))  # Gradio's queue polls a thousand times a second
     job = Job(on, "large.zip", zip_of(image(5000, 5000), 60), "leaves")
     job.read(_progress)
     job.stream.close()
@@ -393,7 +393,7 @@ def hang_up(on: Target, long: bool) -> dict[str, Any]:
             "cpu_s_until_rest": round(sum(worked) - len(worked) * resting, 2)}
 
 
-# ---- who asks ----
+# ---- hosts, origins, malformed requests ----
 
 
 def other_names(on: Target, long: bool) -> dict[str, Any]:
@@ -418,7 +418,7 @@ def other_names(on: Target, long: bool) -> dict[str, Any]:
 
 
 def malformed(on: Target, long: bool) -> dict[str, Any]:
-    """Requests that make no sense: unknown names, wrong counts, types and nesting. Each needs a plain refusal."""
+    """Requests that make no sense: unknown names, wrong counts, types and nesting. Each must be refused plainly."""
     path = "/gradio_api/call/predict"
     good = {"path": load.upload(on.url, load.EXAMPLES / "ship.jpg"), "meta": {"_type": "gradio.FileData"}}
     bodies: list[tuple[str, bytes]] = [(f"/gradio_api/{kind}/nonsense", b'{"data": []}') for kind in ("call", "run")]
@@ -461,9 +461,9 @@ def main(only: tuple[str, ...] = (), long: bool = False, root: Path = ROOT, out:
 
     Args:
         only: Attacks to run; all by default.
-        long: The full figures, instead of a short form.
+        long: Run the full attacks instead of their short form.
         root: The checkout whose demo is attacked.
-        out: Write one JSON object an attack here.
+        out: Append one JSON object per attack to this file.
     """
     for name in only or ATTACKS:
         with target(root.resolve()) as on:

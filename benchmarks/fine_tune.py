@@ -1,11 +1,11 @@
-"""Your own pictures: `metasaug train folder` beside a plain fine-tune with timm, same start, same split, same minutes.
+"""Compare `metasaug train folder` with a plain fine-tune in timm: same start, same split, same minutes.
 
-    python -m benchmarks.fine_tune --data DIR --minutes 15       # DIR/CLASS/picture.jpg; 4 times so long
+    python -m benchmarks.fine_tune --data DIR --minutes 15       # DIR/CLASS/picture.jpg; takes 4 times as long
 
-The plain one is what timm's users do: cross entropy, every layer trained, random resized crops and mirroring at the
-start's own input size, AdamW with warm-up and a cosine that ends when the time does, at the best of three usual rates,
-chosen by the test set, which favours it. It trains on the meta pictures too. Its tests do not count as time; ours do.
-`seconds` is what our whole command took.
+The plain fine-tune is what timm users do: cross entropy, all layers, random resized crops and mirroring at the start's
+own input size, AdamW with warm-up and a cosine schedule that ends with the time. It runs at three usual learning rates;
+its best one on the test set counts, which favours it. It also trains on the meta pictures. The time of its tests is not
+counted; that of ours is. `seconds` is the time of our whole command.
 """
 
 import argparse
@@ -44,7 +44,7 @@ BATCH, WARM_UP, WEIGHT_DECAY = 32, 0.05, 0.05
 
 
 class Pictures(Dataset):
-    """As torchvision's ImageFolder, of a split that is cut already."""
+    """Like torchvision's ImageFolder, for a split that exists already."""
 
     def __init__(self, part: Any, transform: Any):
         self.part, self.transform = part, transform
@@ -57,7 +57,7 @@ class Pictures(Dataset):
 
 
 def plain(data: Any, minutes: float, rate: float) -> tuple[dict, int]:
-    """Test results of a fine-tune with timm, and the steps that the minutes sufficed for."""
+    """Fine-tune with timm. Returns the test results, and the number of steps that fitted into the minutes."""
     torch.manual_seed(0)
     module = create(BY_NAME["small"].network, len(data.label_names))  # timm's own
     load_backbone(module, find_start("small"), False)
@@ -106,8 +106,8 @@ def ours(folder: Path, minutes: float) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="class folders")
-    parser.add_argument("--minutes", type=float, default=15, help="of each run [15]")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where rows are added")
+    parser.add_argument("--minutes", type=float, default=15, help="minutes of each run [15]")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file to append rows to")
     options = parser.parse_args()
     keep_freed_memory()  # as our own command does
     data = load_folder(options.data).with_meta_in_training()

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.head`: a whole MetaSAug step of a last layer on a frozen backbone, at iNaturalist's size.
+"""`python -m benchmarks.head`: time a whole MetaSAug step of a last layer on a frozen backbone, at iNaturalist's size.
 
-C = 8142 classes, A = 2048 features, batch 256, diagonal covariances, made-up features. Against forward and backward
-of plain cross entropy on the same layer, and against autograd over the matmul form (training/method/reference.py).
+C = 8142 classes, A = 2048 features, batch 256, diagonal covariances, made-up features. It is compared with plain cross
+entropy (forward and backward) on the same layer, and with autograd over the matmul form (training/method/reference.py).
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def ours(classes: int) -> Callable[[], object]:
 
 
 def authors(classes: int, batch: int = 8) -> Callable[[], object]:
-    """The authors' formulation, over (N, C, A) differences: only memory is measured, at a batch that fits."""
+    """The authors' formulation, over (N, C, A) differences. Only its memory is measured, at a batch size that fits."""
     layer, f, y, f_meta, y_meta, running = _setting(classes)
     return lambda: naive.autograd_frozen_head_step(
         f[:batch], y[:batch], f_meta[:batch], y_meta[:batch], layer.weight, layer.bias, running.covariance, 0.25, 3e-4,

@@ -1,8 +1,8 @@
 """`python -m benchmarks.large`: stage 2 on cached features at iNaturalist 2018's size, and what stage 1 costs.
 
-437,513 pictures, 8142 classes, 2048 features, batch 256: the steps that `metasaug train inat18 --cache-features` takes,
-on made-up features that lie memory-mapped in float16 as the cache keeps them. Measured on this CPU; a GPU's by
-arithmetic. `--docs` writes the tables into docs/large_sets.md.
+437,513 pictures, 8142 classes, 2048 features, batch 256. It takes the steps of `metasaug train inat18 --cache-features`
+on made-up features, memory-mapped in float16 like the cache. CPU times are measured; GPU times are computed. `--docs`
+writes the tables into docs/large_sets.md.
 """
 
 import math
@@ -36,10 +36,10 @@ EPOCHS = RECIPE.epochs - RECIPE.stage2_epoch
 STEPS = math.ceil(SET.train_pictures / BATCH)
 VIEWS = (1, 4, 10)
 
-# ResNet-50 at 224 x 224 on one A100 80GB, pictures a second of training, in TF32 and in mixed precision.
+# Training speed of ResNet-50 at 224 x 224 on one A100 80GB, in pictures a second.
 A100_TRAINING = {"TF32": 938, "mixed precision": 2470}
 A100_SOURCE = "NVIDIA's own, DeepLearningExamples, ResNet50 v1.5 for PyTorch, container 21.03; not measured by us"
-# One A100 80GB by its data sheet, and what share of it is assumed to be reached.
+# One A100 80GB by its data sheet, and the share of it that we assume is reached.
 A100_FP32, A100_BYTES, UTILISATION = 19.5e12, 2.0e12, 0.5
 
 BEGIN, END = "<!-- python -m benchmarks.large --docs -->", "<!-- end of benchmarks.large -->"
@@ -50,7 +50,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "large_sets.md"
 
 
 def class_counts() -> np.ndarray:
-    """int64 (8142,): an exponential tail of iNaturalist 2018's total, down to its 2."""
+    """Pictures per class, int64 (8142,): an exponential tail with iNaturalist 2018's total, down to its 2."""
     classes = SET.classes
     low, high = 2.0, 1e4
     while high - low > 1e-6:  # the largest class, by bisection on the total
@@ -63,7 +63,7 @@ def class_counts() -> np.ndarray:
 
 
 def write_features(folder: Path, views: int = 1) -> None:
-    """Rectified noise, as features of a ResNet are: half of them zero."""
+    """Write rectified noise: half of it is zero, as in features of a ResNet."""
     rng = np.random.default_rng(0)
     for kind, pictures in (("train", SET.train_pictures), ("meta", SET.classes * RECIPE.meta_per_class)):
         with open(folder / f"{kind}.float16", "wb") as file:
@@ -128,7 +128,7 @@ def backbone(pictures: int) -> dict[str, Callable[[], object]]:
 
 
 def time_rows(name: str, seconds: Sequence[float], note: str) -> list[Row]:
-    """A step as measured, and an epoch and all of stage 2 as they follow from it."""
+    """A step as measured, and from it the time of an epoch and of all of stage 2."""
     ordered = sorted(seconds)
     low, middle, high = ordered[0], ordered[len(ordered) // 2], ordered[-1]
 
@@ -140,11 +140,11 @@ def time_rows(name: str, seconds: Sequence[float], note: str) -> list[Row]:
 
 
 def gpu_rows() -> list[Row]:
-    """A MetaSAug step on an A100 by counting: training.method.closed_form's products, and what is moved."""
+    """A step on an A100, computed from its products (training.method.closed_form) and the bytes that it moves."""
     product = 2 * BATCH * SET.classes * FEATURES
     work = {"plain": 2 * product, "MetaSAug": product * (16 + 1 / LOGGED)}
     layer = SET.classes * FEATURES * 4
-    moved = {"plain": 8 * layer, "MetaSAug": 13 * layer}  # of it SGD: weight, gradient, momentum read, two written
+    moved = {"plain": 8 * layer, "MetaSAug": 13 * layer}  # SGD's part: reads weight, gradient, momentum; writes two
     rows = []
     for name in work:
         seconds = max(work[name] / A100_FP32, moved[name] / A100_BYTES) / UTILISATION
@@ -194,10 +194,10 @@ def measure(rounds: int, folder: Path) -> list[Row]:
     of_backbone = side_by_side(backbone(pictures), max(3, rounds // 2))
     rates = {name: pictures / sorted(seconds)[len(seconds) // 2] for name, seconds in of_backbone.items()}
     rows += [figure_row(f"ResNet-50 at 224, this CPU: {what}", rates[name], "pictures/s",
-                        note=f"batches of {pictures}, decoding not among it")
+                        note=f"batches of {pictures}, without decoding")
              for name, what in (("train", "training"), ("features", "features"))]
     rows.append(figure_row("features of a view, this CPU", SET.train_pictures / rates["features"] / 3600, "h",
-                           note="once, decoding not among it"))
+                           note="once, without decoding"))
     return rows + gpu_rows() + stage_1_rows(rates["train"])
 
 
@@ -205,7 +205,7 @@ def measure(rounds: int, folder: Path) -> list[Row]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What docs/large_sets.md has between its markers."""
+    """The table between the markers in docs/large_sets.md."""
     lines = ["| what | figure | smallest and largest |", "|---|---|---|"]
     for row in rows:
         spread = "" if row["low"] == row["high"] else f"{row['low']:.3g} to {row['high']:.3g}"
@@ -221,15 +221,15 @@ def with_table(text: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main(json: bool = False, out: Path | None = None, docs: bool = False, rounds: int = 7, threads: int | None = None,
          folder: Path | None = None) -> None:
-    """Measure, print, and where asked write the rows and the page.
+    """Measure and print; on request, write the rows and the page.
 
     Args:
         json: One JSON object a line instead of the table.
         out: Write those lines here too.
         docs: Write the tables into docs/large_sets.md.
-        rounds: Rounds that count; in each every step is taken once.
-        threads: CPU threads, torch's own choice by default.
-        folder: Where 1.9 GB of features may lie for as long as it takes; the system's folder for temporary files.
+        rounds: Rounds that count. Each round takes every step once.
+        threads: CPU threads. By default torch chooses.
+        folder: Folder for 1.9 GB of temporary features. By default the system's folder for temporary files.
     """
     if threads is not None:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Does it help? Every cell of ledger.toml, run once, from one stage 1 a set and seed.
+"""Does MetaSAug help? Runs every cell of ledger.toml once, with one shared stage 1 per set and seed.
 
     python -m benchmarks.ledger run --cifar10 DIR --plankton DIR   # continues where it was stopped
     python -m benchmarks.ledger status                             # what is missing, and how long it will take
@@ -53,12 +53,12 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        """Of its run: cells of a set and seed share their first stage."""
+        """Folder of its run. Cells of a set and seed share their first stage."""
         return f"{self.set}/{self.seed}/{self.method}"
 
 
 class Protocol:
-    """ledger.toml, read."""
+    """The content of ledger.toml, or of another list of cells."""
 
     def __init__(self, path: Path = PROTOCOL):
         self._content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -69,7 +69,7 @@ class Protocol:
 
     @property
     def cells(self) -> list[Cell]:
-        """In the order of running: a seed after the other, and in it a method after the other."""
+        """All cells in running order: by seed, then by method."""
         return [Cell(name, method, seed) for part in self._content["cells"] for seed in part["seeds"]
                 for method in part["methods"] for name in _sets(part)]
 
@@ -77,12 +77,12 @@ class Protocol:
         return self._content["sets"][cell.set]
 
     def precision(self, cell: Cell) -> Precision:
-        """Of the backbone; a seed's cells have one, as they share a stage 1."""
+        """Precision of the backbone. A seed's cells all have the same, because they share a stage 1."""
         return next(part.get("precision", "float32") for part in self._content["cells"]
                     if cell.set in _sets(part) and cell.seed in part["seeds"] and cell.method in part["methods"])
 
     def validation(self, cell: Cell) -> int:
-        """Training pictures of each class that stand in for the test set; 0: none."""
+        """Training pictures per class that replace the test set; 0: none."""
         return self.set_of(cell).get("validation", 0)
 
     def steps(self, cell: Cell) -> int:
@@ -119,19 +119,19 @@ def _sets(part: Mapping[str, Any]) -> list[str]:
 def run(cifar10: Path | None = None, cifar100: Path | None = None, plankton: Path | None = None,
         imagenet: Path | None = None, runs: Path | None = None, results: Path | None = None, only: str = "",
         limit: int | None = None, protocol: Path = PROTOCOL) -> None:
-    """Run the cells that are missing, one after the other; a cell done is never run again.
+    """Run the missing cells one after another. A finished cell never runs again.
 
-    Several of these commands may run beside each other: each takes what no other has.
+    Several of these commands may run side by side: each takes cells that no other is running.
 
     Args:
-        cifar10: Folder of the CIFAR-10 pictures, as for `metasaug train cifar10-lt`; without it those cells wait.
+        cifar10: Folder of the CIFAR-10 pictures, as for `metasaug train cifar10-lt`. Without it those cells wait.
         cifar100: Folder of the CIFAR-100 pictures, the same.
-        plankton: Folder of the plankton class folders, as for `metasaug train folder`; without it those cells wait.
+        plankton: Folder of the plankton class folders, as for `metasaug train folder`. Without it those cells wait.
         imagenet: Folder of ImageNet-LT's pictures and lists, or of benchmarks.tiny_imagenet's.
-        runs: Where the runs live, runs/NAME of NAME.toml; a run that was stopped goes on to the same bits.
-        results: The file that takes each cell's figures as it ends; benchmarks/results/NAME.json of NAME.toml.
-        only: Only cells whose SET/METHOD/SEED matches, as "cifar10-lt-100/*/1".
-        limit: Stop after so many cells.
+        runs: Folder of the runs. By default runs/NAME for NAME.toml. A stopped run continues bit-identically.
+        results: File for the figures of each finished cell. By default benchmarks/results/NAME.json for NAME.toml.
+        only: Only cells whose SET/METHOD/SEED matches, for example "cifar10-lt-100/*/1".
+        limit: Stop after this many cells.
         protocol: The list of cells.
     """
     listed, runs = Protocol(protocol), runs or Path("runs") / protocol.stem
@@ -160,7 +160,9 @@ def run(cifar10: Path | None = None, cifar100: Path | None = None, plankton: Pat
 
 
 def _load(recipe: Recipe, folder: Path, validation: int) -> LongTailed:
-    """As `metasaug train` loads it. `validation`: so many training pictures a class take the test set's place; 0: none.
+    """Load the data as `metasaug train` does.
+
+    validation   training pictures per class that replace the test set; 0: none
     """
     if isinstance(recipe, Cifar10LT):
         pool = find_pool(recipe.dataset, folder)
@@ -178,7 +180,7 @@ def cut_as(recipe: Cifar10LT, pool: Pool) -> LongTailed:
 
 
 def _with_validation(recipe: Cifar10LT, pool: Pool, per_class: int) -> LongTailed:
-    """The long tail is cut from what remains; the meta set is that of the whole."""
+    """Set validation pictures aside, then cut the long tail from the rest. The meta set stays that of the whole."""
     whole = cut_as(dataclasses.replace(recipe, imbalance=1), pool)
     assert isinstance(whole.train, Split)
     of_class = [np.flatnonzero(whole.train.labels == c) for c in range(len(whole.label_names))]
@@ -196,7 +198,7 @@ def choose_device():
 
 
 def row_of(protocol: Protocol, cell: Cell, trained: Trained, device) -> dict[str, Any]:
-    """What the results keep of a cell."""
+    """A finished cell as a row of the results."""
     from benchmarks.measuring import machine
     from training.run.stages import data_of_stage
 
@@ -236,7 +238,7 @@ def cell_of(row: Mapping[str, Any]) -> Cell:
 
 
 def add_rows(results: Path, protocol: Protocol, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Into the file, in the protocol's order; a cell that is there stays as it is."""
+    """Add rows to the file, in the protocol's order. A cell that is already there stays as it is."""
     there = rows_in(results)
     known = {cell_of(row) for row in there}
     order = {cell: number for number, cell in enumerate(protocol.cells)}
@@ -245,7 +247,7 @@ def add_rows(results: Path, protocol: Protocol, rows: Sequence[Mapping[str, Any]
 
 
 def _as_json(cells: Sequence[Mapping[str, Any]]) -> bytes:
-    """A cell a line: a commit shows which one came."""
+    """One cell per line, so a commit shows which cell was added."""
     return ('{"cells": [\n' + ",\n".join(json.dumps(cell) for cell in cells) + "\n]}\n").encode()
 
 
@@ -253,7 +255,7 @@ def _as_json(cells: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def status(results: Path | None = None, protocol: Path = PROTOCOL) -> None:
-    """What is done, what is missing, and the time left, by what like cells took."""
+    """Show what is done, what is missing, and the time left, estimated from finished cells."""
     listed = Protocol(protocol)
     done, missing = rows_in(results or listed.results), listed.missing(results)
     for cell in missing:
@@ -283,12 +285,12 @@ def _hours_left(protocol: Protocol, missing: Sequence[Cell], done: Sequence[Mapp
 # ---- the page ----
 
 
-# What the others are set beside, where it was run.
+# Methods that the others are compared with, where they were run.
 BASES = ("isda", "metasaug", "isda-meta")
 
 
 def tables(cells: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """A table a set, in Markdown: a line a method, means over its seeds."""
+    """One Markdown table per set, with one line per method: means over its seeds."""
     parts = []
     for name in dict.fromkeys(cell["set"] for cell in cells):
         of_method = _by_method(cells, name)
@@ -346,7 +348,7 @@ def _spread(values: Sequence[float], signed: bool = False) -> str:
 
 
 def comparison(cells: Sequence[Mapping[str, Any]], metric: str, method: str) -> str:
-    """A line a set: how far the method lies from the others, paired by seed, and where the difference to ISDA lies."""
+    """One line per set: the method's differences from the others, paired by seed, and from ISDA per group."""
     lines = ["| | seeds | " + "".join(f"against `{base}` | " for base in BASES) + "head | medium | tail |",
              "|---|" + "---|" * (len(BASES) + 4)]
     for name in dict.fromkeys(cell["set"] for cell in cells if cell["method"] == method):
@@ -361,7 +363,7 @@ def comparison(cells: Sequence[Mapping[str, Any]], metric: str, method: str) -> 
 
 
 def paper_table(cells: Sequence[Mapping[str, Any]]) -> str:
-    """A line a cell of the paper's table: three ways to read its second stage, beside what the paper has."""
+    """One line per cell of the paper's table: three ways to read its second stage, beside the paper's figure."""
     from zoo.registry import PUBLISHED
 
     lines = ["| set | method | seeds | last epoch, % | mean of last ten, % | best test epoch, % | paper, % | "
@@ -382,7 +384,7 @@ def paper_table(cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def shift_table(cells: Sequence[Mapping[str, Any]]) -> str:
-    """How far the meta step moved S, and what that did to the loss, an epoch a line: means over the steps."""
+    """How far the meta step moved S and what that did to the loss, one line per epoch: means over the steps."""
     shown = [cell for cell in cells if cell["method"].startswith("metasaug") and cell["seed"] == 0
              and cell["set"] == "cifar10-lt-100"]
     if not shown:
@@ -397,7 +399,7 @@ def shift_table(cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def shift_figure(cells: Sequence[Mapping[str, Any]]) -> bytes:
-    """A PNG of shift and effect over stage 2, a line a set and method, of its first seed."""
+    """A PNG of shift and effect over stage 2, one line per set and method, from its first seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), dpi=100, layout="constrained")
@@ -426,7 +428,7 @@ def page() -> None:
 
 
 def pages() -> dict[Path, str]:
-    """The pages with their generated parts made anew."""
+    """The pages with their generated parts rewritten."""
     from benchmarks.measuring import filled
 
     cells, metric, made = rows_in(RESULTS), Protocol().metric, {}
@@ -444,7 +446,7 @@ def pages() -> dict[Path, str]:
 
 
 def main() -> None:
-    import tyro  # benchmarks.on_gpu imports this module where there is none
+    import tyro  # benchmarks.on_gpu imports this module on machines without tyro
 
     try:
         tyro.extras.subcommand_cli_from_dict({"run": run, "status": status, "page": page}, prog="benchmarks.ledger",

@@ -1,4 +1,4 @@
-"""Clients that use the demo all at once, each with a picture of its own: counts what they get back."""
+"""Many clients use the demo at once, with different pictures; count what they get back."""
 
 import json
 import threading
@@ -17,19 +17,24 @@ MODEL = "metasaug-cifar10-lt"
 
 @dataclass
 class Outcome:
-    """Of all clients: answers that are their own picture's, answers that are not, 503s of the full queue, and
-    whatever else came, by name."""
+    """What all clients got.
+
+    right   answers that belong to the picture sent      busy    503s because the queue is full
+    wrong   answers that do not                          broken  all other outcomes, by name
+    """
 
     right: int = 0
     wrong: int = 0
     busy: int = 0
     broken: list[str] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)  # of each right answer, waiting included
+    seconds: list[float] = field(default_factory=list)  # of each right or wrong answer, waiting included
 
 
 def fifty_clients(address: str, seconds: float, clients: int = 50) -> Outcome:
-    """`clients` threads that ask /predict for example pictures until `seconds` are over; every request carries its own
-    time limit, so that the whole ends soon after."""
+    """Ask /predict about example pictures from `clients` threads for `seconds`.
+
+    Every request has its own time limit, so the run ends soon after.
+    """
     names = sorted(EXAMPLES.glob("*.jpg"))
     model = zoo.load(MODEL)
     expected = [model.predict(path).top[0] for path in names]
@@ -65,7 +70,7 @@ def fifty_clients(address: str, seconds: float, clients: int = 50) -> Outcome:
 
 
 def ask(address: str, uploaded: str, timeout: float = 100, model: str = MODEL) -> tuple[str, dict | None]:
-    """("", the answer), ("busy", None) where the queue is full, or (what went wrong, None)."""
+    """("", the answer), ("busy", None) if the queue is full, or (what went wrong, None)."""
     data = [{"path": uploaded, "meta": {"_type": "gradio.FileData"}}, model, "own"]
     try:
         told = reply(address, {"data": data}, timeout)
@@ -79,7 +84,7 @@ def ask(address: str, uploaded: str, timeout: float = 100, model: str = MODEL) -
 
 
 def reply(address: str, body: dict, timeout: float) -> str:
-    """What /predict answers, as the server's events come."""
+    """The answer of /predict, as the text of the server's events."""
     event = json.load(post(f"{address}/gradio_api/call/predict", body, timeout))["event_id"]
     return urllib.request.urlopen(f"{address}/gradio_api/call/predict/{event}", timeout=timeout).read().decode()
 
@@ -90,7 +95,7 @@ def post(url: str, body: dict, timeout: float):
 
 
 def upload(address: str, path: Path) -> str:
-    """Where the server keeps an upload of this file."""
+    """Upload this file. Returns its path on the server."""
     boundary = "metasaug-upload"
     body = (f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{path.name}"\r\n'
             "Content-Type: image/jpeg\r\n\r\n").encode() + path.read_bytes() + f"\r\n--{boundary}--\r\n".encode()

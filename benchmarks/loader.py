@@ -1,4 +1,4 @@
-"""`python -m benchmarks.loader`: batches of pictures against what torchvision's users write, on the same cores.
+"""`python -m benchmarks.loader`: compare our loading of batches with what torchvision users write, on the same cores.
 
 From disk: ImageFolder with RandomResizedCrop(224), flip, ToTensor and Normalize in a DataLoader, against
 training.data.batches on the same synthetic photographs. In memory: 32 x 32 pictures with RandomCrop and flip.
@@ -22,12 +22,12 @@ from training.data.datasets import PictureFiles, Split
 
 BATCH = 32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PHOTOGRAPHS = {(500, 375): 512, (1600, 1200): 128}  # width and height: how many
+PHOTOGRAPHS = {(500, 375): 512, (1600, 1200): 128}  # (width, height): number of pictures
 IN_MEMORY = 10_000
 
 
 def photograph(width: int, height: int, rng: np.random.Generator) -> Image.Image:
-    """Noise with the spectrum of natural pictures: at quality 90, 0.5 bytes a pixel, as photographs have."""
+    """Noise with the spectrum of natural pictures: 0.5 bytes a pixel as a JPEG of quality 90, like photographs."""
     down, right = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
     frequency = np.hypot(down, right)
     frequency[0, 0] = 1
@@ -54,7 +54,7 @@ def write_photographs(folder: Path, width: int, height: int, number: int) -> Non
 
 
 def drained(batches: Callable[[], Iterable], device: torch.device) -> Callable[[], None]:
-    """A step of the benchmark: every batch of an epoch on the device."""
+    """A step of the benchmark: move every batch of an epoch to the device."""
 
     def step() -> None:
         for pictures, labels in batches():
@@ -81,7 +81,7 @@ def from_disk(width: int, height: int, rounds: int, device: torch.device, worker
 
 
 class _Pictures(Dataset):
-    """What a tutorial makes of CIFAR."""
+    """CIFAR as a tutorial loads it."""
 
     def __init__(self, split: Split):
         self.split = split
@@ -111,7 +111,7 @@ def in_memory(rounds: int, device: torch.device, workers: int) -> Row:
 
 def measure(rounds: int) -> list[Row]:
     device, workers = torch.get_default_device(), len(os.sched_getaffinity(0))
-    torch.set_default_device("cpu")  # else their transforms would compute on the GPU, in forked processes
+    torch.set_default_device("cpu")  # otherwise their transforms would run on the GPU, in forked processes
     rows = [from_disk(*size, rounds, device, workers) for size in PHOTOGRAPHS]
     return [*rows, in_memory(rounds, device, workers)]
 

@@ -1,4 +1,4 @@
-"""Timing side by side, memory by torch's own account, and the rows that every benchmark prints and writes."""
+"""Side-by-side timing, memory as torch counts it, and the rows that every benchmark prints and writes."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ from training.errors import TrainingError
 
 @dataclass(frozen=True)
 class Row:
-    """One claim: `ratio` (or a plain figure, where `unit` is not "x") beside what is to be reached."""
+    """One claim: `ratio` (a plain figure if `unit` is not "x") beside its target."""
 
     name: str
     ratio: float  # median over the rounds
@@ -33,14 +33,14 @@ class Row:
 
 
 def machine(device: torch.device | None = None) -> str:
-    """device   that computes; torch's default"""
+    """Processor, threads and torch version in words. By default for torch's default device."""
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    # Another instruction set is another order of sums: a training ends on other bits.
+    # Another instruction set sums in another order, so a training ends with other bits.
     instructions = torch.backends.cpu.get_cpu_capability()
     on_gpu = (device or torch.get_default_device()).type == "cuda"
     gpu = f"{torch.cuda.get_device_name()}, " if on_gpu else ""
@@ -48,8 +48,10 @@ def machine(device: torch.device | None = None) -> str:
 
 
 def side_by_side(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step, taken in turn `rounds` times after one round that does not count: what disturbs the
-    machine disturbs all of them."""
+    """Seconds of each step, taken in turn `rounds` times after one round that does not count.
+
+    So a disturbance of the machine affects all steps alike.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 1):
         for name, step in steps.items():
@@ -83,10 +85,10 @@ def figure_row(name: str, figure: float, unit: str, target: float | None = None,
 
 
 def added_memory(step: Callable[[], object]) -> float:
-    """MB that torch allocates at most at once within a step, above what it held before; the second step counts.
+    """Peak MB that torch allocates within a step, above what it held before. The second step counts.
 
-    By torch's own account of its allocations, which is the same on every machine. What a library takes beside torch,
-    as MKL's and cuDNN's buffers, is not in it.
+    torch's own count of its allocations is the same on every machine. It leaves out memory that other libraries take,
+    such as the buffers of MKL and cuDNN.
     """
     step()
     if torch.get_default_device().type == "cuda":
@@ -104,11 +106,11 @@ def added_memory(step: Callable[[], object]) -> float:
 
 
 def process_memory(what: Literal["peak", "own"], prepare: Callable[..., Callable[[], object]], *arguments) -> float:
-    """MB of a process that prepares and takes two steps, by Linux's account.
+    """MB of a process that prepares and takes two steps, as Linux counts them.
 
     what   peak: VmHWM, mapped files included; own: RssAnon, without them
 
-    prepare(*arguments) makes the data and returns the step; a function of a module, so that the process finds it
+    prepare(*arguments) makes the data and returns the step. It must be a module's function: the process imports it
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -134,7 +136,7 @@ def _watched(sender, prepare, arguments, threads: int, what: str) -> None:
 def command(prog: str, measure: Callable[[int], list[Row]]) -> None:
     """The command line of a benchmark: `measure(rounds)` gives its rows."""
 
-    import tyro  # benchmarks.on_gpu imports this module where there is none
+    import tyro  # benchmarks.on_gpu imports this module on machines without tyro
 
     def main(json: bool = False, out: Path | None = None, rounds: int = 7, threads: int | None = None,
              device: Literal["cpu", "cuda"] = "cpu") -> None:
@@ -143,11 +145,11 @@ def command(prog: str, measure: Callable[[int], list[Row]]) -> None:
         Args:
             json: One JSON object a line instead of the table.
             out: Write those lines here too.
-            rounds: Rounds that count; in each every step is taken once.
-            threads: CPU threads, torch's own choice by default.
-            device: What is measured.
+            rounds: Rounds that count. Each round takes every step once.
+            threads: CPU threads. By default torch chooses.
+            device: Device to measure.
         """
-        if device != "cpu":  # even the usual one, once set, has a say in every call
+        if device != "cpu":  # a default device, once set, intercepts every call, even if it is the CPU
             torch.set_default_device(device)
         if threads is not None:
             torch.set_num_threads(threads)
@@ -175,7 +177,7 @@ def report(rows: list[Row], as_json: bool, out: Path | None) -> None:
 
 
 def filled(page: str, begin: str, end: str, content: str) -> str:
-    """The page with `content` between two markers, whatever stood there; TrainingError where they are not."""
+    """The page with `content` between two markers, replacing what was there. Raises TrainingError without markers."""
     before, found, rest = page.partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.meta_step`: the exact meta step of ResNet-32 against double backward and plain training.
+"""`python -m benchmarks.meta_step`: time the exact meta step of ResNet-32 against double backward and plain training.
 
-Batch 100, 32 x 32 pictures, full covariances, look-ahead through the network and through the classifier. The twin is
-training/method/reference.py: double backward through everything, with the same result.
+Batch 100, 32 x 32 pictures, full covariances, look-ahead through the network and through the classifier. The twin in
+training/method/reference.py does double backward through everything, with the same result.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def _setting(num_classes: int):
     torch.manual_seed(0)
     module = create("resnet32", num_classes).to(memory_format=torch.channels_last).train()
     x, x_meta = (torch.randn(BATCH, 3, 32, 32).contiguous(memory_format=torch.channels_last) for _ in range(2))
-    # A long-tailed batch: few classes often, many not at all; the meta batch has all of them alike.
+    # A long-tailed batch: a few classes often, many not at all. The meta batch has all classes equally often.
     y = (torch.rand(BATCH) ** 3 * num_classes).long()
     y_meta = torch.arange(BATCH) % num_classes
     running = RunningCovariance(num_classes, 64, device=x.device)

@@ -1,11 +1,11 @@
-"""A GPU that is lent for minutes, as one command: tests, step benchmarks, then the missing cells of a protocol.
+"""Use a GPU that you have for minutes: one command runs tests, step benchmarks, then a protocol's missing cells.
 
     python -m benchmarks.on_gpu --pack DIR --cifar10 DIR --cifar100 DIR   # here: the pictures to carry there
-    python -m benchmarks.on_gpu --minutes 12 --out DIR --data PACK...     # there; again: it continues
+    python -m benchmarks.on_gpu --minutes 12 --out DIR --data PACK...     # there; run it again to continue
     python -m benchmarks.on_gpu --merge DIR                               # here: rows and models from DIR
 
-It runs from a copied tree: nothing of ours is installed there, and tyro is not needed. Every result is written the
-moment it exists, so a machine that goes away takes only what was running.
+It runs from a copied source tree: neither metasaug nor tyro has to be installed there. Every result is written at once.
+If the machine goes away, only running work is lost.
 """
 
 import argparse
@@ -41,9 +41,9 @@ from zoo.files import write_atomically
 from zoo.machine import cores
 
 HERE = Path(__file__).resolve().parent
-PACKING = 30  # seconds of --minutes that are kept for the end
-MOST_FILES, MOST_BYTES = 8, 16_000_000  # of what comes back
-# Cells whose model folders come back: they are bundled (seed 0, imbalance 100).
+PACKING = 30  # seconds of --minutes reserved for the end
+MOST_FILES, MOST_BYTES = 8, 16_000_000  # limits of what comes back
+# Cells whose model folders come back first: the zoo bundles them (seed 0, imbalance 100).
 BUNDLED = [f"{name}/0/{method}" for name in ("cifar10-lt-100", "cifar100-lt-100")
            for method in ("ce", "metasaug", "heldout")]
 PARTS = ("tests", "steps", "cells")
@@ -55,7 +55,7 @@ TRIES = 2  # the second one without CUDA graphs
 
 
 class Held:
-    """The cells whose pictures the packs hold, and these pictures."""
+    """The missing cells whose pictures the packs hold, and these pictures."""
 
     def __init__(self, protocol: ledger.Protocol, data: list[Path]):
         self.pools = {dataset: read_pack(parts) for dataset, parts in find_packs(data).items()}
@@ -79,8 +79,11 @@ class Held:
 
 
 def work(protocol: ledger.Protocol, data: list[Path], runs: Path) -> int:
-    """Take tasks until none is left. A task that fails is written down, and the process leaves: after an error of
-    CUDA nothing works in it any more. The next process tries the task again, without graphs."""
+    """Take tasks until none is left.
+
+    If a task fails, the process writes that down and exits: after a CUDA error nothing works in it any more. The next
+    process tries the task again, without CUDA graphs.
+    """
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     device, held = ledger.choose_device(), Held(protocol, data)
     queue = protocol.queue(held.cells.values(), runs, lambda: map(ledger.cell_of, _rows(held.cells, runs)),
@@ -108,7 +111,7 @@ def work(protocol: ledger.Protocol, data: list[Path], runs: Path) -> int:
 
 
 def _leave_with(parent: int) -> None:
-    """Where the command was killed, its workers save and leave the GPU."""
+    """If the command was killed, make this worker save and leave the GPU."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -125,7 +128,7 @@ def _write_model(task: Task, trained: Any) -> None:
 
 
 def command_of(recipe: Recipe) -> str:
-    """The `metasaug train` that trains the same in one run."""
+    """The `metasaug train` command that trains the same in one run."""
     flags, usual = recipe.to_dict(), type(recipe)().to_dict()
     said = [f"--{name.replace('_', '-')} {value}" for name, value in flags.items() if value != usual[name]]
     return " ".join(["metasaug train", recipe.dataset, "--data DIR", *said])
@@ -144,7 +147,7 @@ def _failures(folder: Path) -> list[dict[str, Any]]:
 
 
 class Session:
-    """The minutes that are left, and what came of them."""
+    """One session on the GPU: the time that is left, and the results so far."""
 
     def __init__(self, minutes: float, out: Path, runs: Path, data: list[Path], protocol: Path, workers: int):
         self.began, self.ends = time.monotonic(), time.monotonic() + 60 * minutes - PACKING
@@ -167,7 +170,7 @@ class Session:
         print(f"[{time.monotonic() - self.began:4.0f} s] {text}", flush=True)
 
     def bounded(self, name: str, seconds: float, words: list[str]) -> None:
-        """Run Python with these words for at most so long; its output goes to a log, and its end is shown."""
+        """Run Python with these arguments for at most `seconds`. Its output goes to a log, whose end is shown."""
         log = self.runs / LOGS / f"{name}.log"
         with open(log, "wb") as file:
             child = subprocess.Popen([sys.executable, *words], cwd=HERE.parent, stdout=file, stderr=subprocess.STDOUT,
@@ -183,7 +186,7 @@ class Session:
         self.pack()
 
     def train_cells(self) -> None:
-        """Workers on the queue until nothing is left or the time is over; then they save and leave."""
+        """Run workers on the queue until nothing is left or the time is over; then they save and exit."""
         children: dict[int, subprocess.Popen] = {}
         told: set[str] = set()
         try:
@@ -195,7 +198,7 @@ class Session:
                 self.say(in_words(row))
 
     def _watch(self, children: dict[int, subprocess.Popen], told: set[str]) -> None:
-        """One worker that failed is replaced; each cell is told as it ends."""
+        """Replace workers that fail, and report each cell when it ends."""
         told.update(_rows_by_name(self.protocol, self.runs))
         to_start, started, looked = self.workers, 0, time.monotonic()
         while self.left > 0 and (children or to_start):
@@ -208,7 +211,7 @@ class Session:
                 if child.poll() is None:
                     continue
                 del children[number]
-                if child.returncode:  # else nothing is left that it could take
+                if child.returncode:  # otherwise no task was left for it
                     self.say(f"worker {number} ended with {child.returncode}: "
                              + " | ".join(_end_of(self.runs / LOGS / f"worker-{number}.log", 2)))
                     to_start += started < 5 * self.workers
@@ -240,7 +243,7 @@ class Session:
     # ---- what comes back ----
 
     def pack(self) -> None:
-        """Everything so far, into at most 8 files of at most 16 MB: figures, logs, models, first stages."""
+        """Pack everything so far into at most 8 files of at most 16 MB: figures, logs, models, first stages."""
         rows = _rows_by_name(self.protocol, self.runs)
         failures = [failure for file in sorted(self.runs.glob(f"*/*/*/{FAILED}")) for failure in _failures(file.parent)]
         steps = self.runs / STEPS
@@ -255,13 +258,13 @@ class Session:
         first = [folder for group in sorted(begun) if (folder := self.runs / group / "stage1" / "stage1").is_dir()]
         for old in self.out.glob("runs-*.tar"):
             old.unlink()
-        # In the order of their worth.
+        # The most valuable come first.
         for number, members in enumerate(_filled([*bundled, *first, *others], MOST_FILES - 2), 1):
             _tar(self.out / f"runs-{number}.tar", members, self.runs)
 
 
 def _stop(children: Iterable[subprocess.Popen]) -> None:
-    """They save at SIGTERM; those that do not end in time are killed."""
+    """Send SIGTERM, at which workers save. Kill those that do not end in time."""
     children = list(children)
     for child in children:
         child.terminate()
@@ -303,7 +306,7 @@ def _size(path: Path) -> int:
 
 
 def _filled(folders: list[Path], most: int) -> list[list[Path]]:
-    """As many as fit into `most` archives, the first ones first."""
+    """Fit as many folders as possible into `most` archives, in order."""
     archives: list[list[Path]] = [[]]
     for folder in folders:
         if _size(folder) > MOST_BYTES:
@@ -342,8 +345,10 @@ def session(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _shared_gpu(wanted: bool, say: Callable[[str], None]) -> Iterator[None]:
-    """NVIDIA's multi-process service around the workers, so that their kernels run beside each other; where it does
-    not start, they take turns. It changes no setting of the GPU and ends with this command."""
+    """Run NVIDIA's multi-process service around the workers, so their kernels run side by side.
+
+    If it does not start, the workers take turns. It changes no setting of the GPU and ends with this command.
+    """
     if not wanted:
         yield
         return
@@ -371,7 +376,7 @@ def _end_shared_gpu() -> None:
 
 
 def step_benchmarks(runs: Path) -> int:
-    """benchmarks.step_gpu's rows, a line each."""
+    """Run benchmarks.step_gpu; print one line per row and write the rows."""
     try:
         step_gpu: Any = importlib.import_module("benchmarks.step_gpu")
     except ModuleNotFoundError as error:
@@ -385,7 +390,7 @@ def step_benchmarks(runs: Path) -> int:
     measured = step_gpu.side_by_side
 
     def told(steps: Any, rounds: int) -> Any:
-        """Shown as it comes: the time may end before the last row."""
+        """Print each time at once: the session may end before the last row."""
         times = measured(steps, rounds)
         print(", ".join(f"{name} {1e3 * statistics.median(times[name]):.1f} ms" for name in times), flush=True)
         return times
@@ -404,7 +409,7 @@ def step_benchmarks(runs: Path) -> int:
 def pack(
     folder: Path, protocol: ledger.Protocol, roots: dict[str, Path], imbalance: float, part_megabytes: float
 ) -> None:
-    """A pack for each data set: the pictures of its missing cells at this imbalance."""
+    """Write a pack for each data set: the pictures of its missing cells at this imbalance."""
     folder.mkdir(parents=True, exist_ok=True)
     for dataset, root in roots.items():
         recipes = {recipe for cell in protocol.missing() if isinstance(recipe := protocol.recipe(cell), Cifar10LT)
@@ -415,7 +420,7 @@ def pack(
 
 
 def merge(came_back: Path, runs: Path, protocol: ledger.Protocol, results: Path | None = None) -> None:
-    """The rows into the protocol's results, the models and first stages into `runs`."""
+    """Add the rows to the protocol's results, and the models and first stages to `runs`."""
     found = json.loads((came_back / RESULTS).read_text(encoding="utf-8"))
     ledger.add_rows(results or protocol.results, protocol, found["rows"])
     runs.mkdir(parents=True, exist_ok=True)
@@ -433,20 +438,20 @@ def merge(came_back: Path, runs: Path, protocol: ledger.Protocol, results: Path 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.on_gpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=12, help="how long it may take; it ends before")
+    parser.add_argument("--minutes", type=float, default=12, help="time limit in minutes; it ends before that")
     parser.add_argument("--out", type=Path, help="folder for what comes back")
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="parts of packs, or folders of them")
     parser.add_argument("--protocol", type=Path, default=HERE / "paper.toml", help="the list of cells")
-    parser.add_argument("--runs", type=Path, help="where the runs live; runs/NAME of NAME.toml")
-    parser.add_argument("--workers", type=int, default=6, help="processes that train beside each other on the GPU")
+    parser.add_argument("--runs", type=Path, help="folder of the runs; by default runs/NAME for NAME.toml")
+    parser.add_argument("--workers", type=int, default=6, help="training processes that share the GPU")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="what to do, in this order")
-    parser.add_argument("--mps", action="store_true", help="start NVIDIA's multi-process service for them")
-    parser.add_argument("--pack", type=Path, metavar="DIR", help="write packs of pictures into DIR, and leave")
+    parser.add_argument("--mps", action="store_true", help="start NVIDIA's multi-process service for the workers")
+    parser.add_argument("--pack", type=Path, metavar="DIR", help="write packs of pictures into DIR, and exit")
     parser.add_argument("--cifar10", type=Path, metavar="DIR", help="with --pack: the pictures")
     parser.add_argument("--cifar100", type=Path, metavar="DIR", help="with --pack: the pictures")
-    parser.add_argument("--imbalance", type=float, default=100, help="with --pack: of the cells to pack for")
-    parser.add_argument("--part-megabytes", type=float, default=13, help="with --pack: size of a part")
-    parser.add_argument("--merge", type=Path, metavar="DIR", help="take rows and runs from DIR, and leave")
+    parser.add_argument("--imbalance", type=float, default=100, help="with --pack: imbalance of the cells to pack for")
+    parser.add_argument("--part-megabytes", type=float, default=13, help="with --pack: size of a part in MB")
+    parser.add_argument("--merge", type=Path, metavar="DIR", help="take rows and runs from DIR, and exit")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--steps", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -464,7 +469,7 @@ def main() -> int:
     elif args.out:
         session(args)
     else:
-        parser.error("name --out DIR, --pack DIR or --merge DIR")
+        parser.error("give --out DIR, --pack DIR or --merge DIR")
     return 0
 
 

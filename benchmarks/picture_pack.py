@@ -1,7 +1,7 @@
-"""Packs of CIFAR pictures: what some cells need of a data set, small enough to carry to a machine for minutes.
+"""Packs of CIFAR pictures: the part of a data set that some cells need, small enough to copy to a borrowed machine.
 
-A pack gives the same arrays as the class folders that it was made of: same places, same keys, same draws. Its pictures
-lie in lossless WebP sheets of 16 x 16, a quarter smaller than PNGs. It comes in parts, NAME.pack.1of3 and so on.
+A pack gives the same arrays as the class folders that it was made from: same places, same keys, same draws. Pictures
+are in lossless WebP sheets of 16 x 16, a quarter smaller than PNGs. A pack has parts, NAME.pack.1of3 and so on.
 """
 
 import io
@@ -25,7 +25,7 @@ PART = re.compile(r"(.+)\.pack\.(\d+)of(\d+)")
 
 
 def write_pack(folder: Path, name: str, pool: Pool, recipes: Iterable[Cifar10LT], part_bytes: int) -> list[Path]:
-    """The pool's test set, and the training and meta pictures that these recipes draw; returns the parts."""
+    """Pack the pool's test set, and the training and meta pictures that these recipes draw. Returns the parts."""
     kept = np.unique(np.concatenate([
         at for recipe in recipes
         for at in places_of(pool, recipe.imbalance, recipe.meta_per_class, recipe.subset_seed, recipe.subset)]))
@@ -62,7 +62,7 @@ def _sheet(pictures: np.ndarray) -> bytes:
 
 
 def find_packs(paths: Iterable[Path]) -> dict[str, list[Path]]:
-    """The packs among these files, or in these folders, whose parts are all there: name -> parts in order."""
+    """Complete packs among these files, or in these folders: name -> parts in order."""
     found: dict[str, dict[int, Path]] = {}
     for path in paths:
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
@@ -73,21 +73,21 @@ def find_packs(paths: Iterable[Path]) -> dict[str, list[Path]]:
 
 
 def read_pack(parts: Sequence[Path]) -> Pool:
-    """The pool that was packed; to pick a picture that the pack does not hold is a DataError."""
+    """The pool that was packed. Picking a picture that the pack does not hold raises DataError."""
     try:
         with zipfile.ZipFile(io.BytesIO(b"".join(path.read_bytes() for path in parts))) as file:
             about = json.loads(file.read("about.json"))
             arrays = dict(np.load(io.BytesIO(file.read("arrays.npz"))))
             sheets = [_pictures(file.read(name)) for name in sorted(file.namelist()) if name.endswith(".webp")]
     except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise DataError(f"{parts[0]} and its other parts cannot be read ({error}): carry them over again.") from error
+        raise DataError(f"{parts[0]} and its other parts cannot be read ({error}): copy them again.") from error
     kept, test_labels = arrays["kept"], arrays["test_labels"]
     pictures = np.concatenate(sheets)[: len(kept) + len(test_labels)]
 
     def pick(at: np.ndarray) -> Split:
         places = np.minimum(np.searchsorted(kept, at), len(kept) - 1)
         if not np.array_equal(kept[places], at):
-            raise DataError(f"{parts[0]} does not hold every picture of this cell: make a pack for it, or take the "
+            raise DataError(f"{parts[0]} does not hold every picture of this cell: make a pack for it, or use the "
                             "whole data set.")
         return Split(pictures[places], arrays["labels"][at])
 

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.predict`: predict against what the cores could do, and timm; int8 against fp32; cold start.
+"""`python -m benchmarks.predict`: time predict against the cores' limit and timm, int8 against fp32, and a cold start.
 
-JPEGs of 500 x 375 pixels; weights are random, so that nothing is downloaded: the time does not depend on them.
+JPEGs of 500 x 375 pixels. Weights are random, so nothing is downloaded; the time does not depend on them.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def model_folder(folder: Path, size: int, calibrate: Path, architecture: str = "resnet50") -> Path:
-    """A whole model folder that knows nothing, with int8."""
+    """Make a complete model folder with random weights, including int8."""
     counts = np.linspace(500, 5, CLASSES).astype(int).tolist()
     groups, groups_by = assign_groups(counts)
     labels = ["class0", "class1", *(f"c{c}" for c in range(2, CLASSES))]
@@ -53,7 +53,7 @@ def model_folder(folder: Path, size: int, calibrate: Path, architecture: str = "
 
 
 class _Files(Dataset):
-    """The pictures as timm's users read them."""
+    """The pictures as timm users read them."""
 
     def __init__(self, paths: list[Path], transform):
         self.paths, self.transform = paths, transform
@@ -85,7 +85,7 @@ def by_timm(folder: Path, paths: list[Path]) -> Callable[[], object]:
 
 
 def could_do(model: Predictor, paths: list[Path]) -> float:
-    """Seconds that the pictures take if every core works all the time: decoding and session, summed over the cores."""
+    """Seconds if every core worked all the time: CPU time of decoding and session, divided by the cores."""
     began = time.process_time()
     arrays = [model.preprocess(path) for path in paths]
     for at in range(0, len(arrays), BATCH):
@@ -94,7 +94,7 @@ def could_do(model: Predictor, paths: list[Path]) -> float:
 
 
 def started(script: str) -> Callable[[], object]:
-    """A step that runs a new Python."""
+    """A step that starts a new Python process."""
     return lambda: subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
 
 

@@ -1,4 +1,4 @@
-"""What holds under fire: from a run of the tests that show a promise to docs/robustness.md.
+"""Write docs/robustness.md, which shows which promises hold, from a run of their tests.
 
     make test-long                                            # runs them, then
     python -m benchmarks.robustness build/robustness.xml      # writes benchmarks/results/robustness.json and the page
@@ -20,37 +20,38 @@ from zoo.machine import cores
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "robustness.json", ROOT / "docs" / "robustness.md"
 
-# Each promise with the figure that is asked for.
+# Each promise with its target.
 PROMISES = {
     "no code": ("No code runs from a weight file", "no pickle path in zoo.load; training state opens with "
                 "weights_only=True; pickles named like weights are refused"),
     "wrong bytes": ("Wrong bytes never load", "10,000 changed model folders: none loads, each is one error"),
-    "onnx": ("A stranger's ONNX file stays in its file and its limits", "operators by a list, no outside data, a trial "
-             "with limits of time and memory"),
+    "onnx": ("An untrusted ONNX file stays within its file and its limits", "only listed operators, no external data, "
+             "a trial run with limits of time and memory"),
     "parity": ("ONNX equals torch", "all test pictures, batches of 1, 3 and 7: logits within 1e-4, the same class"),
     "pictures": ("Any picture gives a result or one clear error",
                  "10,000 changed pictures: no crash, each under 3 s and 512 MB"),
-    "pixels": ("The right pixels", "orientation, colours, transparency, 16 bits, pages by written rules; what is not "
-               "read is named"),
-    "folder": ("One bad file never ends a folder run", "1,000 good and 200 bad pictures: 1,200 rows, the good ones to "
-               "the digit; all commands list the same pictures"),
-    "resume": ("A killed run goes on to the same bits", "50 kills at random moments"),
-    "checkpoint": ("A checkpoint is never torn", "cut or flipped anywhere, disk full: falls back loudly, nothing left "
-                   "over"),
+    "pixels": ("The correct pixels", "orientation, colours, transparency, 16 bits, pages follow written rules; "
+               "anything that is not read is named"),
+    "folder": ("One bad file never ends a folder run", "1,000 good and 200 bad pictures: 1,200 rows, the good ones "
+               "exact to the digit; all commands list the same pictures"),
+    "resume": ("A killed run continues to bit-identical results", "50 kills at random moments"),
+    "checkpoint": ("A checkpoint is never half written", "cut or flipped anywhere, disk full: falls back with a "
+                   "message, nothing left over"),
     "divergence": ("Divergence stops a run", "NaN or infinity stops it before the update"),
-    "processes": ("Several processes train what one trains", "within 1e-10; a dead one ends the others in 60 s"),
-    "cache": ("Many processes share one cache", "8 processes, a failing server: right bytes or an error in 60 s"),
+    "processes": ("Several processes train the same as one", "within 1e-10; a dead one ends the others in 60 s"),
+    "cache": ("Many processes share one cache", "8 processes, a failing server: correct bytes or an error in 60 s"),
     "demo": ("The demo is safe and bounded", "each attack is answered plainly; memory grows by less than 50 MB"),
-    "load": ("The demo under load", "50 clients for 2 minutes on 2 cores: no error but busy"),
-    "archives": ("Archives are safe", "bombs, names that slip out, links, encryption: refused, nothing written"),
+    "load": ("The demo under load", "50 clients for 2 minutes on 2 cores: no error except busy"),
+    "archives": ("Archives are safe", "zip bombs, names that leave the folder, links, encryption: refused, nothing "
+                 "written"),
 }
 
 
 def main(junit: tyro.conf.Positional[Path]) -> None:
-    """Write the results and the page from what pytest wrote.
+    """Write the results and the page from pytest's report.
 
     Args:
-        junit: The file that pytest wrote by --junitxml.
+        junit: The file of pytest's --junitxml.
     """
     found = collected(junit)
     write_atomically(RESULTS, (json.dumps(found, indent=1) + "\n").encode())
@@ -75,13 +76,13 @@ def collected(junit: Path) -> dict[str, Any]:
 
 
 def page(found: dict[str, Any]) -> str:
-    """docs/robustness.md."""
+    """The text of docs/robustness.md."""
     lines = [
-        "# What holds under fire", "",
-        "Each promise is a set of tests: a short form in `make test`, the whole by `make test-long`, which writes this "
+        "# Robustness", "",
+        "Each promise has tests: a short form in `make test`, the full form in `make test-long`, which writes this "
         "page", "(benchmarks/robustness.py). "
         f"Last run: {found['cores']} cores, {found['machine']}, Python {found['python']}.", "",
-        "| promise | asked for | reached | tests | minutes |", "|---|---|---|---|---|"]
+        "| promise | target | reached | tests | minutes |", "|---|---|---|---|---|"]
     attacks = []
     for key, (promise, asked) in PROMISES.items():
         tests = found["promises"][key]
@@ -97,8 +98,8 @@ def page(found: dict[str, Any]) -> str:
     if attacks:
         lines += ["", "## Memory of the demo under each attack", "",
                   "Resident memory in MB: at the start, after a quarter, half and three quarters of the attack, at its "
-                  "end, and the", "most that was seen (every half second).", "",
-                  "| attack | start | 25 % | 50 % | 75 % | end | most |", "|---|---|---|---|---|---|---|"]
+                  "end, and the", "peak (sampled every half second).", "",
+                  "| attack | start | 25 % | 50 % | 75 % | end | peak |", "|---|---|---|---|---|---|---|"]
         for name, memory in attacks:
             at = [memory[round(part * (len(memory) - 1) / 4)] for part in range(5)]
             lines.append(f"| {name} | {' | '.join(map(str, at))} | {max(memory)} |")

@@ -1,4 +1,4 @@
-"""The pictures of docs/screenshots, from the demo on the free example pictures: `python -m benchmarks.screenshots`.
+"""Take docs/screenshots from the demo, on the free example pictures: `python -m benchmarks.screenshots`.
 
 Needs playwright and a Chromium.
 """
@@ -75,11 +75,11 @@ SHOTS: dict[str, tuple[tuple[int, int], Any, Callable[[Any], None]]] = {
 
 
 def main(out: Path = ROOT / "docs" / "screenshots", only: tuple[str, ...] = ()) -> None:
-    """Take them.
+    """Take the screenshots.
 
     Args:
-        out: Folder that they go into.
-        only: Names of some of them.
+        out: Folder for the screenshots.
+        only: Take only these, by name.
     """
     from playwright.sync_api import sync_playwright
 

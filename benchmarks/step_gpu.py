@@ -1,4 +1,4 @@
-"""`python -m benchmarks.step_gpu --device cuda`: whole training steps as CUDA graphs against the same steps, eager.
+"""`python -m benchmarks.step_gpu --device cuda`: time whole training steps as CUDA graphs against eager steps.
 
 ResNet-32, 32 x 32, batch 100, full covariances, optimizer included; and the last layer alone at iNaturalist 2018's
 size (8142 x 2048, batch 256, diagonal covariances). Each ratio is of steps taken in turn in one process.
@@ -54,7 +54,7 @@ def steps_of(method: str, num_classes: int, graphs: bool, **recipe) -> Callable[
     """STEPS steps of stage 2, on batches that are on the device already."""
     device = torch.get_default_device()
     whole: Recipe = dataclasses.replace(Cifar10LT(), epochs=2, stage2_epochs=2, lr=1e-3, **METHODS[method], **recipe)
-    with torch.device("cpu"):  # what is made of numpy arrays goes to the device itself
+    with torch.device("cpu"):  # tensors made from numpy arrays move to the device by themselves
         run = loop.Run(whole, pictures(num_classes), Path(), device, loop.Options(graphs=graphs), loop.ALONE, None)
         run.prepare()
         stage = run.stage(True)
@@ -70,7 +70,7 @@ def steps_of(method: str, num_classes: int, graphs: bool, **recipe) -> Callable[
 
 
 def head_steps(num_classes: int) -> dict[str, Callable[[], object]]:
-    """A last layer of 2048 features, batch 256, diagonal covariances: each way of a step as a graph."""
+    """A last layer of 2048 features, batch 256, diagonal covariances: each kind of step as a graph."""
     device, features, batch = torch.get_default_device(), 2048, 256
     layer = nn.Linear(features, num_classes)
     running = RunningCovariance(num_classes, features, "diagonal", device=device)

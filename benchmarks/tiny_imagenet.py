@@ -1,12 +1,12 @@
-"""ImageNet-LT restricted to the 200 classes of Tiny ImageNet: the three list files, in ImageNet-LT's own format.
+"""Write the list files of ImageNet-LT restricted to Tiny ImageNet's 200 classes, in ImageNet-LT's own format.
 
     python -m benchmarks.tiny_imagenet DIR     # DIR holds train/WNID/images/ and val/; the lists are written into it
     metasaug train imagenet-lt --data DIR --input-size 64 --crops shift --color-jitter 0 --architecture resnet18-small
 
-Tiny ImageNet has 500 pictures of 64 x 64 a class. Each class gets as many training pictures as it has in ImageNet-LT,
-at most 480: 20 a class are the val list, which the meta set is drawn from. Its 50 validation pictures a class are the
-test set. This tests the large-scale setting of the paper (frozen backbone, diagonal covariances, look-ahead through the
-last layer) on real pictures. It is no ImageNet-LT result.
+Tiny ImageNet has 500 pictures of 64 x 64 per class. Of each class, 20 are the val list, from which the meta set is
+drawn. The training list has as many pictures of a class as ImageNet-LT, at most 480. The 50 validation pictures per
+class are the test set. This tests the large-scale setting of the paper (frozen backbone, diagonal covariances,
+look-ahead through the last layer) on real pictures. It is not an ImageNet-LT result.
 """
 
 import sys
@@ -22,11 +22,11 @@ MOST, VAL = 480, 20  # pictures a class
 
 
 def write_lists(root: Path) -> dict[str, int]:
-    """ImageNet_LT_train.txt, _val.txt and _test.txt in `root`; returns how many pictures each names."""
+    """Write ImageNet_LT_train.txt, _val.txt and _test.txt into `root`. Returns how many pictures each names."""
     published = dict(zip(label_names.imagenet_wnids(), label_names.imagenet_lt_counts(), strict=True))
     wnids = sorted(path.name for path in (root / "train").glob("n*") if path.is_dir())
     if not wnids:
-        raise DataError(f"{root} holds no train/WNID/images: name the unpacked folder tiny-imagenet-200.")
+        raise DataError(f"{root} holds no train/WNID/images: give the unpacked folder tiny-imagenet-200.")
     label = {wnid: number for number, wnid in enumerate(wnids)}
     lines: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for wnid in wnids:

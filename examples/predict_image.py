@@ -1,6 +1,6 @@
 """Classify pictures with a model of the zoo: python examples/predict_image.py [PICTURE ...]
 
-Needs `pip install .` and neither torch nor a connection.
+Needs `pip install .`, but no torch and no connection.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Serve a model over HTTP with onnxruntime, numpy and Pillow: python examples/serve_with_onnxruntime.py MODEL.onnx
 
-It shows what another program needs to know: everything is in the file's metadata. Ask it with
+Another program needs only the ONNX file: its metadata holds the labels and the preprocessing. Try the server with
 `curl --data-binary @photo.jpg http://127.0.0.1:8000/`.
 """
 
@@ -50,9 +50,9 @@ def handler(model: Model) -> type[BaseHTTPRequestHandler]:
             length = int(self.headers.get("Content-Length") or 0)
             try:
                 if not 0 < length <= MOST_BYTES:
-                    raise ValueError(f"a picture of at most {MOST_BYTES:,} bytes, with its Content-Length")
+                    raise ValueError(f"send a picture of at most {MOST_BYTES:,} bytes, with its Content-Length")
                 status, answer = 200, model.predict(self.rfile.read(length))
-            except (OSError, ValueError) as error:  # what Pillow raises for what is not a picture
+            except (OSError, ValueError) as error:  # Pillow raises these for a file that is not a picture
                 status, answer = 400, {"error": str(error)}
             body = json.dumps(answer).encode()
             self.send_response(status)

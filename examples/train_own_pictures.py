@@ -1,6 +1,6 @@
-"""Train a model of your own pictures and ask it: python examples/train_own_pictures.py PICTURES
+"""Train a model on your own pictures and use it: python examples/train_own_pictures.py PICTURES
 
-PICTURES holds a folder for each class. Needs `pip install '.[train]'`. The same as
+PICTURES holds one folder per class. Needs `pip install '.[train]'`. It does the same as
 `metasaug train folder --data PICTURES`, from Python.
 """
 

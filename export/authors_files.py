@@ -33,13 +33,13 @@ LAYOUTS = """Expected one of
   {"state_dict": {"conv1.weight", …, "linear.weight", "linear.bias"}}       MetaSAug's CIFAR files
   {"state_dict": {"feature": {…}, "classifier": {"fc.weight", "fc.bias"}}}  MetaSAug's ImageNet-LT and iNaturalist files
   {"state_dict_best": {"feat_model": {…}, "classifier": {…}}}               classifier-balancing
-or the tensors alone, of a network that is one of """ + ", ".join(ARCHITECTURES) + "."
+or the tensors alone, of one of these networks: """ + ", ".join(ARCHITECTURES) + "."
 
 _LAST_LAYERS = ("fc", "linear", "classifier", "head")
 
 _LICENCES = {"MetaSAug": "mit", "classifier-balancing": "bsd-3-clause"}
 
-# What changes the features or the logits, and no plain network of ours has.
+# Parts that change the features or the logits, and that no network of the zoo has.
 _OTHER_PARTS = {
     "modulatedatt": "modulated attention (OLTR)", "fc_add": "an extra layer before the classifier (use_fc)",
     "cosnorm_classifier": "OLTR's memory and cosine classifier", "fc_hallucinator": "OLTR's memory",
@@ -48,12 +48,12 @@ _OTHER_PARTS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights of a file, by the names of zoo.architectures, and what the file says of itself.
+    """A file's weights under the names of zoo.architectures, and what the file says about itself.
 
-    origin         MetaSAug, classifier-balancing, or unknown, read off the layout
-    cosine_scale   where the last layer is a cosine classifier
-    stated_error   a fraction: one less the best accuracy that the file notes, or None
-    notes          what was changed, in sentences: never a logit by more than rounding
+    origin         MetaSAug, classifier-balancing, or unknown; known from the layout
+    cosine_scale   set if the last layer is a cosine classifier
+    stated_error   1 minus the best accuracy that the file states, as a fraction; or None
+    notes          sentences on what was changed; no logit changes by more than rounding
     """
 
     architecture: str
@@ -79,12 +79,12 @@ def import_file(
 
     Args:
         file: The checkpoint: MetaSAug's CIFAR, ImageNet-LT and iNaturalist files, or classifier-balancing's.
-        name: A name from `metasaug list --all`, which gives the labels, the preprocessing and the published error.
+        name: A name from `metasaug list --all`. It sets the labels, the preprocessing and the published error.
         out: The new model folder.
-        counts: Where the training pictures of each class are counted: iNaturalist's train2018.json, a list file
-            (ImageNet_LT_train.txt), or a JSON list of numbers. By default those of the benchmark, where known.
-        cosine_scale: For a last layer without bias: by what its cosines are multiplied (LDAM's code: 30); 0: it is no
-            cosine classifier but a plain linear layer.
+        counts: A file that gives the training pictures of each class: iNaturalist's train2018.json, a list file
+            (ImageNet_LT_train.txt), or a JSON list of numbers. By default the benchmark's counts, if known.
+        cosine_scale: For a last layer without bias: the factor on its cosines (30 in LDAM's code), or 0 if it is a
+            plain linear layer.
     """
     entry = find(name)
     if entry is None:
@@ -103,9 +103,9 @@ def import_file(
     _write(out, config, checkpoint)
     _tell(out, entry, config, checkpoint)
     if (near := nearly_released(content, file.name, checkpoint)) is not None:
-        print(f"warning: {file.name} is nearly {near['file']} as its authors released it, but its bytes are others: "
-              f"sha256 {hashlib.sha256(content).hexdigest()}, not {near['sha256']}. It was damaged or changed: fetch "
-              "it again.", file=sys.stderr)
+        print(f"warning: {file.name} is almost {near['file']} as released by its authors, but its bytes differ: sha256 "
+              f"{hashlib.sha256(content).hexdigest()}, not {near['sha256']}. It was damaged or changed: download it "
+              "again.", file=sys.stderr)
     return out
 
 
@@ -114,19 +114,21 @@ def import_file(
 
 @functools.cache
 def _released_files() -> tuple[dict[str, Any], ...]:
-    """The authors' twenty CIFAR files: hash, size, and the error in % that each states. All twenty were tried: each has
-    that error on the original test pictures."""
+    """The authors' twenty CIFAR files: hash, size and stated error in %.
+
+    We measured all twenty on the original test pictures: each has the error that it states.
+    """
     return tuple(json.loads(Path(__file__).with_name("released_files.json").read_text(encoding="utf-8")))
 
 
 def released_file(content: bytes) -> dict[str, Any] | None:
-    """The released file that has these bytes."""
+    """The released file with these bytes, or None."""
     digest = hashlib.sha256(content).hexdigest()
     return next((row for row in _released_files() if row["sha256"] == digest), None)
 
 
 def nearly_released(content: bytes, name: str, checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """A released file of this size whose name or stated error this file has, but not its bytes."""
+    """A released file with the same size and the same name or stated error, but other bytes; or None."""
     if released_file(content) is not None:
         return None
     stated = None if checkpoint.stated_error is None else round(100 * checkpoint.stated_error, 2)
@@ -138,7 +140,7 @@ def nearly_released(content: bytes, name: str, checkpoint: Checkpoint) -> dict[s
 
 
 def read_checkpoint(content: bytes, name: str, cosine_scale: float | None = None) -> Checkpoint:
-    """The network in the bytes of a checkpoint; see the module's docstring. Raises ExportError, and runs nothing."""
+    """Read the network from a checkpoint's bytes, without running any code. Raises ExportError."""
     loaded = open_checkpoint(content, name)
     tensors, origin = tensors_in(loaded)
     if not tensors:
@@ -160,7 +162,7 @@ def _stated_error(loaded: Mapping[str, Any]) -> float | None:
     accuracy = next((loaded[key] for key in ("best_acc1", "best_acc", "best_prec1") if key in loaded), None)
     try:
         accuracy = float(accuracy)  # type: ignore[arg-type]
-    except (RuntimeError, TypeError, ValueError):  # none, or no number
+    except (RuntimeError, TypeError, ValueError):  # missing, or not a number
         return None
     accuracy = accuracy if accuracy <= 1 else accuracy / 100
     return round(1 - accuracy, 6) if 0 <= accuracy <= 1 else None
@@ -173,13 +175,13 @@ def _read(file: Path) -> bytes:
         raise ExportError(f"{file} cannot be read: {error.strerror or error}.") from error
 
 
-# ---- from its layout to names of ours ----
+# ---- from the authors' layout to our names ----
 
 
 def _split(
     tensors: dict[str, Tensor], name: str
 ) -> tuple[dict[str, Tensor], Tensor, Tensor | None, Tensor | None]:
-    """The backbone; weight, bias and LWS's scales of the last layer."""
+    """Split into the backbone, and the last layer's weight, bias and LWS scales."""
     for part, what in _OTHER_PARTS.items():
         if any(part in key.split(".") for key in tensors):
             raise ExportError(f"{name} has {what}, which no network of the zoo has: the imported model would give "
@@ -202,7 +204,7 @@ def _last_layer(
     weight: Tensor, bias: Tensor | None, scales: Tensor | None, backbone: Mapping[str, Tensor],
     cosine_scale: float | None, name: str, notes: list[str],
 ) -> tuple[Tensor, Tensor | None, float | None]:
-    """Weight (C, A), bias (C,) or None with a cosine classifier, and that one's scale."""
+    """The last layer: weight (C, A); bias (C,), or None for a cosine classifier; the cosine classifier's scale."""
     weight = _as_float32(weight, "the last layer's weight", name, notes)
     if weight.dim() != 2:
         raise ExportError(f"{name}: the last layer's weight has shape {tuple(weight.shape)}, expected (classes, "
@@ -210,19 +212,19 @@ def _last_layer(
     if bias is None:
         if cosine_scale is None:
             raise ExportError(
-                f"{name}: the last layer, {tuple(weight.shape)}, has no bias. Either it is a cosine classifier, and "
-                "how its logits are scaled is not in the file: say --cosine-scale 30 (LDAM's code) or whatever it was; "
-                "or it is a plain linear layer: --cosine-scale 0. The cosine classifier of OLTR and of "
-                "classifier-balancing (norm / (1 + norm)) is not a network of the zoo.")
+                f"{name}: the last layer, {tuple(weight.shape)}, has no bias. If it is a cosine classifier, give its "
+                "scale, which is not in the file: --cosine-scale 30 for LDAM's code. If it is a plain linear layer, "
+                "give --cosine-scale 0. The zoo does not have the cosine classifier of OLTR and classifier-balancing "
+                "(norm / (1 + norm)).")
         features = _features(backbone)
         if weight.shape[0] == features != weight.shape[1]:  # LDAM's NormedLinear is (features, classes)
             weight = weight.t().contiguous()
         if cosine_scale > 0:
             return weight, None, float(cosine_scale)
         bias = torch.zeros(len(weight))
-        notes.append("The last layer has no bias; it got one of zeros.")
+        notes.append("The last layer had no bias; a bias of zeros was added.")
     elif cosine_scale is not None:
-        raise ExportError(f"--cosine-scale is for last layers without bias; that of {name} has one.")
+        raise ExportError(f"--cosine-scale is only for a last layer without bias; {name} has a bias.")
     bias = _as_float32(bias, "the last layer's bias", name, notes)
     if bias.shape != weight.shape[:1]:
         raise ExportError(f"{name}: the last layer has weight {tuple(weight.shape)} and bias {tuple(bias.shape)}, "
@@ -246,9 +248,9 @@ def _as_float32(tensor: Tensor, key: str, name: str, notes: list[str]) -> Tensor
     if key.endswith("num_batches_tracked"):
         return tensor
     if tensor.layout != torch.strided or tensor.is_quantized or not tensor.is_floating_point():
-        raise ExportError(f"{name}: {key} is of {tensor.dtype} ({tensor.layout}): expected float numbers.")
+        raise ExportError(f"{name}: {key} has type {tensor.dtype} ({tensor.layout}): expected float numbers.")
     if tensor.dtype != torch.float32:
-        notes.append(f"Its weights are {str(tensor.dtype).removeprefix('torch.')}, here float32.")
+        notes.append(f"Its weights are {str(tensor.dtype).removeprefix('torch.')}; here they are float32.")
     if not torch.isfinite(tensor).all():
         bad = int((~torch.isfinite(tensor)).sum())
         raise ExportError(f"{name}: {key} holds {bad} values that are not numbers (NaN or infinite): its training "
@@ -262,7 +264,7 @@ def _as_float32(tensor: Tensor, key: str, name: str, notes: list[str]) -> Tensor
 
 
 def _architecture(backbone: Mapping[str, Tensor], loaded: Mapping[str, Any], name: str) -> str:
-    """The network whose names and shapes these are."""
+    """The architecture whose parameter names and shapes match."""
     def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         return {key: tuple(tensor.shape) for key, tensor in tensors.items()
                 if not key.startswith("fc.") and not key.endswith("num_batches_tracked")}
@@ -299,7 +301,7 @@ def _shown(found: Mapping[str, Any], depth: int = 1) -> str:
     return "\n".join(line for line in lines if line)
 
 
-# ---- what the name adds ----
+# ---- what --as adds ----
 
 
 @dataclass(frozen=True)
@@ -313,11 +315,11 @@ class _About:
 
 
 def _about(entry: Entry) -> _About:
-    """The data set of an entry: its classes, and pictures as the authors prepare them for the test."""
+    """An entry's data set: its classes, and the authors' preprocessing of test pictures."""
     released = [each for each in list_models()
-                if each.dataset in (*CIFAR, "imagenet-lt", *INAT) and each.method != "heldout"]  # ours alone
+                if each.dataset in (*CIFAR, "imagenet-lt", *INAT) and each.method != "heldout"]  # heldout is our own
     if entry not in released:
-        raise ExportError(f"--as {entry.name}: no files of others are known for it. Those that are: "
+        raise ExportError(f"--as {entry.name}: no files of others are known for it. Names that have some: "
                           f"{', '.join(each.name for each in released)}.")
     if entry.dataset in CIFAR:
         labels = label_names.cifar10() if entry.dataset == "cifar10-lt" else label_names.cifar100()
@@ -331,7 +333,7 @@ def _about(entry: Entry) -> _About:
 def _counts(
     entry: Entry, about: _About, path: Path | None
 ) -> tuple[list[int] | None, str, tuple[str, ...]]:
-    """Training pictures a class, who says so, and the labels (iNaturalist 2017's are known by its JSON alone)."""
+    """Training pictures per class, their source, and the labels (iNaturalist 2017's come only from its JSON)."""
     labels = about.labels
     if path is not None:
         counts, names = _read_counts(path)
@@ -340,12 +342,12 @@ def _counts(
         without = [labels[c] for c, n in enumerate(counts) if n < 1]
         if without:
             raise ExportError(f"--counts {path}: {len(without)} classes have no training picture, beginning with "
-                              f"{', '.join(without[:5])}. Is it the list of this training?")
+                              f"{', '.join(without[:5])}. Is this the list that the model was trained on?")
         if names and all(label.isdecimal() for label in labels):
             labels = names
         return counts, path.name, labels
     if entry.dataset in CIFAR and entry.imbalance:
-        # The authors take 10 pictures a class out before they cut the tail.
+        # The authors set 10 pictures of each class aside before they cut the tail.
         largest = CIFAR[entry.dataset].class_size - 10
         return long_tail_counts(largest, len(labels), entry.imbalance), "the benchmark's formula", labels
     if entry.dataset == "imagenet-lt":
@@ -354,7 +356,7 @@ def _counts(
 
 
 def _read_counts(path: Path) -> tuple[list[int], tuple[str, ...]]:
-    """From iNaturalist's JSON (names too), a list file, or a JSON list of numbers."""
+    """Counts from iNaturalist's JSON (with names), a list file, or a JSON list of numbers."""
     start = _read(path)[:200].lstrip()
     if start.startswith(b"{"):
         listed, names = read_inat_json(path)
@@ -365,13 +367,13 @@ def _read_counts(path: Path) -> tuple[list[int], tuple[str, ...]]:
         except ValueError as error:
             raise ExportError(f"--counts {path} is not JSON: {error}.") from error
         if not all(type(n) is int and 0 <= n < 10**9 for n in counts):
-            raise ExportError(f"--counts {path}: a list of whole numbers is expected, one a class.")
+            raise ExportError(f"--counts {path}: expected a list of whole numbers, one per class.")
         return counts, ()
     return np.bincount(read_list(path).labels).tolist(), ()
 
 
 def _check_file_name(file: Path, entry: Entry) -> None:
-    """The authors' CIFAR files say in their names what they are; under another cell's name they would be a lie."""
+    """Refuse an authors' CIFAR file if its name states another data set, loss or imbalance than `--as`."""
     said = re.search(r"cifar(100?)_(CE|LDAM|Focal)_imb([0-9.]*[0-9])", file.name, re.IGNORECASE)
     if said is None or entry.dataset not in CIFAR:
         return
@@ -381,8 +383,8 @@ def _check_file_name(file: Path, entry: Entry) -> None:
     right = [each.name for each in list_models()
              if (each.dataset, each.method, each.loss) == (dataset, "metasaug", loss)
              and abs((each.imbalance or 0) / imbalance - 1) < 0.01]
-    raise ExportError(f"{file.name} is by its name {dataset}, loss {loss}, imbalance {imbalance:.4g}; {entry.name} is "
-                      f"{entry.dataset}, loss {entry.loss}, imbalance {entry.imbalance:g}."
+    raise ExportError(f"The name {file.name} means {dataset}, loss {loss}, imbalance {imbalance:.4g}; {entry.name} "
+                      f"is {entry.dataset}, loss {entry.loss}, imbalance {entry.imbalance:g}."
                       + (f" Import it --as {right[0]}." if right else ""))
 
 
@@ -394,7 +396,7 @@ def _config(
     checkpoint: Checkpoint, file: str, content: bytes,
 ) -> dict[str, Any]:
     groups, groups_by = assign_groups(counts, len(labels))
-    # Weights of another method stay that, whatever name lends them its labels.
+    # Weights of classifier-balancing keep that name, even if --as names a MetaSAug model.
     others = checkpoint.origin == "classifier-balancing"
     borrowed = others and entry.method == "metasaug"
     name = f"classifier-balancing-{entry.dataset}" if borrowed else entry.name
@@ -409,7 +411,7 @@ def _config(
         "metasaug": {
             "format": 1, "name": name, "method": method, "loss": entry.loss,
             "augment": "metasaug" if method == "metasaug" else "none",
-            # The authors' second stage weighs classes until they count alike; plain training takes them as they come.
+            # The authors' second stage weights classes so that all count equally; plain training keeps frequencies.
             "prior": {"metasaug": "uniform", "ce": "train"}.get(method),
             "cosine_scale": checkpoint.cosine_scale, "recipe": {"dataset": entry.dataset}, "dataset": about.title,
             "imbalance": imbalance, "class_counts": counts, "groups": list(groups), "groups_by": groups_by,
@@ -426,7 +428,7 @@ def _config(
 
 
 def _write(out: Path, config: dict[str, Any], checkpoint: Checkpoint) -> None:
-    """Whole or not at all: made beside `out` and moved there."""
+    """Write the whole folder or nothing: make it beside `out`, then move it there."""
     from export.card import write_card
     from export.to_onnx import export_folder
 
@@ -451,15 +453,15 @@ def _tell(out: Path, entry: Entry, config: dict[str, Any], checkpoint: Checkpoin
 def _remarks(entry: Entry, ours: Mapping[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
     yield from checkpoint.notes
     if ours["name"] != entry.name:
-        yield (f"These are weights of classifier-balancing, not of MetaSAug: the folder is called {ours['name']}, and "
-               f"{entry.name} gave labels and preparation only.")
+        yield (f"These are weights of classifier-balancing, not of MetaSAug: the folder is called {ours['name']}. "
+               f"Only the labels and the preprocessing come from {entry.name}.")
     if ours["class_counts"] is None:
-        yield "The training counts are not known, so every class's group is `unknown`; --counts FILE names them."
+        yield "The training counts are not known, so every class's group is `unknown`. --counts FILE gives them."
     stated, published = checkpoint.stated_error, ours["published_error"]
     if stated is not None and published is not None:
-        yield f"The file states an error of {stated:.2%}, the published one is {published:.2%}."
+        yield f"The file states an error of {stated:.2%}; the published error is {published:.2%}."
         if (released := ours["imported"]["released_file"]) is not None:
-            yield (f"It is {released} to the bit, as the authors of MetaSAug released it. On the original test "
-                   "pictures it has the error that it states.")
+            yield (f"It is bit for bit {released} as the authors of MetaSAug released it. On the original test "
+                   "pictures it has the stated error.")
         elif abs(stated - published) > 0.005:
-            yield f"These differ: is it the file of {entry.name}?"
+            yield f"They differ: is this really the file of {entry.name}?"

@@ -1,4 +1,4 @@
-"""`metasaug calibrate`: what a model folder needs for honest answers, from pictures that it was not trained on.
+"""`metasaug calibrate`: calibrate a model's probabilities, on pictures that it was not trained on.
 
 Shape suffixes: N pictures, C classes.
 """
@@ -29,16 +29,17 @@ def calibrate(
     folder: tyro.conf.Positional[Path], data: Path, every: bool = False, test: Path | None = None,
     strange: Path | None = None, per_class: int = 200,
 ) -> None:
-    """Calibrate a model: its probabilities, prediction sets, and how it sees pictures unlike anything in training.
+    """Calibrate a model: probabilities, prediction sets, and familiarity, which is low for unusual pictures.
 
     Args:
         folder: A model folder, or a run of `metasaug train` with a model in it.
-        data: What --data was in training: the pictures that the run held out or left over are used, and its test
-            pictures measure the result. With --every, labelled pictures that are in neither.
+        data: The --data of the training. Pictures that the run held out or left over fit the calibration; its test
+            pictures measure it. With --every: labelled pictures that are in neither training nor test.
         every: Use every picture of --data.
-        test: With --every, labelled test pictures that measure the result.
-        strange: A folder of pictures of none of the classes: how well familiarity tells them from the test pictures.
-        per_class: Pictures used of each class, at most.
+        test: With --every: labelled test pictures to measure the result on.
+        strange: A folder of pictures of none of the classes, to measure how well familiarity tells them from the test
+            pictures.
+        per_class: Maximum number of pictures used per class.
     """
     from export.card import write_card
     from export.to_onnx import record
@@ -46,7 +47,7 @@ def calibrate(
     if not (folder / "manifest.json").exists() and (folder / "model" / "manifest.json").exists():
         folder = folder / "model"
     if test is not None and not every:
-        raise ExportError("--test goes with --every; without it the test pictures of the training are used.")
+        raise ExportError("--test needs --every. Without --every the test pictures of the training are used.")
     model = Predictor(ModelFolder(folder), device="cpu")
     if every:
         cut, tested = (None if path is None else _labelled(path, model, per_class if path == data else None)
@@ -77,14 +78,17 @@ def calibrate(
 def held_out(
     model: Predictor, data: Path, per_class: int
 ) -> tuple[tuple[Any, np.ndarray], tuple[Any, np.ndarray], str]:
-    """Pictures and labels that a model's training neither trained nor tested on, and those of its test; in words."""
+    """Pictures and labels to calibrate on, those to test on, and their source in words.
+
+    The model was neither trained nor tested on the first; the second are its test pictures.
+    """
     ours = model.folder.config["metasaug"]
     recipe = ours.get("recipe") or {}
     cut: Split | PictureFiles
     test: Split | PictureFiles
     kind, instead = recipe.get("dataset"), "give labelled pictures that are in neither training nor test with --every"
     if recipe.get("meta_in_training") in ("stage2", "always"):
-        raise ExportError(f"{model.name} was trained on its meta pictures in the end: {instead}.")
+        raise ExportError(f"{model.name} was also trained on its meta pictures: {instead}.")
     if kind in CIFAR:
         pool = find_pool(kind, data)
         train_at, meta_at = places_of(pool, recipe["imbalance"], recipe["meta_per_class"], recipe["subset_seed"],
@@ -105,13 +109,16 @@ def held_out(
         raise ExportError(f"{model.name} was trained on {ours['dataset']}: {instead}.")
     if model.class_counts is None or counts.tolist() != list(model.class_counts):
         raise ExportError(f"{data} ({source}) is not what {model.name} was trained on: its classes have other counts. "
-                          "Name the --data of its training.")
+                          "Give the --data of its training.")
     return (_pictures(cut), cut.labels), (_pictures(test), test.labels), words
 
 
 def told_apart(found: dict[str, Any], classes: Classes, known_NC: np.ndarray, strange_NC: np.ndarray) -> dict[str, Any]:
-    """How well familiarity tells strange pictures from known ones: `auroc` is the share of pairs in which the strange
-    one has less energy; `called`, `falsely_called` the shares of strange and known ones that are called unfamiliar."""
+    """How well familiarity tells strange pictures from known ones.
+
+    `auroc`: share of pairs in which the strange picture has the lower energy. `called` and `falsely_called`: shares of
+    the strange and of the known pictures that are called unfamiliar.
+    """
     calibration = Calibration.fitted(found, classes.groups)
     known_N, strange_N = (log_sum_exp(classes.fair(each_NC)) for each_NC in (known_NC, strange_NC))
     known_N.sort()
@@ -123,7 +130,7 @@ def told_apart(found: dict[str, Any], classes: Classes, known_NC: np.ndarray, st
 
 
 def in_words(found: dict[str, Any]) -> Iterable[str]:
-    """What was measured, as the lines of a table."""
+    """The measured figures, as lines of a table."""
     if (figures := found.get("measured")) is None:
         return
     before, after, sets = figures["ece"]["before"], figures["ece"]["after"], figures["coverage"]
@@ -134,8 +141,8 @@ def in_words(found: dict[str, Any]) -> Iterable[str]:
             yield (f"  {group:<8} {before[group]:>10.1%} {after[group]:>7.1%} {sets[group]['coverage']:>22.1%} "
                    f"{sets[group]['size']:>8.2f}")
     if other := figures.get("strange"):
-        yield (f"  {other['images']:,} pictures of none of the classes: {other['called']:.1%} are called unfamiliar, "
-               f"{other['falsely_called']:.1%} of the test pictures are; AUROC {other['auroc']:.3f}")
+        yield (f"  called unfamiliar: {other['called']:.1%} of {other['images']:,} pictures of none of the classes, "
+               f"{other['falsely_called']:.1%} of the test pictures; AUROC {other['auroc']:.3f}")
     yield "  error on the surest " + ", ".join(f"{share:.0%}: {error:.1%}" for share, error in figures["risk"])
 
 
@@ -148,7 +155,7 @@ def _labelled(path: Path, model: Predictor, per_class: int | None) -> tuple[Any,
 
 
 def _first(places: np.ndarray, labels_N: np.ndarray, per_class: int) -> np.ndarray:
-    """Of these places, so many of each class, drawn once and for all."""
+    """Draw up to `per_class` of these places for each class, the same ones each time."""
     places = np.random.default_rng(0).permutation(places)
     return np.concatenate([places[labels_N[places] == c][:per_class] for c in range(labels_N.max() + 1)]).astype(int)
 
@@ -158,7 +165,7 @@ def _pictures(part: Split | PictureFiles) -> Sequence[Any]:
 
 
 def _logits(model: Predictor, pictures: Sequence[Any], labels_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of those pictures that can be read."""
+    """Logits and labels of the pictures that can be read."""
     rows = tqdm(model.predict_each(pictures, top_k=1), total=len(pictures), unit="picture", disable=None)
     logits = [row.logits for row in rows]
     good = [i for i, each in enumerate(logits) if each is not None]

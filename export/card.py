@@ -13,21 +13,21 @@ from zoo.model_folder import CARD, FIGURE, ModelFolder, add_files
 from zoo.registry import citation
 
 METHODS = {
-    "metasaug": "MetaSAug: in the second stage each class's features are augmented along directions whose covariance "
-                "is learned on a small balanced meta set, and classes are re-weighted",
-    "isda": "ISDA: in the second stage each class's features are augmented along its running covariance, and classes "
-            "are re-weighted",
-    "heldout": "Held-out augmentation: in the second stage each class's features are augmented by how far pictures "
-               "that are not trained on (a small balanced set) lie from its training mean, and classes are re-weighted",
-    **dict.fromkeys(("logit-adjustment", "balanced-softmax"), "Logit adjustment: in training the log of each class's "
-                    "frequency is added to its logit, so that rare classes are not outweighed"),
+    "metasaug": "MetaSAug: the second stage augments each class's features along a covariance that is learned on a "
+                "small balanced meta set, and re-weights the classes",
+    "isda": "ISDA: the second stage augments each class's features along its running covariance, and re-weights the "
+            "classes",
+    "heldout": "Held-out augmentation: the second stage augments each class's features by how far held-out pictures (a "
+               "small balanced set) lie from its training mean, and re-weights the classes",
+    **dict.fromkeys(("logit-adjustment", "balanced-softmax"), "Logit adjustment: training adds the log of each class's "
+                    "frequency to its logit, so rare classes are not outweighed"),
     "classifier-balancing": "Weights of classifier-balancing (Kang et al. 2020), which trains features and classifier "
-                            "apart",
+                            "separately",
 }
 
 
 def write_card(path: str | Path) -> None:
-    """Writes README.md and its figure into a model folder, in place of older ones."""
+    """Write README.md and its figure into a model folder, replacing older ones."""
     folder = ModelFolder(path)
     figure = accuracy_figure(folder.config)
     add_files(folder.path, {CARD: card(folder.config, figure=figure is not None).encode(),
@@ -38,7 +38,8 @@ def write_card(path: str | Path) -> None:
 def card(config: Mapping[str, Any], repo: str | None = None, figure: bool = False) -> str:
     """Markdown with the Hub's YAML on top.
 
-    repo  owner/name, where it is for a repository on the Hub        figure  whether accuracy.png stands beside it
+    repo    owner/name, if the card is for a repository on the Hub
+    figure  whether accuracy.png is beside the card
     """
     ours = config["metasaug"]
     parts = [
@@ -58,7 +59,7 @@ def card(config: Mapping[str, Any], repo: str | None = None, figure: bool = Fals
 
 
 def results_of(ours: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Test results: of the training's end, else of the ONNX file as `metasaug export --data` measured it."""
+    """Test results from the end of training, or else of the ONNX file, measured by `metasaug export --data`."""
     exported = (ours.get("variants") or {}).get("fp32") or {}
     return ours.get("results") or (exported if "groups" in exported else None)
 
@@ -96,14 +97,14 @@ def _what_it_is(config: Mapping[str, Any]) -> str:
     method = METHODS.get(ours["method"], f"Plain training with the loss `{ours.get('loss', ours['method'])}`, no "
                                          "augmentation of features")
     if start := ours.get("start"):
-        method = (f"It began as `{start['network']}`, trained on {start['learned_on']} (weights under "
+        method = (f"It started from `{start['network']}`, trained on {start['learned_on']} (weights under "
                   f"{start['licence']}). {method}")
-    tail = "The numbers of training pictures a class are not known."
+    tail = "The number of training pictures per class is not known."
     if counts:
         rare = min(counts)
         tail = (f"It saw {sum(counts):,} training pictures: {max(counts):,} of the most frequent class, {rare:,} of "
                 "the rarest.")
-    return (f"A `{config['architecture']}` that tells {config['num_classes']} classes apart, trained on "
+    return (f"A `{config['architecture']}` that recognises {config['num_classes']} classes, trained on "
             f"**{_data_in_words(ours)}**. {tail}\n\n{method}. Schedule: {ours.get('schedule', 'not known')}.")
 
 
@@ -113,18 +114,18 @@ def _in_short(config: Mapping[str, Any]) -> list[str]:
     calibration = ours.get("calibration") or {}
     strange = ("`familiarity` is low for pictures unlike anything in training." if calibration else
                "Nothing marks pictures unlike anything in training.")
-    said = [f"**What it knows.** {config['num_classes']} classes. It names one of them for any picture, even of none "
-            f"of them. {strange}"]
+    said = [f"**What it knows.** {config['num_classes']} classes. It names one of them for any picture, even one that "
+            f"shows none of them. {strange}"]
     if results:
         overall, groups, weak = summary(config, results)
         said += [f"**How well.** {overall} The test pictures come from the same source as the training pictures: "
                  "expect less from another camera or place.",
                  f"**Where it fails.** By group: {groups} {weak}"]
         if measured := calibration.get("measured"):
-            said.append("**What a probability means.** Of the answers given with 80 %, about 80 % are correct where "
-                        "classes are as frequent as `prior` says: the two differ by "
-                        f"{measured['ece']['after']['all']:.1%} on average over the test pictures. `p.set(0.9)` names "
-                        "as many classes as it takes to hold the true one nine times of ten.")
+            said.append("**What a probability means.** Of the answers given with 80 %, about 80 % are correct if "
+                        "classes are as frequent as `prior` says. On the test pictures the two differ by "
+                        f"{measured['ece']['after']['all']:.1%} on average. `p.set(0.9)` names enough classes to "
+                        "contain the true one nine times in ten.")
         elif "ece" in results:
             said.append("**What a probability means.** Not calibrated: probability and share of correct answers "
                         f"differ by {results['ece']:.1%} on average over the test pictures. Use it to sort answers.")
@@ -147,8 +148,8 @@ def _results(ours: Mapping[str, Any], figure: bool) -> list[str]:
         f"worst class {results['worst_class_error']:.2%}.",
     ]
     if ours.get("published_error") is not None:
-        lines += ["", f"The paper reports {ours['published_error']:.2%} for this cell, on the original pictures, after "
-                      "200 epochs and at the best test epoch: another measurement, not to be compared digit by digit."]
+        lines += ["", f"The paper reports {ours['published_error']:.2%} for this setting, on the original pictures, "
+                      "after 200 epochs, at the best test epoch. That is another measurement: do not compare digits."]
     groups = [f"{group}: {meaning_of(group, ours['groups_by'])}" for group in (*GROUPS, UNKNOWN)
               if group in results["groups"]]
     lines += ["", f"Groups of classes: {', '.join(groups)}. Intervals: 95 %, Wilson.", "",
@@ -177,7 +178,7 @@ def _cell(text: str) -> str:
 
 
 def _calibration(ours: Mapping[str, Any]) -> list[str]:
-    """How far its probabilities can be trusted, group by group."""
+    """How far its probabilities can be trusted, per group."""
     found = ours.get("calibration")
     if not found:
         return []
@@ -187,7 +188,7 @@ def _calibration(ours: Mapping[str, Any]) -> list[str]:
     if figures := found.get("measured"):
         ece, sets, risk = figures["ece"], figures["coverage"], figures["risk"]
         lines[-1] += (f" Measured on {figures['images']:,} test pictures, with their class frequencies as the prior. A "
-                      f"prediction set (`p.set({sets['asked']})`) is meant to hold the true class of "
+                      f"prediction set (`p.set({sets['asked']})`) should contain the true class for "
                       f"{sets['asked']:.0%} of the pictures of each class.")
         lines += ["", "| true class | calibration error before | after | true class in the set | classes in a set |",
                   "|---|---|---|---|---|"]
@@ -199,7 +200,7 @@ def _calibration(ours: Mapping[str, Any]) -> list[str]:
                   "| error | " + " | ".join(f"{error:.1%}" for _, error in risk) + " |"]
         if strange := figures.get("strange"):
             lines += ["", f"Pictures of none of its classes ({strange['images']:,} of {strange['pictures']}): it calls "
-                          f"{strange['called']:.0%} of them unlike anything in training, and falsely "
+                          f"{strange['called']:.0%} of them unlike anything in training. It wrongly says so of "
                           f"{strange['falsely_called']:.0%} of the test pictures (AUROC {strange['auroc']:.2f})."]
     return ["\n".join(lines)]
 
@@ -207,7 +208,7 @@ def _calibration(ours: Mapping[str, Any]) -> list[str]:
 def _use(config: Mapping[str, Any], repo: str | None) -> str:
     ours, cfg = config["metasaug"], config["pretrained_cfg"]
     _, height, width = cfg["input_size"]
-    # Under the name of an imported model the zoo may have weights of our own.
+    # The zoo may have our own weights under an imported model's name.
     where = (f'"hf:{repo}")' if repo else '"PATH/OF/THIS/FOLDER")' if ours.get("imported") else
              f'"{ours["name"]}")      # or the path of this folder')
     since = f" {ours['onnxruntime']} or newer" if ours.get("onnxruntime") else ""
@@ -221,8 +222,8 @@ print(model.predict("photo.jpg"))
 
 Without our package: `onnx/model.onnx` in plain onnxruntime{since}. Input `pictures`, float32
 (batch, 3, {height}, {width}), RGB, (x / 255 - mean) / std with mean {[round(x, 4) for x in cfg['mean']]} and
-std {[round(x, 4) for x in cfg['std']]}; outputs `logits`, `features` and, where those are its mean, `feature_map`.
-Labels, exact mean and std, preprocessing in words and this whole configuration are in the file's metadata."""
+std {[round(x, 4) for x in cfg['std']]}. Outputs `logits`, `features` and, if `features` is its mean, `feature_map`.
+The file's metadata holds the labels, exact mean and std, the preprocessing in words, and this whole configuration."""
 
 
 def _training(ours: Mapping[str, Any]) -> str:
@@ -256,7 +257,7 @@ def _variants(ours: Mapping[str, Any]) -> list[str]:
                 "–" if share(v) is None else f"{share(v):.2%}" for v in measured.values()) + " |"
 
         parts.append("\n".join([
-            f"Each ONNX file as `metasaug export --data` measured it in ONNX Runtime, on {images} test pictures.", "",
+            f"Each ONNX file, measured by `metasaug export --data` in ONNX Runtime on {images} test pictures.", "",
             "| | " + " | ".join(measured) + " |", "|---" * (1 + len(measured)) + "|",
             row("error", lambda v: v["error"]), row("macro error", lambda v: v["macro_error"]),
             row("worst class, error", lambda v: v["worst_class_error"]),
@@ -266,15 +267,16 @@ def _variants(ours: Mapping[str, Any]) -> list[str]:
         ranges = f", ranges from {pictures:,} calibration pictures" if pictures else ""
         parts.append(
             '`onnx/model_int8.onnx`, `zoo.load(..., precision="int8")`: a third of the size or less, for the CPU; '
-            f"static, weights by channel{ranges}." + ("" if "int8" in measured else " Its accuracy was not measured."))
+            f"statically quantised, weights per channel{ranges}."
+            + ("" if "int8" in measured else " Its accuracy was not measured."))
     return parts
 
 
 def _origin(ours: Mapping[str, Any]) -> str:
-    """Where weights come from that we did not train."""
+    """Where imported weights come from."""
     imported = ours["imported"]
     whose = (f" ({imported['origin']}; licence {imported['licence'].upper()})." if imported["origin"] != "unknown"
-             else "; whose it is and under which licence, its layout does not say.")
+             else "; its layout does not show whose it is, or under which licence.")
     lines = [f"## Origin\n\n**Not trained by us.** Every weight is from `{imported['file']}` (sha256 "
              f"`{imported['sha256']}`), as its authors released it{whose}"]
     if imported.get("stated_error") is not None:
@@ -282,7 +284,7 @@ def _origin(ours: Mapping[str, Any]) -> str:
                      + (", and it has that error on the original test pictures." if imported.get("released_file")
                         else "."))
     if ours["class_counts"]:
-        lines.append(f"Training pictures a class: from {imported['counts_from']}.")
+        lines.append(f"Training pictures per class: from {imported['counts_from']}.")
     return " ".join([*lines, *imported["notes"]])
 
 
@@ -297,18 +299,18 @@ def _assumes(prior: str | list[float] | None) -> str:
         return ""
     if prior == "train":
         return ("Its probabilities assume that classes are as frequent as in training; "
-                '`predict(..., prior="uniform")` asks what it says where all are equally frequent.')
+                'use `predict(..., prior="uniform")` if all are equally frequent.')
     assumed = ("all classes are equally frequent" if ratio < 1.05 else
                f"the most frequent class is {ratio:.3g} times as frequent as the rarest (`prior` in config.json)")
     return (f"Its probabilities assume that {assumed}; "
-            '`predict(..., prior="train")` asks what it says where classes are as frequent as in training.')
+            'use `predict(..., prior="train")` if classes are as frequent as in training.')
 
 
 def _limits(config: Mapping[str, Any]) -> str:
     ours = config["metasaug"]
     _, height, width = config["pretrained_cfg"]["input_size"]
     assumes = _assumes(ours.get("prior"))
-    jpeg = ("\n- Trained and tested on JPEG copies of CIFAR-10: its errors do not compare with those on the original "
+    jpeg = ("\n- Trained and tested on JPEG copies of CIFAR-10: do not compare its errors with errors on the original "
             "pictures." if "JPEG" in ours["dataset"] else "")
     fitted = {"squash": "squashed to that, whatever their shape", "border": "scaled down whole, on a border"}.get(
         config["pretrained_cfg"].get("crop_mode", "center"), "scaled down and cropped to their centre")
@@ -319,6 +321,6 @@ For research on long-tailed recognition and as an example of the method.
 
 - It sees {width} x {height} pixels; larger pictures are {fitted}.
 - Rare classes are less reliable{how_much}. {assumes}{jpeg}
-- Nothing in it was tested for safety-critical use.
+- It was not tested for safety-critical use.
 
-Licence: {_licence(ours).upper()}. Pictures of the training set are not part of this folder."""
+Licence: {_licence(ours).upper()}. This folder holds no training pictures."""

@@ -43,7 +43,7 @@ def export(
 
 
 def finish(folder: Path | None) -> None:
-    """Adds ONNX and card to a model folder; nothing where training made none (a dry run)."""
+    """Add ONNX and the card to a model folder. Does nothing if training made none (a dry run)."""
     if folder is None:
         return
     from export.card import write_card
@@ -51,8 +51,8 @@ def finish(folder: Path | None) -> None:
     try:
         from export.to_onnx import export_folder
     except ModuleNotFoundError as error:
-        raise ExportError(f"The weights are in {folder}; for ONNX {error.name} is missing: pip install "
-                          "'metasaug[export]', then `metasaug export` of that folder.") from error
+        raise ExportError(f"The weights are in {folder}, but ONNX needs {error.name}: pip install 'metasaug[export]', "
+                          f"then `metasaug export {folder}`.") from error
 
     difference = export_folder(folder)
     write_card(folder)

@@ -4,4 +4,4 @@ from zoo.errors import ZooError
 
 
 class ExportError(ZooError):
-    """An export that would not give what the weights give; nothing was added to the folder."""
+    """The export failed, or would not match the weights; nothing was added to the folder."""

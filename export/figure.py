@@ -9,11 +9,11 @@ from zoo.markup import LIGHT
 
 
 def accuracy_figure(config: Mapping[str, Any]) -> bytes | None:
-    """A PNG, the same for the same config; None if nothing was measured, or without matplotlib.
+    """A PNG, identical for the same config; None if nothing was measured or matplotlib is missing.
 
-    Above, classes from left to right by training pictures, most first: a dot for the accuracy of each (a bar if there
-    are few classes), coloured by group, and the training pictures as a grey step line on a logarithmic axis. Below, the
-    accuracy of each group with its 95 % interval, and the accuracy of answers beside the confidence that they state.
+    Above: the accuracy of each class as a dot (a bar if there are few classes), coloured by group, with the most
+    frequent class on the left. A grey step line on a logarithmic axis shows the training pictures. Below: the accuracy
+    of each group with its 95 % interval, and the accuracy of answers beside their stated confidence.
     """
     ours = config["metasaug"]
     if not ours.get("results"):
@@ -83,4 +83,4 @@ def _reliability(axes: Any, bins: Mapping[str, Any]) -> None:
 
 def _short(label: str) -> str:
     text = label if len(label) <= 16 else label[:15] + "…"
-    return text.replace("$", r"\$")  # which would begin a formula
+    return text.replace("$", r"\$")  # a plain $ would begin a formula

@@ -35,7 +35,7 @@ def publish(
     """Upload a model folder to the Hub, for zoo.load("hf:owner/name"). The folder itself does not change.
 
     The command first checks every hash, the config, that ONNX and weights agree (if torch is installed), and that the
-    card is complete. It writes the card anew, uploads all files in one commit, then reads them back and compares.
+    card is complete. It rewrites the card, uploads all files in one commit, then reads them back and compares.
 
     Args:
         folder: A model folder, or a run of `metasaug train` with a model in it.
@@ -45,7 +45,7 @@ def publish(
         incomplete: Publish even if the card lacks results or training details.
     """
     if parse(f"{PREFIX}{repo}")[1] is not None:
-        raise HubError(f"--repo {repo}: owner/name, without a revision; a new commit of main is made.")
+        raise HubError(f"--repo {repo}: give owner/name without a revision. Publishing makes a new commit on main.")
     opened = whole(folder)
     print(f"{opened.config['metasaug']['name']}, from {opened.path}")
     print(f"  hashes  {len(opened.files)} files as in {MANIFEST}")
@@ -55,7 +55,7 @@ def publish(
     if missing and not incomplete:
         raise ExportError(f"the card of {folder} lacks {', '.join(missing)}: readers could not judge the model. "
                           "`metasaug export FOLDER --data TEST` measures it; training or importing again may add "
-                          "the rest. --incomplete publishes it all the same.")
+                          "the rest. --incomplete publishes it anyway.")
     contents = contents_for(opened, repo)
     print(f"to {PREFIX}{repo}{' (private)' if private else ''}, in one commit:")
     for name, content in contents.items():
@@ -71,7 +71,7 @@ def publish(
 
 
 def whole(folder: Path) -> ModelFolder:
-    """The folder, every file and the config checked; weights and ONNX are there."""
+    """Open the folder and check every file and the config. It must hold weights and ONNX."""
     if not (folder / MANIFEST).exists() and (folder / "model" / MANIFEST).exists():
         folder = folder / "model"
     opened = ModelFolder(folder)
@@ -84,9 +84,9 @@ def whole(folder: Path) -> ModelFolder:
 
 
 def parity(opened: ModelFolder) -> str:
-    """Runs the ONNX files, and compares fp32 to the weights where torch is installed; says how near they are.
+    """Run the ONNX files and, if torch is installed, compare fp32 with the weights. Returns the result in words.
 
-    Raises ModelFolderError, or ExportError where they differ.
+    Raises ModelFolderError, or ExportError if they differ.
     """
     height, width = opened.config["pretrained_cfg"]["input_size"][1:]
     grey = np.full((height, width, 3), 128, np.uint8)
@@ -103,7 +103,7 @@ def parity(opened: ModelFolder) -> str:
 
 
 def what_the_card_lacks(config: Mapping[str, Any]) -> list[str]:
-    """What a reader needs to judge a model, and the config does not know; in words."""
+    """What readers need to judge a model and the config does not have, in words."""
     ours = config["metasaug"]
     needed = {"results": "test results", "class_counts": "the training pictures of each class"}
     if not ours.get("imported"):
@@ -122,7 +122,7 @@ def what_the_card_lacks(config: Mapping[str, Any]) -> list[str]:
 
 
 def contents_for(opened: ModelFolder, repo: str) -> dict[str, bytes]:
-    """Every file of the repository, the card made for it and the manifest last."""
+    """All files of the repository, with the card written for it and the manifest last."""
     figure = accuracy_figure(opened.config)
     made = {CARD: card(opened.config, repo, figure is not None).encode(), **({FIGURE: figure} if figure else {})}
     contents = {name: made[name] if name in made else opened.read(name)
@@ -131,7 +131,10 @@ def contents_for(opened: ModelFolder, repo: str) -> dict[str, bytes]:
 
 
 def upload(repo: str, contents: Mapping[str, bytes], private: bool, name: str) -> str:
-    """All of `contents` as one commit of main, files of an older model removed; the commit. Raises HubError."""
+    """Upload `contents` as one commit on main and remove files of an older model. Returns the commit.
+
+    Raises HubError.
+    """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(library_name="metasaug", library_version=version("metasaug"))
@@ -148,16 +151,16 @@ def upload(repo: str, contents: Mapping[str, bytes], private: bool, name: str) -
 
 
 def asked(repo: str, call: Callable[[], T], seconds: float = 0) -> T:
-    """What the Hub answers to `call` within PATIENCE and `seconds`, or HubError."""
+    """The Hub's answer to `call` within PATIENCE plus `seconds`. Raises HubError."""
     try:
         return within(time.monotonic() + PATIENCE + seconds, call)
-    except Exception as error:  # of any of the Hub's libraries
+    except Exception as error:  # from any of the Hub's libraries
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
         raise HubError(in_words(cause, repo, "main", "the upload")) from error
 
 
 def read_back(repo: str, commit: str, contents: Mapping[str, bytes]) -> None:
-    """HubError unless the Hub gives back these very bytes at this commit, past any cache."""
+    """Read all files back at this commit, without a cache. Raises HubError if any byte differs."""
     with tempfile.TemporaryDirectory() as cache:
         names = [name for name in contents if name != MANIFEST]
         folder = HubFolder(repo, commit, hashlib.sha256(contents[MANIFEST]).hexdigest(), names, cache=Path(cache))
@@ -184,4 +187,4 @@ def on_hub(config: Mapping[str, Any], repo: str, commit: str, manifest_sha256: s
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)  # Python's string in double quotes, too
+    return json.dumps(text, ensure_ascii=False)  # also a Python string in double quotes

@@ -1,7 +1,7 @@
-"""int8 beside fp32: ONNX quantised per channel and statically, with ranges seen on training pictures.
+"""int8 ONNX beside fp32: quantised statically and per channel, with ranges from training pictures.
 
-Quantisation may cost the rare classes more than the frequent ones, so each variant's accuracy per group is measured
-and kept: `metasaug.variants` in config.json, shown on the card.
+Quantisation may cost rare classes more than frequent ones. So each variant's accuracy per group is measured, kept in
+config.json (`metasaug.variants`) and shown on the card.
 """
 
 import logging
@@ -27,11 +27,11 @@ VARIANTS = {"fp32": ONNX, "int8": ONNX_INT8}
 
 
 def add_int8(path: str | Path, calibrate: Path) -> int:
-    """Adds onnx/model_int8.onnx to a model folder that has ONNX; returns how many pictures set its ranges.
+    """Add onnx/model_int8.onnx to a model folder that has ONNX. Returns how many pictures set its ranges.
 
-    calibrate  class folders of training pictures; 512 of them, class by class in turn and the same each time, show
-               between which numbers each activation lies
-    Raises ModelFolderError, PictureError or DataError with the folder as it was.
+    calibrate  class folders of training pictures; 512 of them, with classes in turn and the same each time, set the
+               range of each activation
+    Raises ModelFolderError, PictureError or DataError; the folder is then unchanged.
     """
     folder = ModelFolder(path)
     predictor = Predictor(folder, device="cpu")
@@ -45,7 +45,7 @@ def add_int8(path: str | Path, calibrate: Path) -> int:
 
 
 def measure_variants(path: str | Path, data: Path) -> dict[str, Any]:
-    """Measures each ONNX file of a model folder on labelled pictures, and keeps in its config what came out.
+    """Measure each ONNX file of a model folder on labelled pictures, and keep the results in its config.
 
     data  class folders of test pictures, as `metasaug evaluate` takes them
     Returns results by variant. Raises DataError.
@@ -70,8 +70,10 @@ def _variants(folder: ModelFolder) -> dict[str, Any]:
 
 
 def class_by_class(labels_N: np.ndarray) -> list[int]:
-    """Places of all pictures: the first of each class, the second of each …, in an order drawn once and for all. So
-    rare classes set ranges as well."""
+    """Places of all pictures with classes in turn: the first of each class, then the second of each, and so on.
+
+    So rare classes set ranges too. The order is random, but the same each time.
+    """
     order = np.random.default_rng(0).permutation(len(labels_N)).tolist()
     seen: dict[int, int] = {}
     turn = {}
@@ -81,14 +83,14 @@ def class_by_class(labels_N: np.ndarray) -> list[int]:
 
 
 def int8_bytes(content: bytes, pictures: np.ndarray) -> bytes:
-    """The int8 form of an ONNX file: weights by channel, activations between the ends that the pictures reach.
+    """Quantise an ONNX file to int8: weights per channel, activations in the range that the pictures reach.
 
     pictures  float32 (N, 3, H, W) as the network takes them
     """
     model = onnx.load_from_string(content)
-    del model.graph.value_info[:]  # the exporter's shapes, over which the quantiser stumbles
+    del model.graph.value_info[:]  # the quantiser fails on the exporter's shapes
     root, level = logging.getLogger(), logging.getLogger().level
-    root.setLevel(logging.ERROR)  # the quantiser's advice to do what is done here
+    root.setLevel(logging.ERROR)  # hides the quantiser's advice to pre-process, which is done here
     try:
         with tempfile.TemporaryDirectory() as scratch:
             whole, ready, small = (str(Path(scratch) / f"{name}.onnx") for name in ("whole", "ready", "small"))
@@ -99,7 +101,7 @@ def int8_bytes(content: bytes, pictures: np.ndarray) -> bytes:
             quantised = onnx.load(small)
     finally:
         root.setLevel(level)
-    # ONNX Runtime's optimiser names every domain that it knows; one is used.
+    # ONNX Runtime's optimiser lists every domain that it knows, but the file uses only one.
     standard = [each for each in quantised.opset_import if each.domain == ""]
     del quantised.opset_import[:]
     quantised.opset_import.extend(standard)

@@ -1,8 +1,8 @@
 """`metasaug release`: train, measure, export and publish the models of the zoo that are not published yet.
 
 The models form one queue (training.run.cells): those with the same first stage share it, and several of these commands
-may work side by side. What is left to do is read from the run folders and the Hub each time. So you may stop the
-command at any moment: the same command continues.
+may work side by side. Each start reads from the run folders and the Hub what is left to do. So you may stop the command
+at any moment: the same command continues.
 """
 
 import dataclasses
@@ -109,7 +109,7 @@ class Model:
 
     @property
     def cell(self) -> Cell:
-        """Its place in the queue. What is chosen from the pictures has no first stage to share."""
+        """Its place in the queue. Models on own pictures share no first stage: the pictures decide their settings."""
         recipe = self.job.recipe
         if isinstance(recipe, OwnPictures):
             return Cell(f"{self.name}/{self.name}", recipe, whole=True)
@@ -139,7 +139,7 @@ def entries_named(words: Sequence[str]) -> list[Entry]:
 
 
 def model_of(entry: Entry, data: Path | None, flags: Sequence[str]) -> Model:
-    """The entry's own command, for these pictures.
+    """The entry's own `metasaug train` command, on these pictures.
 
     flags   of `metasaug train`, added to the command. Raises ExportError if it does not take them.
     """
@@ -234,7 +234,7 @@ class Order:
         return missing + self._look_at_data()
 
     def _look_at_data(self) -> list[str]:
-        """Each data set, read as training reads it, but without decoding pictures."""
+        """Read each data set as training does, but without decoding pictures. Returns what is missing."""
         missing = []
         needed = {model.entry.dataset: model for model in self.left() if self.standing(model) != "trained"}
         for name, model in needed.items():
@@ -257,7 +257,7 @@ class Order:
         return missing
 
     def _look_at_hub(self) -> list[str]:
-        """Whether the account may write for the owner, and which models are there."""
+        """Check that the account may write for the owner, and find the models there. Returns what is missing."""
         from huggingface_hub import HfApi
 
         if self.owner is None:
@@ -285,7 +285,7 @@ class Order:
     # ---- doing it ----
 
     def carry_out(self) -> int:
-        """Make every model that is left. 0, or 1 if some failed."""
+        """Make every model that is left. Returns 0, or 1 if some failed."""
         left = {model.cell.name: model for model in self.left()}
         for model in left.values():
             if self.standing(model) == "trained":
@@ -306,12 +306,12 @@ class Order:
         return int(bool(self.failed))
 
     def _attempt(self, name: str, action: Callable[[], None]) -> None:
-        """A model that fails stops no other."""
+        """Run `action`. If it fails, record the reason and go on with the other models."""
         try:
             action()
         except Interrupted:
             raise
-        except (ZooError, OSError, RuntimeError) as error:  # RuntimeError: torch's, such as no memory
+        except (ZooError, OSError, RuntimeError) as error:  # RuntimeError: from torch, for example out of memory
             self.failed[name] = str(error)
             print(f"Failed: {name}: {str(error).splitlines()[0]}", flush=True)
 
@@ -358,7 +358,7 @@ def finished(run: Path) -> ModelFolder | None:
 
 
 def other_recipe(recipe: Recipe, folder: ModelFolder) -> str | None:
-    """The flags in which the model differs from this recipe, apart from those that the recipe leaves open."""
+    """Flags in which the model differs from this recipe, except those that the recipe leaves open; None if none."""
     saved = recipe.completed(folder.config["metasaug"].get("recipe") or {})
     usual = type(recipe)().to_dict()
 
@@ -373,7 +373,7 @@ def other_recipe(recipe: Recipe, folder: ModelFolder) -> str | None:
 
 
 def same(local: ModelFolder, remote: ModelFolder) -> bool:
-    """Whether the Hub has these very weights and results; the card there names another place."""
+    """Whether the Hub has the same weights and results. Cards always differ: they name different places."""
     return ({name: entry for name, entry in local.files.items() if name not in (CARD, FIGURE)}
             == {name: entry for name, entry in remote.files.items() if name not in (CARD, FIGURE)})
 
@@ -388,7 +388,7 @@ def on_the_hub(repo: str) -> HubFolder | None:
 
 
 def may_not_write(who: Mapping[str, Any], owner: str) -> str | None:
-    """Why the account may not publish for `owner`, as far as the Hub says."""
+    """Why the account may not publish for `owner`, as far as the Hub says; None if it may."""
     name = who.get("name", "?")
     role = ((who.get("auth") or {}).get("accessToken") or {}).get("role")
     if role == "read":

@@ -20,10 +20,10 @@ from zoo.onnx_file import refuse_unsafe
 from zoo.predictor import OUTPUTS, all_outputs, torch_module
 
 OPSET = 20
-# What the oldest runtime reads that we promise, and its version.
+# The oldest ONNX Runtime that we promise, and what it reads.
 OLD_OPSET, OLD_IR, OLD_RUNTIME = 18, 8, "1.16"
-MOST_LOGIT = 1e4  # beyond it a network is broken, and a difference in proportion says nothing
-MAX_DIFFERENCE = 1e-4  # of a logit, for logits of usual size (up to 10); in proportion above
+MOST_LOGIT = 1e4  # above it the network is broken, and a relative difference says nothing
+MAX_DIFFERENCE = 1e-4  # of a logit, for logits up to 10; in proportion for larger ones
 
 
 class _AllOutputs(nn.Module):
@@ -36,12 +36,12 @@ class _AllOutputs(nn.Module):
 
 
 def export_folder(path: str | Path) -> float:
-    """Adds onnx/model.onnx to a model folder; returns the largest difference of a logit to torch.
+    """Add onnx/model.onnx to a model folder. Returns the largest difference of a logit from torch.
 
-    Input `pictures`, float32 (batch, 3, H, W), RGB, (x / 255 - mean) / std; outputs `logits` (batch, C), `features`
-    (batch, A) and, where those are its mean, `feature_map` (batch, A, h, w). The metadata holds config.json, and
-    labels, mean, std and the preprocessing in words on their own. Raises ExportError, and adds nothing, where ONNX
-    Runtime and torch differ.
+    Input `pictures`: float32 (batch, 3, H, W), RGB, (x / 255 - mean) / std. Outputs: `logits` (batch, C), `features`
+    (batch, A) and, if `features` is its mean, `feature_map` (batch, A, h, w). The metadata holds config.json and,
+    separately, labels, mean, std and the preprocessing in words. Raises ExportError and adds nothing if ONNX Runtime
+    and torch differ.
     """
     folder = ModelFolder(path)
     module = torch_module(folder)
@@ -71,8 +71,8 @@ def onnx_bytes(module: nn.Module, config: dict[str, Any]) -> bytes:
     finally:
         logger.setLevel(level)
     if program is None:
-        raise ExportError(f"torch.onnx gave no program for {config['architecture']}.")
-    # The exporter notes on each node from which line of which file it came: paths of this machine.
+        raise ExportError(f"torch.onnx could not export {config['architecture']}.")
+    # Removes the source files and lines that the exporter notes on each node: paths of this machine.
     ClearMetadataAndDocStringPass()(program.model)
     program.model.metadata_props.update(metadata(config))
     with tempfile.TemporaryDirectory() as scratch:
@@ -82,8 +82,10 @@ def onnx_bytes(module: nn.Module, config: dict[str, Any]) -> bytes:
 
 
 def record(path: Path, **ours: Any) -> None:
-    """Writes values under `metasaug` into the config of a model folder, and the new config into the metadata of each
-    ONNX file, which holds it too. `metasaug.onnxruntime` names the oldest version that reads the files, where known."""
+    """Write values under `metasaug` into a model folder's config, and the new config into each ONNX file's metadata.
+
+    `metasaug.onnxruntime` becomes the oldest version that reads the files, if known.
+    """
     folder = ModelFolder(path)
     models = {name: onnx.load_from_string(folder.read(name)) for name in (ONNX, ONNX_INT8) if name in folder}
     old = [for_old_runtimes(model) for model in models.values()]
@@ -97,7 +99,7 @@ def record(path: Path, **ours: Any) -> None:
 
 
 def for_old_runtimes(model: onnx.ModelProto) -> bool:
-    """Declares the file for OLD_RUNTIME where it uses nothing newer, by onnx's own check; returns whether it is."""
+    """Declare the file for OLD_RUNTIME if onnx's own check finds nothing newer in it. Returns whether it did."""
     older = onnx.ModelProto()
     older.CopyFrom(model)
     older.ir_version = min(older.ir_version, OLD_IR)
@@ -112,7 +114,7 @@ def for_old_runtimes(model: onnx.ModelProto) -> bool:
 
 
 def metadata(config: dict[str, Any]) -> dict[str, str]:
-    """What a reader of the ONNX file alone needs, as texts."""
+    """What readers of only the ONNX file need, as strings."""
     cfg = config["pretrained_cfg"]
     return {
         "config.json": json.dumps(config, ensure_ascii=False),
@@ -126,14 +128,14 @@ def metadata(config: dict[str, Any]) -> dict[str, str]:
 
 
 def reading_in_words(config: dict[str, Any]) -> str:
-    """What the training pictures' files left open; nothing for ordinary ones."""
+    """How 16-bit and multi-page files are read, in words; empty for ordinary pictures."""
     kept = config["metasaug"].get("reading") or {}
     words = {"white": "16-bit grey divided by {}", "page": "TIFF page {} (max, mean: over all pages)"}
     return "".join(f", {words[key].format(value)}" for key, value in kept.items())
 
 
 def fitting_in_words(cfg: dict[str, Any]) -> str:
-    """What zoo.images.fitted does."""
+    """What zoo.images.fitted does, in words."""
     height, width = cfg["input_size"][1:]
     full_height, full_width = (math.floor(side / cfg["crop_pct"]) for side in (height, width))
     resized = {"squash": f"to {full_height} x {full_width} pixels, whatever its shape",
@@ -145,10 +147,10 @@ def fitting_in_words(cfg: dict[str, Any]) -> str:
 def check_parity(
     content: bytes, module: nn.Module, config: dict[str, Any], pictures: np.ndarray | None = None
 ) -> float:
-    """The largest difference of a logit between ONNX Runtime and torch; ExportError where it is too large.
+    """The largest difference of a logit between ONNX Runtime and torch. Raises ExportError if it is too large.
 
     pictures  float32 (N, 3, H, W) as the network takes them; by default 33 made-up ones, from flat to noise.
-              They go through in batches of 1, 3, 7 and the rest
+              They run in batches of 1, 3, 7 and the rest
     """
     import onnxruntime
 
