@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 MOST_BYTES = 20_000_000
 
@@ -33,13 +33,17 @@ class Model:
         return {self.labels[c]: round(float(probabilities[c]), 4) for c in np.argsort(-probabilities)[:5]}
 
     def fitted(self, picture: Image.Image) -> Image.Image:
-        """The picture at the network's size: squashed, or its shorter side resized and the middle cut out."""
+        """The picture at the network's size: squashed, on a border, or its shorter side resized; then its middle."""
         _, height, width = self.shown["input_size"]
-        how = Image.Resampling[self.shown["interpolation"].upper()]
-        if self.shown.get("crop_mode") == "squash":
-            return picture.resize((width, height), how)
-        scale = max(width / picture.width, height / picture.height) / self.shown["crop_pct"]
-        picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), how)
+        how, mode = Image.Resampling[self.shown["interpolation"].upper()], self.shown.get("crop_mode")
+        full = int(width / self.shown["crop_pct"]), int(height / self.shown["crop_pct"])
+        if mode == "squash":
+            picture = picture.resize(full, how)
+        elif mode == "border":
+            picture = ImageOps.pad(picture, full, how, color=tuple(round(255 * m) for m in self.shown["mean"]))
+        else:
+            scale = max(full[0] / picture.width, full[1] / picture.height)
+            picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), how)
         left, top = (picture.width - width) // 2, (picture.height - height) // 2
         return picture.crop((left, top, left + width, top + height))
 

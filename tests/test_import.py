@@ -451,7 +451,7 @@ REFUSED = {
                                   r"no last layer(?s:.*)a\.weight: float32 \(2, 3\)(?s:.*)Expected one of"),
     "another network": (lambda: saved({"features.0.weight": torch.ones(64, 3, 3, 3), "fc.weight": torch.ones(10, 5),
                                        "fc.bias": torch.ones(10)}),
-                        r"no network that is known(?s:.*)features\.0\.weight: float32 \(64, 3, 3, 3\)(?s:.*)Nearest"),
+                        r"is not a known network(?s:.*)features\.0\.weight: float32 \(64, 3, 3, 3\)(?s:.*)Nearest"),
     "a part missing": (lambda: without("layer2.3.bn1.weight"),
                        r"Nearest is resnet32(?s:.*)layer2\.3\.bn1\.weight missing, expected \(32,\)"),
     "wrong class count": (lambda: saved({"state_dict": cifar_state(7)}), "tells 7 classes apart, .* has 10"),

@@ -93,7 +93,7 @@ def test_the_card_shows_both_per_group_as_evaluate_measures_them(int8_folder, pi
     table = folder.card.split("## Variants")[1].split("\n## ")[0]
     for group in ("head", "medium", "tail"):
         both = [f"{results[p]['groups'][group]['accuracy']:.2%}" for p in ("fp32", "int8")]
-        assert f"| {group}, right | {both[0]} | {both[1]} |" in table
+        assert f"| {group}, accuracy | {both[0]} | {both[1]} |" in table
     assert "ranges from 40 calibration pictures" in table and "on 40 test pictures" in table
     assert variants["int8"]["calibration_pictures"] == 40
     # Both ONNX files carry that config, and nothing of this machine.

@@ -292,7 +292,7 @@ def test_the_figure_is_a_picture_of_its_numbers(tiny_model_folder):
 
     config = json.loads(json.dumps(ModelFolder(tiny_model_folder).config))
     figure = accuracy_figure(config)
-    assert Image.open(io.BytesIO(figure)).size == (800, 320) and accuracy_figure(config) == figure
+    assert Image.open(io.BytesIO(figure)).size == (800, 620) and accuracy_figure(config) == figure
     config["metasaug"]["results"]["per_class"][9]["correct"] += 5
     assert accuracy_figure(config) != figure
     # Many classes, odd names, no counts, classes without test pictures; nothing measured.
