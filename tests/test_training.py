@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 from training.data.batches import Batches  # noqa: E402
 from training.data.datasets import LongTailed, Split  # noqa: E402
 from training.errors import DivergenceError, Interrupted, TrainingError  # noqa: E402
+from training.network.distributed import ALONE  # noqa: E402
 from training.recipes import Cifar10LT  # noqa: E402
 from training.run import evaluation, loop, stages, state, steps  # noqa: E402
 from zoo.architectures import create  # noqa: E402
@@ -44,6 +45,21 @@ def coloured_stripes(n_per_class: list[int], seed: int, shuffled=False) -> Split
 def small_data(shuffled=False) -> LongTailed:
     return LongTailed(coloured_stripes([40, 20, 10], 0, shuffled), coloured_stripes([6] * 3, 1, shuffled),
                       coloured_stripes([30] * 3, 2), ("a", "b", "c"), "stripes", (0.5,) * 3, (0.25,) * 3)
+
+
+@pytest.mark.parametrize("meta_in_training", ["never", "stage2"])
+def test_square_root_sampling_reaches_batches_and_loss_of_both_stages(meta_in_training):
+    # Given classes of 40, 20 and 10 pictures, of which an epoch shows sqrt(20 n),
+    recipe = dataclasses.replace(TINY, sampling="square-root", loss="logit-adjustment", augment="none",
+                                 meta_in_training=meta_in_training)
+    both = stages.make_stages(recipe, small_data(), stages.view_of(recipe, small_data()), CPU, 0, ALONE)
+    # when both stages are made, then batches and loss have these counts, with the meta pictures where they joined.
+    for stage, counts in zip(both, ([40, 20, 10], [46, 26, 16] if meta_in_training == "stage2" else [40, 20, 10]),
+                             strict=True):
+        shown = recipe.shown_counts(counts)
+        seen = torch.cat([labels for _, labels in stage.batches.epoch(0)])
+        assert stage.loss.class_counts == shown and sum(shown) < sum(counts)
+        assert seen.bincount().tolist() == list(shown)
 
 
 class Killed(Exception):  # noqa: N818
