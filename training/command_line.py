@@ -45,7 +45,7 @@ class RunOptions:
     """Where the pictures are, where the run goes, and the device. Nothing here changes the weights."""
 
     data: Annotated[Path | None, tyro.conf.arg(aliases=["--root"])] = None
-    """Folder of the pictures. Benchmarks look into ./data by default."""
+    """Folder of the pictures. By default ./data for benchmarks."""
 
     out: Path | None = None
     """Run folder. By default runs/NAME, named after the data set and the flags."""
@@ -66,7 +66,7 @@ class RunOptions:
     """Device to train on. auto: cuda if there is one, else cpu."""
 
     evaluate_every: int = 10
-    """Epochs between test errors in the log. The result is always that of the last epoch."""
+    """Epochs between tests, for the log. The result is always that of the last epoch."""
 
     save_minutes: float = 10
     """Minutes between checkpoints within an epoch. 0: at the end of each epoch only. Ctrl-C (exit code 130), SIGTERM
@@ -83,8 +83,8 @@ class RunOptions:
     """Processes that decode pictures, if these do not fit into memory. By default one per core."""
 
     in_memory: bool = True
-    """Hold the pictures in memory if they take at most half of it. --no-in-memory always reads them from disk: slower,
-    for a machine whose memory others need."""
+    """Keep the pictures in memory if they take at most half of it. --no-in-memory always reads them from disk: slower,
+    but it leaves the memory to other programs."""
 
     dry_run: bool = False
     """Print the chosen flags and the class counts, and stop."""
@@ -93,10 +93,10 @@ class RunOptions:
         for flag, least in (("evaluate_every", 1), ("save_minutes", 0), ("workers", 0)):
             value = getattr(self, flag)
             if value is not None and not least <= value < math.inf:
-                raise TrainingError(f"--{flag.replace('_', '-')} {value}: must be a number from {least} up.")
+                raise TrainingError(f"--{flag.replace('_', '-')} {value}: must be a number, at least {least}.")
 
     def of_the_loop(self) -> dict[str, Any]:
-        """As options of training.run.loop.run."""
+        """The options of training.run.loop.run."""
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine
         return {"evaluate_every": self.evaluate_every, "save_minutes": self.save_minutes,
                 "workers": max(1, cores() // here) if self.workers is None else self.workers,
@@ -120,7 +120,7 @@ class Job(Generic[R]):
     options: Options = field(default_factory=RunOptions)
 
     def load(self, look: bool | None = None) -> LongTailed:
-        """look: decode every picture first, or none; by default as the data set needs."""
+        """Read the data set. look: whether to decode every picture first; None: as the data set needs."""
         raise NotImplementedError
 
 
@@ -160,14 +160,14 @@ class TrainFolder(Job[Folder]):
     """Class folders of a meta set. By default DATA/meta or DATA/val, or a part of each class."""
 
     leaf_folders: bool = False
-    """Make every folder that pictures lie in a class, at any depth (order/species/picture.jpg). By default only the
+    """Make every folder that contains pictures a class, at any depth (order/species/picture.jpg). By default only the
     outermost folders are classes."""
 
     def load(self, look: bool | None = None) -> LongTailed:
         from training.data.own_pictures import load_folder
 
         if self.options.data is None:
-            raise TrainingError("Where are the pictures? Give --data DIR, with a folder of pictures per class in DIR.")
+            raise TrainingError("Where are the pictures? Give --data DIR, where DIR has one folder per class.")
         return load_folder(self.options.data, test=self.test, meta=self.meta, look=look is not False,
                            leaf_folders=self.leaf_folders, **_cutting(self.recipe))
 
@@ -233,7 +233,7 @@ def train(job: AnyJob) -> Path | None:
     keep_freed_memory()
     with joined(choose_device(job.options.device).type) as processes:
         if not processes.first:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- one speaks
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- only the first process prints
         return _train(job, processes)
 
 
@@ -303,7 +303,7 @@ def settle(recipe: Recipe, data: LongTailed, device, resumed: Path | None) -> tu
         newest = load_newest(resumed / "checkpoints") if resumed is not None else None
         if newest is not None:
             recipe, _ = choose(recipe.with_choices(newest[1]["recipe"]), data, device.type, cores())
-            reasons = [f"{resumed} continues with what was chosen at its start."]
+            reasons = [f"{resumed} continues with the flags that were chosen at its start."]
         else:
             recipe, chosen = choose(recipe, data, device.type, cores())
             reasons += chosen
@@ -315,14 +315,14 @@ def settle(recipe: Recipe, data: LongTailed, device, resumed: Path | None) -> tu
     may_choose = recipe.backbone is None and small in ARCHITECTURES
     if may_choose and recipe.input_size is not None and recipe.input_size <= 64:
         reasons.append(f"{recipe.architecture} is coarse at {recipe.input_size} pixels; --architecture {small} is made "
-                       "for them.")
+                       "for this size.")
     return recipe, reasons
 
 
 def run_name(recipe: Recipe, source: str) -> str:
     """Method, data set and every flag that differs from the recipe's defaults.
 
-    source   the data set in words: own pictures have its name, without what stands in brackets
+    source   the data set in words; runs on own pictures are named after it, without the part in brackets
     """
     flags = recipe.to_dict()
     defaults = type(recipe)().to_dict()
@@ -334,7 +334,7 @@ def run_name(recipe: Recipe, source: str) -> str:
              and not (name == "loss" and recipe.augment == "none")]
     if "imbalance" in flags:
         parts.insert(0, f"imbalance-{flags['imbalance']:g}")
-    # Names of libraries and of the Hub have signs that a folder's name has not.
+    # Names such as timm:NAME have characters that a folder's name must not have.
     parts.insert(0, dataset if method == "auto" else f"{method}-{dataset}")
     return "_".join(parts).translate(str.maketrans("/:", "--"))
 
@@ -346,6 +346,6 @@ def choose_device(asked: str):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not here[asked]:
-        raise TrainingError(f"--device {asked}: torch {torch.__version__} finds none here. Use --device cpu, or "
+        raise TrainingError(f"--device {asked}: torch {torch.__version__} finds no such device. Use --device cpu, or "
                             "install a torch build and a driver for it.")
     return torch.device(asked)

@@ -58,14 +58,14 @@ class Flag(NamedTuple):
 
 
 def help_of(arguments: Sequence[str]) -> str:
-    """What `metasaug train ARGUMENTS` prints, where the arguments ask for help."""
+    """What `metasaug train ARGUMENTS` prints if the arguments ask for help."""
     jobs = {job.recipe.dataset: job for job in JOBS}
     job = next((jobs[word] for word in arguments if word in jobs), None)
     return OVERVIEW + _data_sets() if job is None else _help(job)
 
 
 def help_of_check(arguments: Sequence[str]) -> str:
-    """What `metasaug data check ARGUMENTS` prints, where the arguments ask for help."""
+    """What `metasaug data check ARGUMENTS` prints if the arguments ask for help."""
     from training.data.check import check
 
     about, _, texts = (inspect.getdoc(check) or "").partition("\n\nArgs:\n")
@@ -78,7 +78,7 @@ def help_of_check(arguments: Sequence[str]) -> str:
 
 
 def _data_sets() -> str:
-    """A line for each, your own pictures first."""
+    """One line per data set, your own pictures first."""
     recipes = sorted((job.recipe for job in JOBS), key=lambda recipe: not isinstance(recipe, OwnPictures))
     return "\n".join(["Data sets:", *(f"  {recipe.dataset:<12} {(inspect.getdoc(type(recipe)) or '').splitlines()[0]}"
                                       for recipe in recipes)])
@@ -114,7 +114,7 @@ def _entry(flag: Flag, width: int) -> str:
 
 
 def flags_of(holder: Any) -> Iterator[Flag]:
-    """The flags of a job, with those of the dataclasses in it: recipe, run options, columns of a table."""
+    """The flags of a job and of the dataclasses in it: recipe, run options, columns of a table."""
     kind = type(holder)
     hints, texts = typing.get_type_hints(kind), _field_texts(kind)
     for field in dataclasses.fields(kind):
@@ -137,7 +137,7 @@ def _value(hint: Any) -> str:
 
 
 def _field_texts(kind: type) -> dict[str, str]:
-    """The docstring under each field; a subclass's stands for the one that it overrides."""
+    """The docstring under each field; a subclass's replaces the one that it overrides."""
     texts: dict[str, str] = {}
     for owner in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
         body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]

@@ -24,10 +24,10 @@ Flips = Literal["none", "mirror", "all"]
 CropMode = Literal["center", "squash", "border"]
 Schedule = Literal["steps", "cosine", "one-cycle"]
 
-SHOWN_WHOLE = 20  # square-root sampling: an epoch shows all pictures of a class of so many
+SHOWN_WHOLE = 20  # square-root sampling: classes with up to this many pictures are shown whole in every epoch
 WARM_UP = 0.1  # share of a one-cycle run in which the learning rate rises
 
-# What a flag may be, both ends included.
+# Allowed range of each flag, both ends included.
 RANGES = {"beta": (0, 1 - 1e-9), "strength": (0, 1e6), "meta_rate": (0, 1e6), "lr_drop": (0, 1),
           "momentum": (0, 1 - 1e-9), "weight_decay": (0, 1e6), "crop_pct": (0.01, 1), "crop_area": (0.01, 1),
           "color_jitter": (0, 1), "seed": (0, 2**63 - 1), "subset_seed": (0, 2**32 - 1), "gamma": (0, 1e6),
@@ -49,19 +49,19 @@ class Recipe:
 
     architecture: str = "resnet32"
     """Network: resnet32 (made for CIFAR), resnet10, resnet18, resnet34, resnet50, resnext50_32x4d, torchvision:NAME or
-    timm:NAME. Take resnet18-small and the like for pictures up to 96 pixels."""
+    timm:NAME. For pictures up to 96 pixels, take resnet18-small or similar."""
 
     pretrained: str | None = None
     """Start weights for the whole network: torchvision:NAME, timm:NAME, a model of the zoo, a model folder, or a
     .safetensors or .pth file. Tensors whose shape does not fit, such as the last layer, start fresh."""
 
     freeze: Literal["none", "early"] = "none"
-    """early: the parts that work at an eighth of the picture's side or finer stay as --pretrained or --start has them.
-    A step takes about half the time then."""
+    """Layers that are not trained. none: train all; early: keep the start weights of the early layers, whose feature
+    maps have at least an eighth of the picture's side. A step then takes about half the time."""
 
     backbone: str | None = None
-    """Ready network, used as a feature extractor: only a last layer is trained. torchvision:NAME or timm:NAME with
-    their pretrained weights, a model of the zoo, a model folder, or a weights file of torchvision, timm or
+    """Pretrained network, used as a feature extractor: only a last layer is trained. torchvision:NAME or timm:NAME
+    with their pretrained weights, a model of the zoo, a model folder, or a weights file of torchvision, timm or
     classifier-balancing. It also sets --architecture and how pictures are resized and normalised."""
 
     last_layer: Literal["auto", "fresh", "ready"] = "auto"
@@ -113,7 +113,7 @@ class Recipe:
 
     meta_in_training: Literal["never", "stage2", "always"] = "never"
     """Also train on the meta pictures. stage2: in stage 2 only, when MetaSAug sees them too; always: in both stages,
-    the fair comparison for methods without a meta set. heldout keeps a fifth of them to measure on."""
+    a fair comparison for methods without a meta set. --augment heldout keeps a fifth of them to measure on."""
 
     gamma: float = 1.0
     """Focal loss: exponent."""
@@ -165,8 +165,8 @@ class Recipe:
     """Height and width of the network's input, in pixels. By default those of the pictures."""
 
     train_size: int | None = None
-    """Height and width at which training shows pictures; without it --input-size. A random part of a picture shows
-    things larger than the whole picture does, so that a model is better at a size above that of its training."""
+    """Height and width of training pictures. By default --input-size. Random crops enlarge objects, so a model is
+    better at a size above its training size."""
 
     mean: tuple[float, float, float] | None = None
     """Per-channel mean in [0, 1], subtracted from the input. By default the start network's, or the data's."""
@@ -193,11 +193,11 @@ class Recipe:
 
     flips: Flips = "mirror"
     """Random flips of training pictures. mirror: left and right; all: also upside down and quarter turns, for
-    pictures without an up; none: no flips, for writing and the like."""
+    pictures that have no upright direction; none: no flips, for example for writing."""
 
     sampling: Literal["instance", "square-root"] = "instance"
-    """Training pictures of an epoch. instance: all; square-root: fewer of common classes, about the square root of
-    their number, drawn anew in each epoch, so that rare classes are seen more often in the same time."""
+    """Training pictures of an epoch. instance: all; square-root: fewer of common classes, in proportion to the square
+    root of their number, drawn again in each epoch. Rare classes are then seen more often in the same time."""
 
     color_jitter: float = 0.0
     """--crops resized: random factor, 1 plus or minus this, on brightness, contrast and saturation."""
@@ -230,7 +230,7 @@ class Recipe:
             if value is not None and not value > 0 and not (value == 0 and flag in self.CHOSEN):
                 raise TrainingError(f"--{flag.replace('_', '-')} {value}: must be greater than 0.")
         if self.batch_size == 1 or self.stage2_batch_size == 1:
-            raise TrainingError("--batch-size 1: batch norm needs at least 2 pictures a step.")
+            raise TrainingError("--batch-size 1: batch norm needs at least 2 pictures per step.")
         for flag, (low, high) in RANGES.items():
             value = getattr(self, flag)
             if not low <= value <= high and not (value == 0 and flag in self.CHOSEN):
@@ -238,12 +238,13 @@ class Recipe:
         if self.input_size is not None and not self.input_size <= 4096:
             raise TrainingError(f"--input-size {self.input_size}: at most 4096.")
         if self.train_size is not None and self.backbone is not None:
-            raise TrainingError("--train-size is for a network that trains, and a --backbone does not.")
+            raise TrainingError("--train-size does not work with --backbone, whose network is not trained. Remove one "
+                                "of the two.")
         if self.stage2_epochs is not None and self.epochs and self.stage2_epochs > self.epochs:
             raise TrainingError(f"--stage2-epochs {self.stage2_epochs}: must be at most --epochs, {self.epochs}.")
         if self.backbone is not None and self.pretrained is not None:
-            raise TrainingError("Give --pretrained, which trains the whole network, or --backbone, which trains only "
-                                "the last layer, not both.")
+            raise TrainingError("Give --pretrained (trains the whole network) or --backbone (trains only the last "
+                                "layer), not both.")
         if self.last_layer == "ready" and self.backbone is None:
             raise TrainingError("--last-layer ready needs --backbone.")
         if self.cache_features < 0:
@@ -260,7 +261,7 @@ class Recipe:
             raise TrainingError("--color-jitter needs --crops resized.")
 
     def stands_still(self, in_stage2: bool) -> bool:
-        """Whether only the last layer is trained: all else is in eval mode, and its features may be cached."""
+        """Whether only the last layer is trained: the rest is in eval mode, and its features may be cached."""
         return self.backbone is not None or (in_stage2 and self.stage2_trains == "classifier")
 
     @property
@@ -272,14 +273,14 @@ class Recipe:
     def stage2_epoch(self) -> int:
         """First epoch (from 0) of stage 2: re-weighting and augmentation on, learning rate dropped. 160 of 200.
 
-        The last epoch is always in it: however short a run, it is of the method whose name it gets.
+        It always has the last epoch, so even the shortest run uses the method that it is named after.
         """
         if self.stage2_epochs is not None:
             return self.epochs - self.stage2_epochs
         return min(math.ceil(0.8 * self.epochs), self.epochs - 1)
 
     def lr_at(self, epoch: float) -> float:
-        """epoch   from 0; with a part of an epoch where the schedule goes by steps"""
+        """Learning rate at this epoch, from 0; fractional if the schedule changes with every step."""
         if self.schedule == "one-cycle":
             done = epoch / max(self.epochs, 1)
             return self.lr * min(1.0, done / WARM_UP + 0.01) * (1 + math.cos(math.pi * done)) / 2
@@ -293,7 +294,7 @@ class Recipe:
         return second * self.lr_drop if epoch >= last else second
 
     def strength_at(self, epoch: float) -> float:
-        return self.strength * max(epoch, 1) / self.epochs  # a run of a single epoch has its strength too
+        return self.strength * max(epoch, 1) / self.epochs  # a run of one epoch is augmented too
 
     @property
     def weighted(self) -> bool:
@@ -301,7 +302,7 @@ class Recipe:
 
     @property
     def cosine_scale(self) -> float | None:
-        """Scale of the cosine classifier that LDAM as published ends in; None for a linear last layer."""
+        """Scale of the cosine classifier of LDAM as published; None for a linear last layer."""
         return self.scale if self.loss == "ldam-published" else None
 
     @property
@@ -339,7 +340,7 @@ class Recipe:
     @property
     def first_loss(self) -> Loss:
         """The loss of stage 1."""
-        if self.loss == "ldam-published":  # its cosine classifier is another network than the other losses'
+        if self.loss == "ldam-published":  # its cosine classifier makes a different network
             return self.loss
         plain = self.stage1_loss == "ce" or (self.stage1_loss == "auto" and self.augment != "none")
         return "ce" if plain else self.loss
@@ -370,7 +371,7 @@ class Recipe:
         return json.loads(cls().stage1_key()) | json.loads(saved)
 
     def to_dict(self) -> dict:
-        """All flags; of paths to weights only the last part, so that a model folder never names the user's folders."""
+        """All flags. Paths to weights lose their folders: a model folder must not reveal the user's."""
         flags = dataclasses.asdict(self)
         for flag in ("pretrained", "backbone"):
             if flags[flag] is not None:
@@ -518,7 +519,7 @@ class INat18(INat17):
 
 @dataclass(frozen=True)
 class OwnPictures(Recipe):
-    """Your own pictures. training.run.defaults chooses what is 0, auto or None, from the pictures and the machine."""
+    """Your own pictures. training.run.defaults chooses every flag that is 0, auto or None from data and machine."""
 
     CHOSEN: ClassVar[tuple[str, ...]] = (
         "start", "architecture", "freeze", "loss", "augment", "meta_per_class", "meta_in_training", "epochs",
@@ -527,20 +528,21 @@ class OwnPictures(Recipe):
 
     start: str = "auto"
     """Pretrained network to fine-tune. small, medium, large: networks that we chose; timm:NAME; torchvision:NAME; a
-    weights file; none: train from random weights; auto: the best of ours that is installed or can be fetched."""
+    weights file; none: train from random weights; auto: the best of ours that is installed or can be downloaded."""
 
     minutes: float = 0
-    """Time budget of the whole run, with a pretrained start. Steps timed at the beginning decide --epochs and
-    --input-size. 0: up to 55 minutes, less for few pictures."""
+    """Time budget of the whole run, with a pretrained start. It sets --epochs and --input-size, by steps timed at the
+    beginning. 0: up to 55 minutes, less for few pictures."""
 
     architecture: str = "auto"
     """Network: resnet32, resnet18, resnet18-small (for pictures up to 96 pixels), torchvision:NAME or timm:NAME. auto:
     that of --start; with --start none, resnet32 up to 64 pixels, else resnet18, or resnet50 on a GPU."""
 
     freeze: Literal["none", "early", "all", "auto"] = "auto"  # type: ignore[assignment]
-    """early: the parts that work at an eighth of the picture's side or finer stay as the start has them. A step takes
-    about half the time then. all: only a last layer is fitted, and the first answer is the model. auto: early with a
-    start on a CPU, else none; all where only a few steps of fine-tuning fit into the time."""
+    """Layers that are not trained. none: train all; early: keep the start's weights in the early layers, whose feature
+    maps have at least an eighth of the picture's side, and a step takes about half the time; all: fit only a last
+    layer, the first answer is the model; auto: early with a pretrained start on a CPU, else none; all if only a few
+    steps of fine-tuning fit into the time."""
 
     loss: Loss | Literal["auto"] = "auto"  # type: ignore[assignment]
     """Loss. ce: cross entropy; logit-adjustment, balanced-softmax: add the log of the class prior; focal; ldam; auto:
@@ -551,11 +553,11 @@ class OwnPictures(Recipe):
     start, else isda."""
 
     meta_per_class: int = 0
-    """Pictures per class in the meta set, at most a quarter of a class; 0: 10, more where that is under 100 in all."""
+    """Pictures per class in the meta set, at most a quarter of a class. 0: 10, or more if that is under 100 in all."""
 
     meta_in_training: Literal["never", "stage2", "always", "auto"] = "auto"  # type: ignore[assignment]
-    """Also train on the meta pictures: in stage 2, or always. auto: in stage 2, unless --augment or --backbone needs
-    them apart."""
+    """Also train on the meta pictures. stage2: in stage 2; always: in both stages; auto: in stage 2, unless --augment
+    or --backbone needs them held out."""
 
     epochs: int = 0
     """Length of the run; the last fifth is stage 2. 0: chosen by --minutes, or by the number of pictures."""
@@ -590,11 +592,11 @@ class OwnPictures(Recipe):
 
     flips: Flips | Literal["auto"] = "auto"  # type: ignore[assignment]
     """Random flips of training pictures. mirror: left and right; all: also upside down and quarter turns; none: no
-    flips; auto: those that the first model still recognises, or mirror without a pretrained start."""
+    flips; auto: the flips after which the first model still recognises pictures; mirror without a pretrained start."""
 
     sampling: Literal["instance", "square-root", "auto"] = "auto"  # type: ignore[assignment]
-    """Training pictures of an epoch. instance: all; square-root: fewer of common classes, about the square root of
-    their number, drawn anew in each epoch, so that rare classes are seen more often in the same time. auto:
+    """Training pictures of an epoch. instance: all; square-root: fewer of common classes, in proportion to the square
+    root of their number, drawn again in each epoch. Rare classes are then seen more often in the same time. auto:
     square-root with a pretrained start."""
 
     covariance: Literal["full", "diagonal", "auto"] = "auto"  # type: ignore[assignment]
@@ -625,20 +627,20 @@ class OwnPictures(Recipe):
 
     def __post_init__(self):
         super().__post_init__()
-        _ = self.reading  # which refuses what makes no sense
+        _ = self.reading  # raises for values that make no sense
         if self.minutes < 0:
             raise TrainingError(f"--minutes {self.minutes:g}: must be greater than 0, or 0 for the default.")
         if self.start not in ("auto", "none") and (self.backbone or self.pretrained):
-            raise TrainingError("--start, --pretrained and --backbone each name a network: give one of the three.")
+            raise TrainingError("--start, --pretrained and --backbone each name a network: give only one of the three.")
 
     @property
     def reading(self) -> Reading:
-        """What picture files leave open, as these flags say it."""
+        """How to read picture files, by these flags."""
         return Reading(self.page, self.white, self.most_missing, self.max_megapixels)
 
     @property
     def may_end_with_meta(self) -> bool:
-        """Whether the meta pictures may be trained on in the end."""
+        """Whether training may end on the meta pictures too."""
         return self.meta_in_training in ("auto", "stage2") and self.augment in ("auto", "none", "isda")
 
     @property
@@ -651,12 +653,12 @@ class OwnPictures(Recipe):
 
     @classmethod
     def completed(cls, saved: dict) -> dict:
-        """As for every recipe. Versions without --start trained from random weights."""
+        """As for every recipe; versions without --start trained from random weights."""
         return cls(start="none", freeze="none", crop_area=0.08, interpolation="bilinear",
                    sampling="instance").to_dict() | saved
 
     def with_choices(self, saved: dict) -> Self:
-        """This recipe, with what it leaves open as an earlier run chose it."""
+        """This recipe, with the flags that it leaves open as an earlier run chose them."""
         saved = self.completed(saved)
         left_open = [flag for flag in self.CHOSEN if getattr(self, flag) in ("auto", 0, None)]
         return dataclasses.replace(self, **{flag: saved[flag] for flag in left_open if flag in saved})
@@ -667,9 +669,9 @@ class Folder(OwnPictures):
     """Your own pictures in class folders: DATA/CLASS/picture.jpg, or DATA/train/CLASS, DATA/test/CLASS …
 
     You need no flag except --data. The run starts from a pretrained network. After a few minutes you have a first
-    model and report; then it fine-tunes for --minutes and keeps the better of the two models, judged on pictures that
-    neither was trained on. Values of 0 and auto are chosen from your pictures and your machine, and printed with the
-    reason. If you give no test set or no meta set, they are cut from each class by file name.
+    model and report. Then it fine-tunes for --minutes and keeps the better of the two models, judged on pictures that
+    neither was trained on. Flags that are 0 or auto are chosen from your pictures and your machine; each choice is
+    printed with its reason. A test or meta set that you do not give is cut from each class by file name.
     Cost: under an hour on a CPU, less on a GPU; printed before it starts. Ctrl-C keeps the best model so far.
     """
 
@@ -680,7 +682,7 @@ class Folder(OwnPictures):
 class Table(OwnPictures):
     """Your own pictures in a CSV table: path and label, and, if you have them, split and group.
 
-    Pictures of one group (an animal, a track, a camera) stay in one split. Rows without a split are cut by file name.
+    Pictures of one group (an animal, a track, a camera) stay in one split. Rows without a split get one by file name.
     Everything else is as in `metasaug train folder`.
     Cost: under an hour on a CPU, less on a GPU; printed before it starts. Ctrl-C keeps the best model so far.
     """

@@ -1,7 +1,7 @@
 """Exactly the pictures that MetaSAug's authors train on, with their shuffles and seeds.
 
-Both choices depend on the order of the pictures alone, class by class, so they mean the authors' pictures only where
-the order is that of the original files. Copies of test pictures stay in, as they do there.
+Both choices depend only on the order of the pictures in each class. They are the authors' pictures only if the order is
+that of the original files. Copies of test pictures stay in, as in the authors' code.
 """
 
 import random

@@ -1,8 +1,8 @@
 """Batches of pictures as functions of (seed, epoch, step): from memory, or decoded from disk by worker processes.
 
-The main process draws everything random, for a whole epoch at once: the number of workers changes no bit. Pictures in
-memory are moved to the device once. There a batch is a gather: an index of pixels, computed from the drawn crops and
-flips, takes it out of all pictures.
+The main process draws everything random, for a whole epoch at once, so the number of workers does not change results.
+Pictures in memory are moved to the device once. There a batch is a gather from all pictures, by pixel indices computed
+from the drawn crops and flips.
 """
 
 import math
@@ -40,7 +40,7 @@ from zoo.pixels import PUBLIC, Reading
 # Streams of randomness; each draw is np.random.default_rng([seed, epoch, STREAM, ...]).
 ORDER, CROPS, META = 0, 1, 2
 
-# Pictures are held in memory, fitted, if they take at most this and half of what the machine has: 2.6 million of
+# Pictures are kept in memory, resized, if they take at most this and half of the machine's memory: 2.6 million of
 # 32 x 32, 53,000 of 224 x 224.
 IN_MEMORY_BYTES = 8e9
 ON_DEVICE_SHARE = 0.25  # of the device's free memory, for one set: the rest is the network's
@@ -53,14 +53,14 @@ class View:
     crop_mode, crop_pct   how it is fitted into `size` in tests, and for `shift`: zoo.images.fitted
     crops        shift: fitted, reflect-padded by an eighth and cropped at random (the CIFAR papers); resized: a part of
                  `crop_area` to 100 % of the picture, 3:4 to 4:3, at random (torchvision's RandomResizedCrop)
-    flips        none; mirror: left and right; all: also upside down and a quarter turn, for things without an up
+    flips        none; mirror: left and right; all: also upside down and a quarter turn
     color_jitter brightness, contrast and saturation times 1 ± this, in random order; `resized` only
     interpolation   bilinear or bicubic: how pictures are resized
     crop_area    the smallest part that `resized` takes
-    reduced      decode JPEGs for `resized` in the quick way, and at 1/2, 1/4 or 1/8 of their sides if the part keeps
-                 `size` pixels there: on average less than 3 of 255 levels from the exact decoding, which
-                 METASAUG_EXACT_JPEG=1 in the environment asks for
-    reading      what picture files leave open
+    reduced      for `resized`: decode JPEGs in the quick way, and at 1/2, 1/4 or 1/8 of their sides if the part still
+                 has `size` pixels. On average under 3 of 255 levels from exact decoding, which METASAUG_EXACT_JPEG=1
+                 in the environment turns on
+    reading      how to read picture files that leave something open
     """
 
     size: tuple[int, int]
@@ -79,12 +79,12 @@ class View:
     def __post_init__(self):
         height, width = self.size
         if self.flips == "all" and height != width:
-            raise DataError(f"--flips all turns pictures by a quarter, and {width} x {height} is not square: give "
-                            "--input-size, or another --flips.")
+            raise DataError(f"--flips all needs square pictures for its quarter turns, and {width} x {height} is not "
+                            "square: give --input-size, or another --flips.")
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """The same for those who predict: keys of a model folder."""
+        """The view for predictions, with the keys of a model folder."""
         return {"input_size": [3, *self.size], "mean": list(self.mean), "std": list(self.std),
                 "interpolation": self.interpolation, "crop_pct": self.crop_pct, "crop_mode": self.crop_mode}
 
@@ -93,8 +93,10 @@ class View:
         return self.size[0] // 8
 
     def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
-        """int64 (n, 5): what happens to each of n pictures. shift: top, left; resized: a seed, 0; then mirrored,
-        upside down, turned."""
+        """int64 (n, 5): the random crop and flips of each of n pictures.
+
+        Columns: top and left for shift, a seed and 0 for resized; then mirrored, upside down, turned.
+        """
         none = np.zeros(n, np.int64)
         if self.crops == "shift":
             place = [rng.integers(0, 2 * self.padding + 1, n), rng.integers(0, 2 * self.padding + 1, n)]
@@ -109,7 +111,7 @@ class View:
         return np.asarray(fitted(picture, self.pretrained_cfg))
 
     def fit_all(self, pictures: np.ndarray) -> np.ndarray:
-        """uint8 (N, H, W, 3), `fit` of each; those that have the size already are returned as they are."""
+        """uint8 (N, H, W, 3), `fit` of each; pictures that have the size already are returned unchanged."""
         if pictures.shape[1:3] == self.size:
             return pictures
         return np.stack([self.fit(Image.fromarray(picture)) for picture in pictures])
@@ -142,7 +144,7 @@ def _flipped(picture: np.ndarray, flips: Sequence[int] | np.ndarray) -> np.ndarr
 
 
 def _resized_part(source: Picture, rng: random.Random, view: View) -> np.ndarray:
-    """uint8 (H, W, 3): a random part of the picture in the view's size; a JPEG is decoded no larger than it takes."""
+    """uint8 (H, W, 3): a random part of the picture in the view's size; a JPEG is decoded no larger than needed."""
     height, width = view.size
     sides: tuple[int, int] | None = None
     part: tuple[int, int, int, int] | None = None
@@ -153,9 +155,9 @@ def _resized_part(source: Picture, rng: random.Random, view: View) -> np.ndarray
         return _scale(part, view)
 
     picture = decode(source, shrink=shrink if view.reduced else None, reading=view.reading)
-    if sides is None or part is None:  # not asked
+    if sides is None or part is None:  # `shrink` was not called
         sides, part = picture.size, _part(rng, *picture.size, view.crop_area)
-    # On the grid of the smaller decoding, whether it was made or not: both show the same part.
+    # On the grid of the smaller decoding, even if it was not used, so that both show the same part.
     grid = _scale(part, view)
     decoded = next(s for s in (1, 2, 4, 8) if -(-sides[0] // s) == picture.width)
     left, top, right, bottom = (side // grid * grid // decoded for side in part)
@@ -166,7 +168,7 @@ def _resized_part(source: Picture, rng: random.Random, view: View) -> np.ndarray
 
 
 def _scale(part: tuple[int, int, int, int], view: View) -> int:
-    """By how much a picture may be decoded smaller, so that the part keeps as many pixels as the view has."""
+    """The largest factor for decoding smaller with which the part keeps at least the view's pixels."""
     left, top, right, bottom = part
     return max(s for s in (1, 2, 4, 8)
                if s == 1 or (right // s - left // s >= view.size[1] and bottom // s - top // s >= view.size[0]))
@@ -199,9 +201,9 @@ def _jittered(rng: random.Random, pixels: np.ndarray, spread: float) -> np.ndarr
 
 
 class _Decoded(Dataset):
-    """Decoded batches: uint8 (N, H, W, 3) and what is wrong with bad pictures, for a slice of `at` and `drawn`.
+    """Decoded batches for slices of `at` and `drawn`: uint8 (N, H, W, 3), and the errors of bad pictures.
 
-    slots   memory shared with the workers, which the batches go through in turn: nothing is copied or sent
+    slots   memory shared with the workers, which batches use in turn: nothing is copied or sent
     """
 
     def __init__(self, paths: Sequence[os.PathLike], view: View, at: np.ndarray, drawn: np.ndarray | None,
@@ -229,11 +231,11 @@ class _Decoded(Dataset):
 def _decoded(
     files: PictureFiles, view: View, at: np.ndarray, drawn: np.ndarray | None, parts: Sequence[slice], workers: int
 ) -> Iterator[np.ndarray]:
-    """uint8 (N, H, W, 3) for each part of `at`, valid until the next one; DataError names files that cannot be read."""
+    """uint8 (N, H, W, 3) for each part of `at`, valid until the next; DataError names files that cannot be read."""
     slots, largest = None, max((part.stop - part.start for part in parts), default=0)
-    # Forked, whatever Python's default is: started anew, each would import torch and be sent the files every epoch.
+    # Fork, whatever Python's default: spawned workers would import torch and receive the file list every epoch.
     forked = workers > 0 and sys.platform == "linux"
-    if forked and largest:  # a batch that is in use, beside the two a worker that the loader asks for in advance
+    if forked and largest:  # one batch in use, and the two per worker that the loader requests in advance
         count = 2 * workers + 1
         shared = mmap.mmap(-1, count * largest * math.prod(view.size) * 3)
         slots = np.frombuffer(shared, np.uint8).reshape(count, largest, *view.size, 3)
@@ -242,7 +244,7 @@ def _decoded(
                         prefetch_factor=2 if workers else None, multiprocessing_context="fork" if forked else None)
     for (number, part), (pictures, bad) in zip(enumerate(parts), loader, strict=True):
         if bad:
-            raise DataError("Pictures that could be read at the start cannot be now:\n  " + "\n  ".join(bad[:10]))
+            raise DataError("Pictures that could be read at the start cannot be read now:\n  " + "\n  ".join(bad[:10]))
         if slots is not None:
             pictures = slots[number % len(slots)][: part.stop - part.start]
         yield pictures
@@ -253,9 +255,11 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _in_a_worker(_worker: int) -> None:
-    """Ctrl-C, the end of a terminal and some schedulers' SIGTERM reach every process: the main one decides, and needs
-    its workers until it has saved. Where it was killed itself, they leave: a worker that waits to hand over a batch
-    would stay for ever, and hold the lock of the run folder.
+    """Ignore stop signals in a worker, and exit when the main process dies.
+
+    Ctrl-C, a closed terminal and some schedulers' SIGTERM reach every process, but the main process needs its workers
+    until it has saved. If it was killed, a worker that waits to hand over a batch would stay for ever and hold the lock
+    of the run folder.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -276,7 +280,7 @@ def _leave_with(parent: int) -> None:
 
 
 def hold(pictures: Split | PictureFiles, view: View, workers: int = 0) -> Split:
-    """All of them fitted, in memory."""
+    """All pictures resized and cropped to the view, in memory."""
     if isinstance(pictures, Split):
         return Split(view.fit_all(pictures.pictures), pictures.labels)
     held = np.empty((len(pictures), *view.size, 3), np.uint8)
@@ -288,7 +292,7 @@ def hold(pictures: Split | PictureFiles, view: View, workers: int = 0) -> Split:
 
 
 def fits_in_memory(view: View, pictures: int) -> bool:
-    """Whether `hold` may take so many. Batches and devices without memory of their own add no copy."""
+    """Whether `hold` may take this many. Batches, and devices without their own memory, add no copy."""
     needed = pictures * 3 * math.prod(view.size)
     return view.crops == "shift" and needed <= min(IN_MEMORY_BYTES, memory() / 2)
 
@@ -300,9 +304,9 @@ class Batches:
     """Augmented, normalised batches of a training or meta set: float32 (N, 3, H, W) and int64 (N,), on the device.
 
     pictures   in memory, or on disk               workers   processes that decode
-    first      only so many of the pictures: stages that share the others share their memory
-    processes  those that train together: each gets its part of the pictures, and the labels of all
-    each_C     so many pictures of each class in an epoch, drawn anew; None: all of them
+    first      use only the first pictures, this many; both stages can share one copy in memory
+    processes  that train together: each gets its part of the pictures, and the labels of all
+    each_C     pictures of each class in an epoch, drawn again each time; None: all
     """
 
     def __init__(self, pictures: Split | PictureFiles, view: View, seed: int, batch_size: int, device: torch.device,
@@ -317,15 +321,15 @@ class Batches:
         if self.batch_size < 2 * processes.count:
             raise DataError(f"{self.batch_size} pictures a step are too few for {processes.count} processes: batch "
                             "norm needs 2 in each.")
-        # A last batch of one picture (a process) has no batch statistics: it is left out.
+        # A last batch of one picture (per process) has no batch statistics: it is left out.
         self.steps = self.length // self.batch_size + (self.length % self.batch_size >= 2 * processes.count)
 
     def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
-        """What happens to each of n pictures, (n, ...)."""
+        """The random crop and flips of each of n pictures, (n, ...)."""
         return self.view.draw(rng, n)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each picture once, or `each_C` of each class, in an order of its own; `first_step` on."""
+        """Batches of an epoch from `first_step` on: each picture once, or `each_C` of each class, in random order."""
         n = len(self.labels)
         order = np.random.default_rng([self.seed, epoch, ORDER]).permutation(n)
         if self.each_C is not None:
@@ -336,7 +340,7 @@ class Batches:
         yield from self._batches(at, drawn[at], sizes)
 
     def meta(self, epoch: int, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """A batch for each of these steps; whole ones only, the set gone through in a new order each time."""
+        """A whole batch for each of these steps; each pass over the set has a new order."""
         n, size = len(self.labels), self.batch_size
         turns = n // size  # steps until the order is a new one
         at, drawn = [], []
@@ -349,7 +353,7 @@ class Batches:
             yield from self._batches(np.concatenate(at), np.concatenate(drawn), [size] * (last_step - first_step))
 
     def _batches(self, at: np.ndarray, drawn: np.ndarray, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pictures and labels of batches of these sizes, one after the other; drawn: for each of `at`."""
+        """Pictures and labels of consecutive batches of these sizes; drawn: for each of `at`."""
         labels, parts = moved(self.labels[at], self.device), slices(sizes)
         for part, pictures in zip(parts, self._shown(at, drawn, own(parts, self.processes)), strict=True):
             yield pictures, labels[part]
@@ -359,7 +363,7 @@ class Batches:
 
 
 def rank_in_class(labels_N: np.ndarray) -> np.ndarray:
-    """How many earlier ones have the same label, (N,)."""
+    """(N,): how many earlier elements have the same label."""
     by_class = np.argsort(labels_N, kind="stable")
     first_C = np.searchsorted(labels_N[by_class], np.arange(labels_N.max() + 1))
     rank_N = np.empty_like(by_class)
@@ -373,22 +377,22 @@ def batch_sizes(pictures: int, batch: int) -> list[int]:
 
 
 def own(parts: list[slice], processes: Processes) -> list[slice]:
-    """This process's part of each."""
+    """This process's part of each slice."""
     mine = [processes.part(part.stop - part.start) for part in parts]
     return [slice(part.start + m.start, part.start + m.stop) for part, m in zip(parts, mine, strict=True)]
 
 
 def slices(sizes: Iterable[int]) -> list[slice]:
-    """Neighbours of these sizes, from 0."""
+    """Consecutive slices of these sizes, from 0."""
     return [slice(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
 
 
 def in_order(
     pictures: Split | PictureFiles, view: View, device: torch.device, workers: int = 0, processes: Processes = ALONE
 ) -> Iterator[tuple[Tensor, int]]:
-    """The pictures in their order, as predicting sees them: this process's part of each batch, and the batch's size.
+    """The pictures in their order, as in predictions: this process's part of each batch, and the batch's size.
 
-    Pictures in memory, of the view's size, stay on the device for the next time.
+    Pictures in memory that have the view's size stay on the device for the next call.
     """
     sizes = batch_sizes(len(pictures), at_once(view))
     batches = shown(pictures, view, np.arange(len(pictures)), None, own(slices(sizes), processes), device, workers)
@@ -404,9 +408,9 @@ def shown(
     pictures: Split | PictureFiles, view: View, at: np.ndarray, drawn: np.ndarray | None, parts: Sequence[slice],
     device: torch.device, workers: int = 0,
 ) -> Iterator[Tensor]:
-    """What the network sees, float32 (N, 3, H, W) on the device, for each part of `at`, the indices of pictures.
+    """The network's input, float32 (N, 3, H, W) on the device, for each part of `at`, the indices of pictures.
 
-    drawn   for each of `at` (View.draw); None: as predicting sees it
+    drawn   for each of `at` (View.draw); None: as in predictions
     """
     if isinstance(pictures, PictureFiles):
         for decoded in _decoded(pictures, view, at, drawn, parts, workers):
@@ -417,7 +421,7 @@ def shown(
             yield normalised(moved(np.stack(made), device), view)
     else:
         whole = on_device(pictures.pictures, device) if pictures.pictures.shape[1:3] == view.size else None
-        # The host sends what was drawn for all steps at once; none of them waits for it.
+        # The host sends the drawn numbers of all steps at once, so no step waits for them.
         places = moved(np.stack([at, *(() if drawn is None else _places(view, drawn))]), device)
         for part in parts:
             index = places[0, part]
@@ -432,7 +436,7 @@ def shown(
 
 
 def _places(view: View, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which row of each of `_offsets`' two tables makes what was drawn for a picture."""
+    """The row in each of the two tables of `_offsets` for what was drawn for a picture."""
     top, left, mirrored, upside_down, turned = drawn.T
     shifts = 2 * view.padding + 1
     return ((2 * turned + upside_down) * shifts + np.where(turned, left, top),
@@ -441,15 +445,15 @@ def _places(view: View, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache
 def _offsets(view: View, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the rows and the columns of what `View.shifted` makes lie in a picture of H x W pixels, row by row.
+    """Tables of row and column offsets that do what `View.shifted` does, in a flat picture of H x W pixels.
 
-    One row of each table for (turned, flipped, shift): pixel (i, j) is number rows[..., i] + columns[..., j].
+    Each has one row for (turned, flipped, shift): pixel (i, j) is number rows[..., i] + columns[..., j].
     """
     height, width = view.size
     down, right = (np.lib.stride_tricks.sliding_window_view(np.pad(np.arange(side), view.padding, mode="reflect"), side)
                    for side in view.size)
     down = down * width
-    # A quarter turn makes columns of rows; pictures that are not square are never turned.
+    # A quarter turn swaps rows and columns; pictures that are not square are never turned.
     by_turn = ([down, right], [right, down]) if height == width else ([down], [right])
     rows, columns = (np.array([[one, one[:, ::-1]] for one in table]).reshape(-1, table[0].shape[1])
                      for table in by_turn)
@@ -457,7 +461,7 @@ def _offsets(view: View, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _gathered(pictures: Tensor, index: Tensor, row: Tensor, column: Tensor, view: View) -> Tensor:
-    """uint8 (N, H, W, 3): these of the pictures, reflect-padded, cropped and flipped as `View.shifted` does it."""
+    """uint8 (N, H, W, 3): the pictures at `index`, padded, cropped and flipped like `View.shifted`."""
     rows, columns = _offsets(view, pictures.device)
     first = (index * math.prod(view.size)).view(-1, 1, 1)
     pixels = first + rows[row].unsqueeze(2) + columns[column].unsqueeze(1)
@@ -467,8 +471,8 @@ def _gathered(pictures: Tensor, index: Tensor, row: Tensor, column: Tensor, view
 def normalised(pictures: Tensor, view: View) -> Tensor:
     """uint8 (N, H, W, 3) -> float32 (N, 3, H, W), channels last in memory: 1.6 x faster on a CPU.
 
-    (x / 255 - mean) / std, in whole rows, whose length a CPU's vectors like. On a GPU dividing by a tensor is exact,
-    by a number it is not: every device gives the same bits.
+    (x / 255 - mean) / std, in whole rows, which vectorise well on a CPU. It divides by tensors: on a GPU that is exact,
+    unlike dividing by a number, so every device gives the same bits.
     """
     n, height, width, _ = pictures.shape
     white, mean, std = _of_a_row(view, pictures.device)
@@ -478,7 +482,7 @@ def normalised(pictures: Tensor, view: View) -> Tensor:
 
 @lru_cache
 def _of_a_row(view: View, device: torch.device) -> Tensor:
-    """255, mean and std of each number of a row."""
+    """255, mean and std for each number in a row."""
     return torch.tensor([(255.0,) * 3, view.mean, view.std], dtype=torch.float32, device=device).tile(view.size[1])
 
 
@@ -488,12 +492,12 @@ _on_device: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def on_device(array: np.ndarray, device: torch.device) -> Tensor | None:
-    """The array on the device, moved there once for all who use it, as long as it lives; None if it is too large."""
+    """The array on the device, moved there once and kept while the array lives; None if it is too large."""
     key = id(array), device
     if key not in _on_device:
         if device.type == "cuda" and array.nbytes > ON_DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
             return None
-        with warnings.catch_warnings():  # torch warns that one could write to it: nobody does
+        with warnings.catch_warnings():  # torch warns about read-only arrays; nothing writes to this one
             warnings.simplefilter("ignore")
             here = torch.from_numpy(np.ascontiguousarray(array))
         if device.type == "cpu":
@@ -504,6 +508,6 @@ def on_device(array: np.ndarray, device: torch.device) -> Tensor | None:
 
 
 def moved(array: np.ndarray, device: torch.device) -> Tensor:
-    """To a GPU through pinned memory: nobody waits for the copy."""
+    """The array on the device; to a GPU through pinned memory, without waiting for the copy."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

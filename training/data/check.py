@@ -1,4 +1,4 @@
-"""`metasaug data check`: everything worth knowing about a data set before you train on it."""
+"""`metasaug data check`: report splits, the long tail, problems and cost of a data set before you train on it."""
 
 import dataclasses
 import json
@@ -26,11 +26,11 @@ from zoo.pixels import Reading
 
 # Steps of stage 2 against plain ones (docs/method.md): the look-ahead through the network costs most.
 STAGE2_STEP = {"none": 1.0, "isda": 1.1, "auto": 1.1, "heldout": 1.5, "classifier": 1.4, "network": 3.8}
-FORWARD = 1 / 3  # of a plain step, by counting passes: what a picture costs where only the last layer trains
+FORWARD = 1 / 3  # of a plain step, by counting passes: cost of a picture if only the last layer trains
 
 
 def passes(recipe: Recipe) -> tuple[float, float]:
-    """What each stage costs, in plain passes over the training pictures. Steps on cached features count as nothing."""
+    """Cost of each stage, in plain passes over the training pictures. Steps on cached features count as 0."""
     still = recipe.stands_still(in_stage2=False)
     stages = (recipe.stage2_epoch * (FORWARD if still else 1),
               (recipe.epochs - recipe.stage2_epoch) * second_step(recipe))
@@ -41,13 +41,13 @@ def passes(recipe: Recipe) -> tuple[float, float]:
 
 
 def second_step(recipe: Recipe) -> float:
-    """What a picture costs in the second stage, by a plain step's."""
+    """Cost of a picture in stage 2, in plain steps."""
     if recipe.stands_still(in_stage2=True):
         return FORWARD * (2 if recipe.looks_at_meta else 1)  # the meta batch is as large
     return STAGE2_STEP[recipe.lookahead if recipe.augment == "metasaug" else recipe.augment]
 
 
-@tyro.conf.configure(tyro.conf.CascadeSubcommandArgs)  # flags may stand after the data set's name, as people type
+@tyro.conf.configure(tyro.conf.CascadeSubcommandArgs)  # allow flags after the data set's name
 def check(
     job: AnyJob,
     quick: bool = False,
@@ -60,8 +60,8 @@ def check(
     Exit code 0: ready; 1: training would stop at bad pictures, unless you add --skip-bad; 2: no data set.
 
     Args:
-        quick: Decode no picture. Damaged pictures, copies and sizes remain unknown.
-        per_class: Print a line per class.
+        quick: Do not decode pictures. Damaged pictures, copies and sizes remain unknown.
+        per_class: Also print one line per class.
         as_json: Print everything as JSON.
         write_table: Write pictures and splits to this CSV file. `metasaug train table` then keeps the splits.
     """
@@ -76,7 +76,7 @@ def check(
 
 
 def _tolerant(job: Job) -> Job:
-    """The same job, going on past what is bad to name all of it."""
+    """The same job with --skip-bad, so that the check names all problems."""
     if not hasattr(job.recipe, "skip_bad"):
         return job
     return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, skip_bad=True))
@@ -117,7 +117,7 @@ def look(data: LongTailed) -> dict[str, Any]:
 
 
 def _known_to(pictures: int) -> float:
-    """How far, at worst, a share measured on so many pictures may be from the truth (95 %)."""
+    """Largest half-width of the 95 % interval of a share that is measured on this many pictures."""
     low, high = wilson_interval(pictures // 2, pictures)
     return (high - low) / 2
 
@@ -138,7 +138,7 @@ def _sizes(data: LongTailed) -> dict[str, list[int]] | None:
 
 
 def _copies_in_memory(data: LongTailed) -> int | None:
-    """Test pictures that stand in training or meta as well, by content; files are told in the notes, by name."""
+    """Test pictures that are also in training or meta, by content. For files, the notes name them instead."""
     if not (isinstance(data.train, Split) and isinstance(data.meta, Split) and isinstance(data.test, Split)):
         return None
     learned = {content_key(picture.tobytes()) for split in (data.train, data.meta) for picture in split.pictures}
@@ -146,8 +146,10 @@ def _copies_in_memory(data: LongTailed) -> int | None:
 
 
 def write_cut(path: Path, data: LongTailed) -> None:
-    """A table that training.data.tables.list_table reads back into the same splits. Meta pictures of the classes that
-    share them are written as training pictures, from which the same ones are lent again."""
+    """Write a table that training.data.tables.list_table reads back into the same splits.
+
+    Meta pictures that are also in training are written as training pictures; the same ones are picked again.
+    """
     import csv
 
     if not all(isinstance(split, PictureFiles) for split in (data.train, data.meta, data.test)):
@@ -170,8 +172,7 @@ def write_cut(path: Path, data: LongTailed) -> None:
 
 
 def expect(job: Job, data: LongTailed) -> dict[str, Any] | None:
-    """Time, memory and disk of the run that this job would be: estimates from two steps and a few pictures measured
-    here and now. None without torch."""
+    """Time, memory and disk of this job's run, estimated from two steps and a few pictures. None without torch."""
     try:
         import torch  # noqa: F401
     except ModuleNotFoundError:
@@ -202,7 +203,7 @@ def measured(recipe: Recipe, data: LongTailed, device) -> dict[str, Any]:
         return tensor
 
     def step() -> float:
-        """Seconds; on a CPU those of all cores together, so that what else runs here does not count."""
+        """Seconds of a step; on a CPU processor time per core, so other programs do not count."""
         began = clock()
         torch.nn.functional.cross_entropy(module(batch), labels).backward()
         if device.type == "cuda":
@@ -234,7 +235,7 @@ def measured(recipe: Recipe, data: LongTailed, device) -> dict[str, Any]:
 
 
 def _seconds_to_read(files: PictureFiles, reading: Reading) -> float:
-    """Seconds that one core takes per picture."""
+    """Seconds per picture on one core."""
     sample = _spread(files.names, 40)
     began = time.process_time()
     for name in sample:
@@ -272,11 +273,11 @@ def in_words(found: dict[str, Any], per_class: bool = False) -> str:
         lines.append(f"  sizes (width x height): {small} to {large}, median {median}" if small != large else
                      f"  every picture {small}")
     if found["copies"] is not None:
-        lines.append(f"  test pictures that are in training or meta as well, by content: {found['copies']:,}")
+        lines.append(f"  test pictures that are also in training or meta, by content: {found['copies']:,}")
     lines += ["", *_problems(found["left_out"]), *_group_table(found), "", "What to expect:"]
     lines += [_wrapped(sentence) for sentence in _expectations(found)]
     if found["notes"]:
-        lines += ["", "What was decided, and what is odd:", *(_wrapped(note) for note in found["notes"])]
+        lines += ["", "Notes:", *(_wrapped(note) for note in found["notes"])]
     if per_class:
         lines += ["", *_class_table(found["per_class"])]
     return "\n".join([*lines, "", *_cost_in_words(found["expected"])])
@@ -290,13 +291,13 @@ def _wrapped(sentence: str) -> str:
 def _problems(bad: Sequence[str]) -> list[str]:
     if not bad:
         return []
-    return [f"{len(bad):,} cannot be used. Training stops at them, or leaves them out with --skip-bad:",
+    return [f"{len(bad):,} cannot be used. Training stops because of them, or leaves them out with --skip-bad:",
             *(f"  {reason}" for reason in bad[:20]),
             *([f"  … and {len(bad) - 20:,} more (--json has all)"] if len(bad) > 20 else []), ""]
 
 
 def _group_table(found: dict[str, Any]) -> list[str]:
-    """A line a group; the last columns: how well an accuracy measured on so few pictures is known."""
+    """One line per group; the last columns say how exactly its test pictures can measure accuracy."""
     lines = [f"{'group':<24}{'classes':>8}{'training':>10}{'meta':>8}{'test':>8}{'a class':>16}   accuracy known to",
              f"{'':<58}{'in training':>16}   group    a class"]
     for group, g in found["groups"].items():
@@ -312,32 +313,32 @@ def _class_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{'class':<{width}} {'training':>9} {'meta':>6} {'test':>6}  group",
             *(f"{row['label']:<{width}} {row['training']:>9,} {row['meta']:>5,}{'*' if row['meta_is_shared'] else ' '} "
               f"{row['test']:>6,}  {row['group']}" for row in sorted(rows, key=lambda row: -row["training"])),
-            "* meta pictures that are training pictures as well"]
+            "* these meta pictures are also training pictures"]
 
 
 def _expectations(found: dict[str, Any]) -> list[str]:
-    """What can be hoped for in the tail, and how well it will be known."""
+    """What to expect in the tail, and how exactly the test will measure it."""
     small = [row for row in found["per_class"] if row["training"] < TAIL_BELOW]
     if small:
         tested = [row["test"] for row in small]
         fewest = sorted(small, key=lambda row: row["training"])[:5]
         sentences = [
-            f"{_classes(len(small))} under {TAIL_BELOW} training pictures. The accuracy of one of them, on "
-            f"{_range(tested)} test pictures, will be known to ± {100 * _known_to(int(np.median(tested))):.0f} points "
-            f"only; that of all together, on {sum(tested):,}, to ± {100 * _known_to(sum(tested)):.0f}.",
+            f"{_classes(len(small))} under {TAIL_BELOW} training pictures. The accuracy of one class, on "
+            f"{_range(tested)} test pictures, is known to ± {100 * _known_to(int(np.median(tested))):.0f} points only; "
+            f"that of all together, on {sum(tested):,}, to ± {100 * _known_to(sum(tested)):.0f}.",
             "The smallest: " + ", ".join(f"{row['label']} ({row['training']:,})" for row in fewest)
             + ". More pictures of these, for training and for the test, help more than any method."]
     else:
         sentences = [f"No class has under {TAIL_BELOW} training pictures."]
     if found["imbalance"] < 3:
-        sentences.append("The classes are nearly of one size: there is little for a method for long tails to gain.")
+        sentences.append("The classes have nearly the same size, so a long-tail method can gain little.")
     else:
         sentences.append(f"Plain training sees the largest class {found['imbalance']:,.0f} times as often as the "
-                         "smallest and answers accordingly: overall error looks good while rare classes are missed. "
-                         "Read the lines of medium and tail, and compare with --augment none.")
+                         "smallest and prefers it: the overall error looks good while rare classes are missed. Read "
+                         "the lines of medium and tail, and compare with --augment none.")
     if found["untested_classes"]:
-        sentences.append(f"{_classes(len(found['untested_classes']))} no test picture, and nothing will be known of "
-                         f"them: {listed(found['untested_classes'], ', ')}.")
+        sentences.append(f"{_classes(len(found['untested_classes']))} no test picture, so their accuracy will not be "
+                         f"known: {listed(found['untested_classes'], ', ')}.")
     return sentences
 
 
@@ -362,7 +363,7 @@ def _cost_in_words(cost: dict[str, Any] | None) -> list[str]:
         + (f"; reading the pictures once, {duration_in_words(reading)} on {cores()} cores" if reading else ""),
         f"  memory   {size_in_words(memory['network_and_batch'])} for the network and a batch, "
         f"{size_in_words(memory['covariances'])} for covariances, "
-        f"{size_in_words(memory['pictures_at_input_size'])} where all pictures are held",
+        f"{size_in_words(memory['pictures_at_input_size'])} if all pictures are kept in memory",
         f"  disk     {size_in_words(cost['disk_of_the_run'])} for the run"
         + (f"; the pictures themselves are {size_in_words(pictures)}" if pictures else ""),
     ]

@@ -22,7 +22,7 @@ def long_tail_counts(largest: int, num_classes: int, imbalance: float) -> list[i
     largest     pictures of class 0        imbalance   n_0 / n_(C-1), at least 1
     """
     if not imbalance >= 1:
-        raise DataError(f"--imbalance {imbalance:g}: largest over smallest class, so at least 1.")
+        raise DataError(f"--imbalance {imbalance:g}: must be at least 1 (largest class / smallest class).")
     counts = [int(largest * imbalance ** (-c / (num_classes - 1))) for c in range(num_classes)]
     if counts[-1] < 1:
         raise DataError(f"--imbalance {imbalance:g} leaves the smallest class of {largest} without a picture; "
@@ -36,8 +36,8 @@ def cut(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Choose the meta set, then the long tail from what remains.
 
-    keys     one a picture, equal where the content is equal: a second copy is passed over
-    labels   int64 (N,)          banned   keys that may not be used: those of the test set
+    keys     one per picture, equal if the content is equal; a second copy is not used
+    labels   int64 (N,)          banned   keys of the test set, which are not used
     Returns the indices of the training and of the meta pictures, by class, in a random order fixed by `seed`.
     """
     rng = np.random.default_rng(seed)
@@ -52,7 +52,7 @@ def cut(
         pools.append(pool)
     smallest = min(len(pool) for pool in pools)
     if smallest <= meta_per_class:
-        raise DataError(f"a class has {smallest} pictures, not enough for --meta-per-class {meta_per_class} "
+        raise DataError(f"A class has only {smallest} pictures: not enough for --meta-per-class {meta_per_class} "
                         "and one to train on.")
     meta = [i for pool in pools for i in pool[:meta_per_class]]
     # The published sizes (4990, 490) count from the whole class, so a copy dropped above costs the tail nothing.
@@ -71,7 +71,7 @@ def cut_as_the_authors(
     """The authors' own training and meta pictures; see training.data.authors_subsets."""
     sizes = np.bincount(labels, minlength=num_classes)
     if sizes.min() <= meta_per_class:
-        raise DataError(f"a class has {sizes.min()} pictures, not enough for --meta-per-class {meta_per_class} "
+        raise DataError(f"A class has only {sizes.min()} pictures: not enough for --meta-per-class {meta_per_class} "
                         "and one to train on.")
     meta, rest = authors_meta(labels, num_classes, meta_per_class)
     counts = long_tail_counts(int(sizes.max()) - meta_per_class, num_classes, imbalance)
@@ -104,7 +104,7 @@ CIFAR = {
         (("test", "f0ef6b0ae62326f3e7ffdfab6717acfc"),), "meta", "fine_label_names", "fine_labels", 100, 500),
 }
 
-# Mean and spread of the training pictures, as the authors' code has them.
+# Mean and standard deviation of the training pictures, from the authors' code.
 CIFAR_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
 CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
@@ -116,11 +116,11 @@ def load_cifar(
     """CIFAR-10-LT or CIFAR-100-LT from `root`: the original files, or class folders train/CLASS and test/CLASS.
 
     dataset    "cifar10-lt" or "cifar100-lt"
-    root       folder that holds cifar-10-batches-py (or is it), or train/ and test/
-    download   fetch the original files into `root` first, by torchvision
-    subset     "seeded": by `subset_seed`, without copies; "authors": the very pictures of the paper's code, where the
+    root       cifar-10-batches-py or the folder that holds it, or a folder with train/ and test/
+    download   fetch the original files into `root` first, with torchvision
+    subset     "seeded": by `subset_seed`, without copies; "authors": exactly the pictures of the paper's code, if the
                files are the original ones or class folders whose names keep the original order
-    Raises DataError where the pictures are not there or not whole.
+    Raises DataError if pictures are missing or damaged.
     """
     return cut_pool(find_pool(dataset, root, download), imbalance, meta_per_class, subset_seed, subset)
 
@@ -130,7 +130,7 @@ class Pool:
     """All pictures that may be trained on, and the test set.
 
     labels   int64 (N,)                    pick     places -> pictures
-    keys     one a picture, equal where the content is equal
+    keys     one per picture, equal if the content is equal
     banned   keys of the test pictures
     """
 
@@ -179,8 +179,8 @@ def cut_pool(pool: Pool, imbalance: float, meta_per_class: int, subset_seed: int
     notes: tuple[str, ...] = ()
     if subset == "authors":
         copies = sum(pool.keys[i] in pool.banned for i in (*train_at, *meta_at))
-        notes = ("The authors' subset, their very pictures where the files keep the original order; "
-                 f"copies of test pictures stay in, as in their code: {copies:,}.",)
+        notes = ("The authors' subset: exactly their pictures if the files keep the original order. "
+                 f"Copies of test pictures stay in, as in their code: {copies:,}.",)
     return LongTailed(pool.pick(train_at), pool.pick(meta_at), pool.test, pool.label_names, pool.source, CIFAR_MEAN,
                       CIFAR_STD, notes=notes)
 
@@ -226,7 +226,7 @@ def _cifar_missing(about: _Cifar, dataset: str, root: Path) -> str:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """The original CIFAR files are pickles; nothing but numpy arrays and plain containers may come out of them."""
+    """Read the original CIFAR files, which are pickles: only numpy arrays and plain containers may come out."""
 
     ALLOWED = frozenset({
         ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
@@ -250,8 +250,8 @@ def _read_cifar_batches(about: _Cifar, folder: Path) -> tuple[Split, Split, tupl
             loaded = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
         except FileNotFoundError:
             raise DataError(f"{path} is missing: unpack the whole archive of {about.title} again.") from None
-        except Exception as error:  # an unpickler meets broken bytes with any exception there is
-            raise DataError(f"{path} cannot be read ({error}): fetch {about.title} again.") from error
+        except Exception as error:  # an unpickler can raise any exception on broken bytes
+            raise DataError(f"{path} cannot be read ({error}): download {about.title} again.") from error
         as_published &= md5 is None or hashlib.md5(content, usedforsecurity=False).hexdigest() == md5
         return loaded
 

@@ -41,9 +41,9 @@ class PictureFiles:
     """Pictures on disk, of any size.
 
     root     folder that the names start from
-    names    of the files, relative to `root`, with "/": what messages show and cuts are fixed by
+    names    of the files, relative to `root`, with "/"; shown in messages, and the splits depend on them
     labels   int64 (N,), the class of each
-    sizes    int32 (N, 2), width and height, where every picture was decoded on the way; else None
+    sizes    int32 (N, 2), width and height; None if the pictures were not decoded
     """
 
     root: Path
@@ -69,14 +69,14 @@ class PictureFiles:
 class LongTailed:
     """A data set ready to train on. `source` names the pictures, for every table: "CIFAR-10 (JPEG)".
 
-    meta and training share no picture but those of `shared_meta_classes` (and all of meta where it is added to
-    training by request). A class without test pictures may exist: `untested_classes`.
+    meta and training share only the pictures of `shared_meta_classes` (or all of meta, if it is added to training by
+    request). Some classes may have no test pictures: `untested_classes`.
 
     mean, std             per channel, in [0, 1]: the benchmark's own, or measured on the training pictures
-    shared_meta_classes   classes whose meta pictures are in training as well, being too small to spare them
-    notes                 sentences about what was decided on the way: cuts, copies, how many pictures left out
-    left_out              what --skip-bad left out, each with its reason
-    reading               how the files are read where they leave something open
+    shared_meta_classes   classes whose meta pictures are also in training, because they are too small to spare them
+    notes                 sentences about splits, copies, pictures left out
+    left_out              the reason for each picture or class that --skip-bad left out
+    reading               how to read files that leave something open
     """
 
     train: Split | PictureFiles
@@ -108,7 +108,7 @@ class LongTailed:
         return self.meta.at(np.flatnonzero(~np.isin(self.meta.labels, self.shared_meta_classes)))
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same when a run goes on: classes, counts, and which pictures train and guide, by name."""
+        """What must stay the same when a run resumes: classes, counts, training and meta pictures by name."""
         digest = hashlib.sha256()
         for pictures in (self.train, self.meta):
             digest.update(pictures.labels.astype("<i8").tobytes())
@@ -120,8 +120,10 @@ class LongTailed:
                 "pictures": digest.hexdigest()}
 
     def with_most_of_meta_in_training(self) -> "LongTailed":
-        """The same, its training set joined by the meta pictures but for the last fifth of each class, one at least,
-        which are then all of the meta set that is held out."""
+        """The same, with most meta pictures added to the training set.
+
+        The last fifth of each class, at least one picture, stays out and is the new meta set.
+        """
         last = np.zeros(len(self.meta), bool)
         for c in np.setdiff1d(self.meta.labels, self.shared_meta_classes):
             at = np.flatnonzero(self.meta.labels == c)
@@ -130,7 +132,7 @@ class LongTailed:
         return dataclasses.replace(joined, meta=self.meta.at(np.flatnonzero(last)), shared_meta_classes=())
 
     def with_meta_in_training(self) -> "LongTailed":
-        """The same, with those meta pictures that are not in the training set appended to it."""
+        """The same, with the meta pictures added to the training set if they are not in it."""
         train, meta = self.train, self.meta
         if isinstance(train, Split) and isinstance(meta, Split):
             joined: Split | PictureFiles = Split(np.concatenate([train.pictures, meta.pictures]),
@@ -144,12 +146,12 @@ class LongTailed:
 
 
 def content_key(content: bytes) -> bytes:
-    """Equal where the content is equal: tells copies of a picture under other names."""
+    """A hash that finds copies of a picture under other names."""
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def check_class_names(names: Iterable[str], where: str) -> None:
-    """Two names that differ only by case or in how accents are stored would be one folder on other machines."""
+    """Refuse names that differ only in case or in how accents are stored: other machines see one folder."""
     seen: dict[str, str] = {}
     for name in names:
         if any("\udc80" <= letter <= "\udcff" for letter in name):
@@ -174,7 +176,7 @@ def size_in_words(n: float) -> str:
 
 
 def read_pictures(paths: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
-    """uint8 (N, H, W, 3), decoded by zoo.images; every unreadable picture is named in one DataError."""
+    """uint8 (N, H, W, 3), decoded by zoo.images; one DataError names all unreadable pictures."""
     pictures = np.empty((len(paths), *size, 3), np.uint8)
     bad = []
     for i, path in enumerate(paths):

@@ -1,6 +1,6 @@
 """ImageNet-LT and iNaturalist: published list files and JSON over folders of pictures.
 
-Nothing is decoded here, but that every listed file is there is checked. Layouts and where to get them: MISSING.
+By default pictures are not decoded; every listed file must exist. Layouts and where to get them: MISSING.
 """
 
 import json
@@ -29,7 +29,7 @@ class _Benchmark:
     train_pictures: int
     test_pictures: int
     meta_per_class: int  # the paper's
-    json_files: tuple[tuple[str, str], ...]  # pairs of train and val, by the names people have them under
+    json_files: tuple[tuple[str, str], ...]  # pairs of train and val, under their usual names
     list_files: tuple[tuple[str, str], ...]
     # As in the paper's code, 2018's for both years.
     mean: tuple[float, float, float] = (0.466, 0.471, 0.380)
@@ -80,8 +80,8 @@ def load_imagenet_lt(
 
     root      holds train/ and val/           lists   holds the three list files; by default root
     subset    "authors": the meta pictures that the paper's code draws; "seeded": by `subset_seed`
-    skip_bad  leave out pictures that are missing or, after decoding every one, unreadable
-    look      decode every picture without leaving any out: sizes are known then, and copies across splits are named
+    skip_bad  decode every picture; leave out missing and unreadable ones
+    look      decode every picture, to know sizes and to name copies across splits
     Raises DataError.
     """
     root = Path("data") if root is None else root.expanduser()
@@ -152,8 +152,10 @@ class _Listed:
 
 
 def read_list(path: Path) -> _Listed:
-    """Lines "path label": the label is what follows the last space. Blank lines are passed over, and a line that is
-    there twice counts once. Raises DataError with the numbers of the lines that are not of this form."""
+    """Read lines "path label"; the label follows the last space.
+
+    Blank lines are skipped, and a repeated line counts once. Raises DataError with the numbers of malformed lines.
+    """
     try:
         lines = path.read_bytes().decode("utf-8-sig", errors="surrogateescape").splitlines()
     except OSError as error:
@@ -170,7 +172,7 @@ def read_list(path: Path) -> _Listed:
             bad.append(f"line {number}: {printable(name)} as {label}, and before as {labels[name.strip()]}")
     if bad:
         raise DataError(f"{path}: {len(bad):,} lines are not of the form `path label`:\n  " + listed(bad, "\n  ")
-                        + "\nIs the file cut off, or of another format?")
+                        + "\nIs the file cut off, or in another format?")
     if not labels:
         raise DataError(f"{path} lists no pictures.")
     return _Listed(list(labels), np.fromiter(labels.values(), np.int64, len(labels)))
@@ -199,7 +201,7 @@ def read_inat_json(path: Path) -> tuple[_Listed, tuple[str, ...]]:
     category_of: dict[Any, Any] = {}
     for image, category in pairs:
         if image not in files:
-            raise DataError(f"{path}: an annotation is of image id {image}, which is not among the images.")
+            raise DataError(f"{path}: an annotation has image id {image}, which is not among the images.")
         if category not in categories:
             raise DataError(f"{path}: image {files[image]} has category id {category}, which is not among the "
                             f"{len(categories):,} categories.")
@@ -222,7 +224,7 @@ def _read_json(path: Path) -> dict:
     except json.JSONDecodeError as error:
         size = path.stat().st_size
         raise DataError(f"{path} is cut off or damaged ({error.msg} at character {error.pos:,} of {size:,} bytes): "
-                        "fetch or unpack it again.") from error
+                        "download or unpack it again.") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
@@ -231,13 +233,13 @@ def _read_json(path: Path) -> dict:
 
 
 def _different(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of which none is there twice: a second species of one name gets its class index."""
+    """Unique names: species that share a name get their class index."""
     count = Counter(names)
     return tuple(name if count[name] == 1 else f"{name} ({c})" for c, name in enumerate(names))
 
 
 def _find_files(pairs: Sequence[tuple[str, str]], root: Path, lists: Path | None) -> tuple[Path, Path] | None:
-    """The first pair of files of which the first is there; the second must be too."""
+    """The first pair whose first file exists; the second must exist too."""
     folders = [lists.expanduser()] if lists is not None else [root, root / "annotations", root / "lists",
                                                               root / "ImageNet_LT"]
     for folder in folders:
@@ -250,7 +252,7 @@ def _find_files(pairs: Sequence[tuple[str, str]], root: Path, lists: Path | None
 def _beside(first: Path, name: str) -> Path:
     second = first.with_name(name)
     if not second.is_file():
-        raise DataError(f"{first} is there, but not {second.name} beside it.")
+        raise DataError(f"{first} is there, but {second.name} beside it is missing.")
     return second
 
 
@@ -264,13 +266,13 @@ def _missing(name: str, title: str, root: Path) -> str:
 
 def _within(part: _Listed, classes: int, what: str) -> _Listed:
     if int(part.labels.max()) >= classes:
-        raise DataError(f"the {what} list has label {part.labels.max()}, the training list none above {classes - 1}: "
-                        "they belong to different sets.")
+        raise DataError(f"The {what} list has label {part.labels.max()}, but the training list has none above "
+                        f"{classes - 1}: they belong to different sets.")
     return part
 
 
 def _names_of_folders(train: _Listed, classes: int) -> tuple[str, ...]:
-    """Class names from the pictures' folders, where each class has one of its own; else numbers."""
+    """Class names from the pictures' folders, if each class has its own folder; else numbers."""
     folders: dict[int, set[str]] = defaultdict(set)
     for name, label in zip(train.names, train.labels.tolist(), strict=True):
         *above, folder = ["", *name.split("/")[:-1]]
@@ -282,12 +284,12 @@ def _names_of_folders(train: _Listed, classes: int) -> tuple[str, ...]:
 
 
 def _imagenet_names(train: _Listed, classes: int) -> tuple[tuple[str, ...], list[str]]:
-    """What people call the classes, from the WordNet ids in the paths; a remark where the order is not as published."""
+    """Common names of the classes, from the WordNet ids in the paths; a note if their order is not as published."""
     wnids = _names_of_folders(train, classes)
     words = dict(zip(known.imagenet_wnids(), known.imagenet(), strict=True))
     notes = []
     if classes == len(words) and wnids != known.imagenet_wnids():
-        notes.append("The labels are not in the order of the WordNet ids, as the published lists have them.")
+        notes.append("The labels are not in the order of the WordNet ids, as they are in the published lists.")
     return _different([words.get(wnid, wnid) for wnid in wnids]), notes
 
 
@@ -315,7 +317,7 @@ def _choose(labels: np.ndarray, classes: int, per_class: int, subset: str, seed:
 
 
 def _imagenet_root(root: Path) -> Path:
-    """`root`, or the folder in it that ImageNet's own archive has the pictures in."""
+    """`root`, or the folder in it where ImageNet's own archive puts the pictures."""
     deep = root / "ILSVRC" / "Data" / "CLS-LOC"
     return deep if (deep / "train").is_dir() and not (root / "train").is_dir() else root
 
@@ -328,7 +330,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _absent(root: Path, names: Sequence[str]) -> set[str]:
-    """Names that are no file under `root`; each folder is read once, many at a time."""
+    """Names that are no file under `root`; reads each folder once, many at a time."""
     by_folder: dict[str, list[str]] = defaultdict(list)
     for name in names:
         folder, _, file = name.rpartition("/")
@@ -380,11 +382,11 @@ def _check_whole(parts: Sequence[_Listed], names: Sequence[str]) -> None:
         if gone:
             raise DataError(f"{len(gone)} classes have no {what} picture: {listed(gone, ', ')}.")
     if not len(parts[2].names):
-        raise DataError("no test picture is left.")
+        raise DataError("No test picture is left.")
 
 
 def _copies(key_of: dict[str, bytes | None], part: _Listed, test: _Listed, what: str) -> list[str]:
-    """A note on test pictures that are copies, pixel by pixel, of others; a published set keeps them."""
+    """A note on test pictures that are exact copies of others; a published set keeps them."""
     first = {key_of[file]: file for file in part.names if key_of.get(file) is not None}
     pairs = [f"{printable(file)} = {printable(first[key])}" for file in test.names
              if (key := key_of.get(file)) in first]
@@ -394,7 +396,7 @@ def _copies(key_of: dict[str, bytes | None], part: _Listed, test: _Listed, what:
 def _missing_pictures(
     about: _Benchmark, root: Path, name: str, everything: list[str], skip_bad: bool
 ) -> dict[str, str]:
-    """Name to reason. Raises DataError where there are such and they are not to be skipped, or where all are."""
+    """Missing pictures: name -> reason. Raises DataError if all are missing, or some without `skip_bad`."""
     absent = _absent(root, everything)
     if len(absent) == len(everything):
         raise DataError(f"none of the {len(everything):,} pictures of {about.title} is there, beginning with "

@@ -1,4 +1,4 @@
-"""Your own pictures: class folders or a table, with meta and test sets cut by file name where none are given."""
+"""Your own pictures: class folders or a table. Meta and test sets that you do not give are cut by file name."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from zoo.tables import USUAL, Columns
 
 @dataclass(frozen=True)
 class CutRule:
-    """How to cut what is not given: see training.data.splits."""
+    """How to cut splits that are not given: see training.data.splits."""
 
     meta_per_class: int = 0
     test_share: float = 0.2
@@ -31,7 +31,7 @@ class CutRule:
 
     def __post_init__(self):
         if not 0 < self.test_share < 1:
-            raise DataError(f"--test-share {self.test_share:g}: the share of a class to test on, between 0 and 1.")
+            raise DataError(f"--test-share {self.test_share:g}: must be between 0 and 1.")
 
     def meta_pictures(self, num_classes: int) -> int:
         return self.meta_per_class or cuts.meta_per_class(num_classes)
@@ -44,14 +44,14 @@ def load_folder(
 ) -> LongTailed:
     """Class folders ROOT/CLASS/picture.jpg, or ROOT/train/CLASS with test/ (and val/ or meta/) beside it.
 
-    test, meta   folders of the same classes, where they are kept elsewhere
-    leaf_folders   each folder that pictures lie in is a class, at any depth
+    test, meta   folders of the same classes, if they are elsewhere
+    leaf_folders   every folder that contains pictures is a class, at any depth
     skip_bad     leave out pictures that cannot be decoded and classes too small to use, instead of stopping
-    look         decode every picture once; without it damaged ones and copies go unseen, and sizes are not known
-    reading      what files leave open; the range of 16-bit grey is found over all pictures where it is not given
-    small_class  a class with fewer training pictures lends its meta pictures, which stay in training
-    What is not given is cut by training.data.splits, which also has the numbers for a meta_per_class of 0. Raises
-    DataError.
+    look         decode every picture once; without it damaged ones, copies and sizes remain unknown
+    reading      how to read files that leave something open; the range of 16-bit grey is by default that of all
+                 pictures
+    small_class  classes with fewer training pictures keep their meta pictures in training too
+    training.data.splits cuts the splits that are not given, and chooses meta_per_class if it is 0. Raises DataError.
     """
     rule = CutRule(meta_per_class, test_share, subset_seed, skip_bad, look, reading, small_class)
     return assemble(list_folder(root.expanduser(), test, meta, leaf_folders), rule)
@@ -62,12 +62,11 @@ def load_table(
     skip_bad: bool = False, look: bool = True, columns: Columns = USUAL, reading: Reading = TO_TRAIN_ON,
     small_class: int = cuts.SMALL_CLASS,
 ) -> LongTailed:
-    """A table (zoo.tables) with a row a picture: path, label and, where there are such columns, split and group.
+    """A table (zoo.tables) with a row per picture: path, label and, if it has these columns, split and group.
 
-    root      folder that the paths start from; without it the table's own
-    columns   their names, where they are not the usual ones
-    Pictures of one group (an animal, a track, a camera) are never parted between training and test. Otherwise as
-    load_folder.
+    root      folder that the paths start from; None: the table's own
+    columns   their names, if they are not the usual ones
+    A group (an animal, a track, a camera) is never divided between training and test. Otherwise as load_folder.
     """
     rule = CutRule(meta_per_class, test_share, subset_seed, skip_bad, look, reading, small_class)
     return assemble(list_table(table, root, columns), rule)
@@ -76,12 +75,12 @@ def load_table(
 # ---- from a listing to a data set ----
 
 
-ORDER = ("test", "val", "meta", "train")  # who keeps what stands in several given splits
+ORDER = ("test", "val", "meta", "train")  # the first of them keeps a picture that is in several given splits
 
 
 @dataclass
 class _Parts:
-    """bool (N,) for each split, and what was said on the way."""
+    """bool (N,) for each split, and notes."""
 
     train: np.ndarray
     meta: np.ndarray
@@ -91,13 +90,13 @@ class _Parts:
 
 
 def assemble(listing: Listing, rule: CutRule) -> LongTailed:
-    """Decode every picture once, leave out what is bad (or stop), take the given splits, cut those not given."""
+    """Decode every picture once, leave out bad ones (or stop), take the given splits, cut the others."""
     left_out = refuse([*listing.problems, listing.empty_classes], rule.skip_bad)
     _check_left(listing, left_out)
     looked, reading, notes = _looked_at(listing, rule)
     reasons = tuple(looked.errors[i] for i in sorted(looked.errors))
-    left_out += refuse([Problem(f"of {len(listing.names):,} pictures cannot be used", reasons, "Mend or remove them")],
-                       rule.skip_bad)
+    left_out += refuse([Problem(f"of {len(listing.names):,} pictures cannot be used", reasons,
+                                "Repair or remove them")], rule.skip_bad)
     keep = np.array([i for i in range(len(listing.names)) if i not in looked.errors], np.int64)
     listing, keep = _without_small_classes(listing.at(keep), keep, rule, left_out)
     _check_left(listing, left_out)
@@ -105,8 +104,8 @@ def assemble(listing: Listing, rule: CutRule) -> LongTailed:
     parts = (_given_parts if any(s not in (None, "train") for s in listing.splits) else _cut_parts)(
         listing, keys, rule, left_out)
     if not parts.test.any():
-        raise DataError(" ".join(["no class has pictures to test on: every class is a single group or full of copies. "
-                                  "Give a test set of its own.", *notes]))
+        raise DataError(" ".join(["No class has pictures to test on: every class is a single group or consists of "
+                                  "copies. Give a separate test set.", *notes]))
     train, meta, test = (np.flatnonzero(part) for part in (parts.train, parts.meta, parts.test))
     files = PictureFiles(listing.root, tuple(listing.names), listing.labels,
                          looked.sizes[keep] if rule.look else None)
@@ -121,7 +120,7 @@ def assemble(listing: Listing, rule: CutRule) -> LongTailed:
 
 
 def _looked_at(listing: Listing, rule: CutRule) -> tuple[Looked, Reading, list[str]]:
-    """All pictures, decoded; how they are read from now on; and what there is to say of that."""
+    """Scan all pictures; returns the findings, how to read them from now on, and notes."""
     look, reading = look_at if rule.look else glance_at, rule.reading
     given = [listing.root / name for name in listing.names], [printable(name) for name in listing.names]
     looked, notes = look(*given, reading), list[str]()
@@ -136,7 +135,7 @@ def _looked_at(listing: Listing, rule: CutRule) -> tuple[Looked, Reading, list[s
 def _without_small_classes(
     listing: Listing, keep: np.ndarray, rule: CutRule, left_out: list[str]
 ) -> tuple[Listing, np.ndarray]:
-    """Without the classes that no picture is left to train on. A class of one picture is trained on and not tested."""
+    """Without the classes that have no training picture left. A class of one picture is trained on and not tested."""
     classes = len(listing.label_names)
     trained = np.array([split in (None, "train") for split in listing.splits], bool)
     counts, others = (np.bincount(listing.labels[of], minlength=classes) for of in (trained, ~trained))
@@ -147,7 +146,7 @@ def _without_small_classes(
         f"class{'es have' if len(small) > 1 else ' has'} no pictures to train on",
         tuple(f"the class {listing.label_names[c]} has no usable pictures"
               + (f" to train on, and {others[c]:,} to test on." if others[c] else ".") for c in small),
-        "Add pictures, join classes or remove them")], rule.skip_bad)
+        "Add pictures, merge classes or remove them")], rule.skip_bad)
     rest, places = listing.without_classes(small.tolist())
     return rest, keep[places]
 
@@ -160,23 +159,23 @@ def _cut_parts(listing: Listing, keys: Sequence, rule: CutRule, _left_out: list[
                                           rule.meta_pictures(classes), rule.subset_seed, rule.small_class)
     parts = _Parts(~test & ~removed, meta, test, shared)
     parts.notes.append(f"Test set cut by file name: {test.sum():,} of {len(test):,} pictures, {rule.test_share:.0%} of "
-                       "each class, at least 2 (of a class of 2 or 3, 1).")
+                       "each class, at least 2 (1 in a class of 2 or 3).")
     parts.notes += _meta_notes(listing, shared, rule)
     untested = np.setdiff1d(np.arange(classes), listing.labels[test])
     if len(untested):
-        parts.notes.append("Trained on and not tested, being one picture, a single group or copies of one picture: "
-                           + listed([listing.label_names[c] for c in untested], ", ") + ".")
+        parts.notes.append("Trained on but not tested, because they have only one picture, one group or copies of one "
+                           "picture: " + listed([listing.label_names[c] for c in untested], ", ") + ".")
     return parts
 
 
 def _given_parts(listing: Listing, keys: Sequence, rule: CutRule, left_out: list[str]) -> _Parts:
-    """The splits as given. Without test, val is the test set, else it is cut; without meta, it is cut from val, else
+    """The splits as given. A missing test set is val, else cut from train; a missing meta set is cut from val, else
     from train."""
     splits = np.array([split or "train" for split in listing.splits])
     notes = []
     if "test" not in splits and "val" in splits:
         splits[splits == "val"] = "test"
-        notes.append("No test set is given: val is tested on.")
+        notes.append("No test set is given: val is the test set.")
     splits = _without_torn_groups(listing, splits, rule, left_out)
     splits = _without_copies(listing, keys, splits, notes)
     classes = len(listing.label_names)
@@ -196,7 +195,7 @@ def _given_parts(listing: Listing, keys: Sequence, rule: CutRule, left_out: list
 
     if "val" in splits and not meta.any():
         meta = some_of_each(splits == "val")
-        notes.append(f"Meta set: {meta.sum():,} pictures of val, {per_class} a class by file name; the other "
+        notes.append(f"Meta set: {meta.sum():,} pictures of val, {per_class} per class by file name; the other "
                      f"{(splits == 'val').sum() - meta.sum():,} are not used.")
     if not meta.any():
         meta, removed, shared = cuts.cut_meta(units, listing.names, listing.labels, train, classes,
@@ -204,7 +203,7 @@ def _given_parts(listing: Listing, keys: Sequence, rule: CutRule, left_out: list
         train &= ~removed
         notes += _meta_notes(listing, shared, rule)
     lacking = np.setdiff1d(listing.labels[train], listing.labels[meta])
-    if len(lacking):  # a meta set was given, and not for every class
+    if len(lacking):  # a meta set was given, but not for every class
         lent = some_of_each(train & np.isin(listing.labels, lacking))
         meta |= lent
         shared = tuple(lacking.tolist())
@@ -215,29 +214,30 @@ def _given_parts(listing: Listing, keys: Sequence, rule: CutRule, left_out: list
 def _meta_notes(listing: Listing, shared: Sequence[int], rule: CutRule) -> list[str]:
     if not shared:
         return []
-    return [f"Classes that share their meta pictures with training, having fewer than {rule.small_class} left or none "
-            f"that can be spared: {len(shared)}. " + listed([listing.label_names[c] for c in shared], ", ") + "."]
+    return ["Classes that share their meta pictures with training, because they have fewer than "
+            f"{rule.small_class} left or can spare none: {len(shared)}. "
+            + listed([listing.label_names[c] for c in shared], ", ") + "."]
 
 
 def _without_torn_groups(
     listing: Listing, splits: np.ndarray, rule: CutRule, left_out: list[str]
 ) -> np.ndarray:
-    """A group that stands in several given splits stays in the one named first: test, val, meta, train."""
+    """Keep a group that is in several given splits only in the first of test, val, meta, train."""
     seen: dict[str, set[str]] = defaultdict(set)
     for group, split in zip(listing.groups or (), splits, strict=False):
         if group is not None:
             seen[group].add(str(split))
     torn = {group: min(found, key=ORDER.index) for group, found in seen.items() if len(found) > 1}
     left_out += refuse([Problem(
-        "group ids stand in more than one split, and pictures of one group are too alike to test on",
+        "group ids are in more than one split, and pictures of one group are too alike to test on",
         tuple(f"{group} ({', '.join(sorted(seen[group]))})." for group in sorted(torn)),
-        "Give each group one split, remove the split column (the groups are then cut whole)")], rule.skip_bad)
+        "Give each group one split, remove the split column (each group then gets one)")], rule.skip_bad)
     return np.array([split if group is None or torn.get(group, split) == split else "left out"
                      for group, split in zip(listing.groups or [None] * len(splits), splits.tolist(), strict=True)])
 
 
 def _without_copies(listing: Listing, keys: Sequence, splits: np.ndarray, notes: list[str]) -> np.ndarray:
-    """A content that stands in two given splits stays in the one named first: test, val, meta, train."""
+    """Keep copies that are in several given splits only in the first of test, val, meta, train."""
     splits = splits.copy()
     taken: dict[bytes, int] = {}
     dropped = []
@@ -251,20 +251,20 @@ def _without_copies(listing: Listing, keys: Sequence, splits: np.ndarray, notes:
             if splits[i] != "copy":
                 taken.setdefault(keys[i], i)
     if dropped:
-        notes.append(f"Left out, {len(dropped):,} pictures that are copies of one in another split: "
+        notes.append(f"Left out, {len(dropped):,} pictures that are copies of a picture in another split: "
                      + listed(dropped, "; ") + ".")
     return splits
 
 
 def _contradictions(listing: Listing, keys: Sequence) -> list[str]:
-    """Pictures that stand in two classes with the same content: somebody was not sure."""
+    """A note on pictures with the same content in two classes: their labels contradict each other."""
     first: dict[bytes, int] = {}
     pairs = [f"{printable(listing.names[first[key]])} = {printable(listing.names[i])}"
              for i, key in enumerate(keys)
              if key is not None and listing.labels[first.setdefault(key, i)] != listing.labels[i]]
     if not pairs:
         return []
-    return [f"Pictures that stand in two classes with the same content, which no model can get right: {len(pairs):,}. "
+    return [f"Pictures with the same content in two classes, which no model can get both right: {len(pairs):,}. "
             + listed(pairs, "; ") + "."]
 
 
@@ -275,12 +275,12 @@ def _mean_and_std(moments: np.ndarray) -> tuple[tuple[float, float, float], tupl
 
 
 def _check_left(listing: Listing, left_out: Sequence[str]) -> None:
-    """Whether there is something to tell apart, after what was left out."""
+    """Raise DataError if fewer than two classes are left."""
     names = listing.label_names
     if len(names) > 1:
         return
     what = f"there is one class only, {names[0]}: nothing to tell apart" if names else "no picture is left to use"
-    inner = (f" Its pictures lie in folders of their own ({listed(listing.inner, ', ', 3)}): with --leaf-folders each "
+    inner = (f" Its pictures are in separate folders ({listed(listing.inner, ', ', 3)}): with --leaf-folders each "
              "of them is a class." if listing.inner else "")
     raise DataError(f"{listing.source}: {what}.{inner}"
                     + (f" Not usable, {len(left_out):,}: {listed(left_out, ' ', 3)}" if left_out else ""))

@@ -1,4 +1,4 @@
-"""Scan all pictures in parallel: can each be decoded, how large is it, is it a copy, how bright is it."""
+"""Scan all pictures in parallel: which cannot be decoded, their sizes, copies and brightness."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from zoo.images import read
 from zoo.machine import cores
 from zoo.pixels import PUBLIC, Reading, Remarks
 
-AT_ONCE = 32  # pictures a task
-SHOWN_FROM = 2000  # pictures from which on a progress bar is worth its line
+AT_ONCE = 32  # pictures per task
+SHOWN_FROM = 2000  # pictures; with fewer there is no progress bar
 
 
 @dataclass(frozen=True)
 class Looked:
-    """What was seen of N pictures.
+    """What a scan found in N pictures.
 
-    errors      why, for each picture that cannot be decoded, by its place
-    keys        equal where the pixels are equal; None for an unreadable one
+    errors      place of each picture that cannot be decoded -> why
+    keys        equal if the pixels are equal; None for an unreadable picture
     sizes       int32 (N, 2): width and height, upright; 0 for an unreadable one
     moments     float64 (N, 2, 3): mean and mean square of each channel, in [0, 1]
     remarks     what files left open: pages, missing ends, the range of 16-bit grey
@@ -61,7 +61,7 @@ def look_at(paths: Sequence[Path], names: Sequence[str], reading: Reading = PUBL
         return len(places)
 
     with (ThreadPoolExecutor(cores()) as pool,
-          tqdm(total=len(paths), unit="picture", desc="looking at the pictures",
+          tqdm(total=len(paths), unit="picture", desc="scanning the pictures",
                disable=len(paths) < SHOWN_FROM or None) as bar):
         for done in pool.map(look, range(0, len(paths), AT_ONCE)):
             bar.update(done)
@@ -69,10 +69,12 @@ def look_at(paths: Sequence[Path], names: Sequence[str], reading: Reading = PUBL
 
 
 def glance_at(paths: Sequence[Path], names: Sequence[str], reading: Reading = PUBLIC) -> Looked:
-    """Only whether each file is there, in a format that is read; of their pixels the usual ones are assumed (mean and
-    spread of ImageNet)."""
+    """Check only that each file exists and has a known format, without decoding.
+
+    Mean and standard deviation are those of ImageNet.
+    """
     errors = {i: f"{names[i]} does not exist." for i, path in enumerate(paths) if not path.is_file()}
-    errors |= {i: f"{name} is of a kind that is not read: save it as JPEG or PNG." for i, name in enumerate(names)
+    errors |= {i: f"{name} has a format that is not supported: save it as JPEG or PNG." for i, name in enumerate(names)
                if suffix(name) in PICTURE_SUFFIXES - READ_SUFFIXES}
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     return Looked(errors, [None] * len(paths), np.zeros((len(paths), 2), np.int32),

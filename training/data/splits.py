@@ -1,13 +1,13 @@
-"""Test and meta sets cut from your own pictures by file name: the same names always give the same split.
+"""Cut test and meta sets from your own pictures by file name: the same names always give the same split.
 
-The rule, for a class of n pictures. Test: those whose hash (of name and seed) is in the lowest `share`; at least 2 and
-at most a third, of fewer than 6 pictures half. Meta: of the n left, `meta_per_class` by another hash, at most a
-quarter; a class with few left (under 20; under 8 where training ends with the meta set) lends its meta pictures, and
-they stay in training as well.
+Test: of each class, the pictures whose hash (of name and seed) is in the lowest `share`; at least 2 and at most a
+third, of fewer than 6 pictures half. Meta: of what is left, `meta_per_class` pictures by another hash, at most a
+quarter. In a class with few left (under 20; under 8 if training ends with the meta set) the meta pictures also stay in
+training.
 
-Pictures that belong together (one animal, one track, one camera; copies of one file) are one unit and never stand on
-two sides; a unit's hash is that of its group id or, without one, of its first name. New pictures do not move old ones,
-but where a class is so small that its minimum or maximum comes in.
+Pictures that belong together (one animal, one track, one camera; copies of one file) are one unit, and a unit is never
+divided. Its hash is that of its group id or, without one, of its first name. Adding pictures never moves existing ones
+between splits, except in classes small enough to hit the minimum or maximum.
 """
 
 import hashlib
@@ -19,15 +19,15 @@ import numpy as np
 
 from zoo.files import same_text
 
-# Under so many training pictures a class lends its meta pictures: as zoo.labels' tail, and where training ends with the
-# meta set, so that a class misses its pictures only for a while.
+# Classes with fewer training pictures keep their meta pictures in training. The first is the tail of zoo.labels; the
+# second is for training that ends with the meta set, so a class misses its pictures only for a while.
 SMALL_CLASS, SMALL_FOR_A_WHILE = 20, 8
 META_PER_CLASS, META_IN_ALL = 10, 100
 
 
 @dataclass(frozen=True)
 class Units:
-    """What must stay on one side. of: int64 (N,), the unit of each picture; names: one a unit, to hash."""
+    """Pictures that must stay in one split. of: int64 (N,), the unit of each picture; names: one per unit, to hash."""
 
     of: np.ndarray
     names: tuple[str, ...]
@@ -39,7 +39,7 @@ class Units:
 
 def tie(names: Sequence[str], group_ids: Sequence[str | None] | None = None,
         contents: Sequence[Hashable] | None = None) -> Units:
-    """Join pictures of one group id, and of one content, into units, also where one picture links two of them."""
+    """Join pictures with the same group id or the same content into units; one picture may link two units."""
     parent = list(range(len(names)))
 
     def root(i: int) -> int:
@@ -58,21 +58,23 @@ def tie(names: Sequence[str], group_ids: Sequence[str | None] | None = None,
     ids: dict[int, str] = {}
     for i, unit in enumerate(of.tolist()):
         group = group_ids[i] if group_ids is not None else None
-        # A group id sorts before every name, so that a group is hashed by its id.
+        # A group id sorts before every name, so a group is hashed by its id.
         own = f"0 {group}" if group is not None else f"1 {same_text(names[i])}"
         ids[unit] = min(ids.get(unit, own), own)
     return Units(of, tuple(ids[unit] for unit in range(len(ids))))
 
 
 def draw(name: str, purpose: str, seed: int) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments."""
+    """A number in [0, 1) that depends only on its arguments."""
     text = f"{seed}\0{purpose}\0{same_text(name)}".encode(errors="surrogateescape")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2**64
 
 
 def cut_test(units: Units, labels: np.ndarray, num_classes: int, share: float, seed: int) -> np.ndarray:
-    """bool (N,): the test pictures, by the rule above. A class that cannot be cut without parting a unit, or without
-    leaving its training empty, has none."""
+    """bool (N,): the test pictures, by the rule above.
+
+    A class has none if a cut would divide a unit or leave no training pictures.
+    """
     total = np.bincount(labels, minlength=num_classes)
     least = np.minimum(2, total // 2)
     most = np.maximum(least, total // 3)
@@ -106,7 +108,7 @@ def cut_test(units: Units, labels: np.ndarray, num_classes: int, share: float, s
 
 
 def meta_per_class(num_classes: int) -> int:
-    """Pictures a class in the meta set where nobody says how many: with few classes more, since they decide things."""
+    """Default number of meta pictures per class: more for few classes, because the meta set decides between models."""
     return max(META_PER_CLASS, -(-META_IN_ALL // num_classes))
 
 
@@ -114,10 +116,10 @@ def cut_meta(
     units: Units, names: Sequence[str], labels: np.ndarray, available: np.ndarray, num_classes: int, per_class: int,
     seed: int, small: int = SMALL_CLASS,
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-    """The meta set out of the pictures that are `available` (bool (N,)).
+    """Cut the meta set from the pictures that are `available` (bool (N,)).
 
-    Returns bool (N,): the meta pictures; bool (N,): those of them that leave training; and the classes whose meta
-    pictures stay in training, having fewer than `small` or none to be parted from their units.
+    Returns bool (N,), the meta pictures; bool (N,), the meta pictures that leave training; and the classes whose meta
+    pictures stay in training: they have fewer than `small` pictures, or no unit small enough to leave.
     """
     left = np.bincount(labels[available], minlength=num_classes)
     most = np.where(left < small, 0, left // 4).tolist()
@@ -138,7 +140,7 @@ def cut_meta(
 
 
 def first_of_each(names: Sequence[str], labels: np.ndarray, pool: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-    """bool (N,): of each class, `per_class` pictures of the pool (bool (N,)), by the hash of their names."""
+    """bool (N,): `per_class` pictures of each class, from the pool (bool (N,)), by the hash of their names."""
     chosen = np.zeros(len(labels), bool)
     count: Counter[int] = Counter()
     for i in sorted(np.flatnonzero(pool).tolist(), key=lambda i: draw(names[i], "meta", seed)):

@@ -18,12 +18,12 @@ SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "va
 
 @dataclass(frozen=True)
 class Listing:
-    """Labelled pictures as somebody keeps them, before any cut.
+    """Labelled pictures in folders or a table, before they are split.
 
     names    relative to root          labels   int64 (N,)
-    splits   train, val, test, meta, or None where that is not said
-    groups   what must not be parted (an animal, a track, a camera), or None
-    problems    what was found and cannot be listed
+    splits   train, val, test, meta; None: not given
+    groups   pictures of one group (an animal, a track, a camera) stay in one split; None: no group
+    problems    what cannot be listed
     empty       class folders without pictures
     inner       folders of pictures in class folders that hold no picture themselves
     """
@@ -53,7 +53,7 @@ class Listing:
                        groups=None if self.groups is None else take(self.groups))
 
     def without_classes(self, gone: Iterable[int]) -> "tuple[Listing, np.ndarray]":
-        """The rest with its classes numbered anew, and the places of its pictures."""
+        """The rest, with new class numbers, and the places of its pictures in this listing."""
         gone = set(gone)
         kept = [c for c in range(len(self.label_names)) if c not in gone]
         place = {c: i for i, c in enumerate(kept)}
@@ -65,7 +65,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Problem:
-    """What cannot be used: `each` a sentence of its own."""
+    """Items that cannot be used, of one kind. `each` has a sentence per item."""
 
     what: str
     each: tuple[str, ...]
@@ -73,8 +73,10 @@ class Problem:
 
 
 def refuse(problems: Iterable[Problem], skip_bad: bool) -> list[str]:
-    """One error that counts every kind of problem and names the first few of each. With `skip_bad` all the sentences,
-    of what the caller then leaves out."""
+    """Raise one DataError that counts each kind of problem and names the first few items.
+
+    With `skip_bad`, return the sentences of all items, which the caller then leaves out.
+    """
     problems = [problem for problem in problems if problem.each]
     if problems and not skip_bad:
         raise DataError("\n".join(f"{len(problem.each):,} {problem.what}:\n  " + listed(problem.each, "\n  ")
@@ -83,7 +85,7 @@ def refuse(problems: Iterable[Problem], skip_bad: bool) -> list[str]:
 
 
 def left_out_in_words(left_out: Sequence[str]) -> list[str]:
-    """A note on what `skip_bad` left out; nothing where that is nothing."""
+    """A note on what `skip_bad` left out; an empty list if nothing."""
     return [f"Left out, {len(left_out):,}: " + listed(left_out, " ")] if left_out else []
 
 
@@ -93,17 +95,17 @@ def left_out_in_words(left_out: Sequence[str]) -> list[str]:
 def list_folder(
     root: Path, test: Path | None = None, meta: Path | None = None, leaf_folders: bool = False
 ) -> Listing:
-    """The pictures of class folders, and of the split folders above them where there are such.
+    """The pictures of class folders, with the split folders above them if there are any.
 
-    leaf_folders  each folder that pictures lie in is a class, at any depth; by default the outermost ones are
-    Raises DataError: no folder, none in it, names that clash.
+    leaf_folders  every folder that contains pictures is a class, at any depth; by default the outermost folders are
+    Raises DataError: no folder, no class folder, names that clash.
     """
     parts = _split_folders(root)
     parts |= {split: folder.expanduser() for split, folder in (("test", test), ("meta", meta)) if folder is not None}
     first = next(iter(parts.values()))
     title = (root if SPLIT_NAMES.get(root.name.casefold()) != "train" else root.resolve().parent).resolve().name
     if len(parts) == 1:
-        root = first  # names, and with them the cut, do not change where train/ is named itself
+        root = first  # the same names, and so the same split, whether --data is train/ or its parent
     splits, folders, names = [], [], []  # of each picture
     unread, passed_over, notes = [], Counter[str](), []
     for split, part in parts.items():
@@ -121,7 +123,7 @@ def list_folder(
             else:
                 loose += 1
         if loose:
-            notes.append(f"Pictures that lie in {part} itself, in no class, and are not used: {loose:,}.")
+            notes.append(f"Not used, because they are in {part} itself and not in a class folder: {loose:,} pictures.")
     class_of = _leaves(set(folders)) if leaf_folders else {folder: folder.partition("/")[0] for folder in folders}
     label_names = tuple(sorted(set(class_of.values())))
     check_class_names(label_names, str(root))
@@ -135,18 +137,18 @@ def list_folder(
     return Listing(
         root, f"{title} (class folders)", names, np.array([place[class_of[f]] for f in folders], np.int64), label_names,
         splits, notes=tuple(notes), inner=tuple(inner),
-        problems=(Problem("folders or links cannot be read", tuple(unread), "Mend or remove them"),),
+        problems=(Problem("folders or links cannot be read", tuple(unread), "Repair or remove them"),),
         empty=() if leaf_folders else tuple(n for n in map(same_text, class_folders(first)) if n not in place))
 
 
 def _leaves(folders: set[str]) -> dict[str, str]:
-    """Each folder's class: its own name, or its whole path where another has that name."""
+    """Each folder's class: its own name, or its whole path if another folder has the same name."""
     count = Counter(folder.rpartition("/")[2] for folder in folders)
     return {folder: last if count[last := folder.rpartition("/")[2]] == 1 else folder for folder in folders}
 
 
 def _only_folders(folders: set[str]) -> list[str]:
-    """The folders of pictures in outermost folders that hold several of them, and no picture themselves."""
+    """Folders of pictures, if their outermost folder holds several of them and no picture itself."""
     several = Counter(folder.partition("/")[0] for folder in folders)
     return sorted(f for f in folders if several[f.partition("/")[0]] > 1 and f.partition("/")[0] not in folders)
 
@@ -163,7 +165,7 @@ def list_class_folders(root: Path) -> tuple[list[Path], np.ndarray, tuple[str, .
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    """{"train": root}, or the folders train, val, test, meta in it where it holds nothing else."""
+    """{"train": root}; or its folders train, val, test, meta if it holds no other folder."""
     folders = class_folders(root)
     named = [SPLIT_NAMES.get(name.casefold()) for name in folders]
     if "train" not in named or None in named or not _has_folders(root / folders[named.index("train")]):
@@ -178,7 +180,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 
 def class_folders(root: Path) -> list[str]:
-    """Names of the folders in `root`, sorted. Raises DataError where there is none."""
+    """Names of the folders in `root`, sorted. Raises DataError if there is none."""
     try:
         names = sorted(path.name for path in root.iterdir() if not left_behind(path.name) and folder_identity(path))
     except NotADirectoryError:
@@ -202,10 +204,10 @@ def _has_folders(folder: Path) -> bool:
 
 
 def list_table(table: Path, root: Path | None = None, columns: Columns = USUAL) -> Listing:
-    """The rows of a table (zoo.tables) as a listing; what each picture holds is not looked at yet.
+    """The rows of a table (zoo.tables) as a listing; pictures are not opened yet.
 
-    root      folder that the paths start from; without it the table's own
-    columns   their names, where they are none of zoo.tables.COLUMN_NAMES
+    root      folder that the paths start from; None: the table's own
+    columns   their names, if they are not among zoo.tables.COLUMN_NAMES
     Raises DataError: no table, no such column. Rows that lack a field or contradict each other are problems.
     """
     read = read_table(table, columns)
@@ -236,9 +238,9 @@ def list_table(table: Path, root: Path | None = None, columns: Columns = USUAL) 
         copies += before != where and known == said
     notes = read.notes
     if copies:
-        notes.append(f"{copies:,} rows say again what another row says; each picture is used once.")
+        notes.append(f"{copies:,} rows repeat another row; each picture is used once.")
     if disk.without_ending:
-        notes.append(f"{disk.without_ending:,} paths lack their ending, which was found on the disk.")
+        notes.append(f"{disk.without_ending:,} paths lack their ending; the files were found on the disk.")
     rows = {name: said for name, (_, said) in first.items() if name not in torn}
     label_names = sorted({str(label) for label, _, _ in rows.values()}, key=_numbers_by_value)
     check_class_names(label_names, str(table))
@@ -246,14 +248,14 @@ def list_table(table: Path, root: Path | None = None, columns: Columns = USUAL) 
     groups = None
     if at["group"] is not None:
         groups = [group for _, _, group in rows.values()]
-        notes.append(f"Groups, by the column {read.header[at['group']]}: {len(set(groups) - {None}):,}; none is parted "
-                     "between training and test.")
+        notes.append(f"Groups, by the column {read.header[at['group']]}: {len(set(groups) - {None}):,}; none is in "
+                     "both training and test.")
     return Listing(
         disk.root, f"{table.stem} (table)", list(rows),
         np.array([place[str(label)] for label, _, _ in rows.values()], np.int64), tuple(label_names),
         [split for _, split, _ in rows.values()], groups, tuple(notes),
-        (Problem(f"rows of {table} cannot be used", tuple(bad), "Mend them"),
-         Problem(f"pictures stand in rows of {table} that disagree", tuple(torn.values()), "Keep one row of each")))
+        (Problem(f"rows of {table} cannot be used", tuple(bad), "Correct them"),
+         Problem(f"pictures have rows in {table} that disagree", tuple(torn.values()), "Keep one row for each")))
 
 
 def _in_words(row: tuple[str | None, ...]) -> str:

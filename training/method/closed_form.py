@@ -1,7 +1,7 @@
-"""The whole MetaSAug step of a last layer on a frozen backbone, in closed form: a few matrix products, no autograd.
+"""The MetaSAug step of a last layer on a frozen backbone in closed form: a few matrix products, no autograd.
 
-The large-scale setting of the paper: features are computed once, only W and b are trained, covariances are diagonal.
-`metasaug_step` on such features gives the same numbers; this gives them faster and in less memory.
+This is the large-scale setting of the paper: features are computed once, only W and b are trained, covariances are
+diagonal. It gives the same numbers as `metasaug_step` on these features, faster and in less memory.
 
     result = frozen_head_step(layer, features, labels, meta_features, meta_labels, learned, HeadLoss("ce"),
                               strength=..., inner_rate=...)
@@ -19,13 +19,13 @@ K the classes of one chunk. With c_n the weight of a sample (they sum to 1), y i
     dL_meta/ds_y = -alpha (lambda/2 (H (W*W) - 2 w_y H W) + lambda (G (W V) - w_y G V - v_y G W))       4  (3)
     z and g again, with S'                                                                              5
 
-19 products of N C A multiplications, where plain cross entropy has 2. Three of them go (the counts in brackets): g
-and V have low rank where a product follows, as in f_meta (G^T h)^T = (f_meta h^T) G, which costs M N (A + C), an
-eighth of N C A at N = 256, A = 2048. Of the 16 that stay, 12 have a row for each class where classes are fewer than
-samples. What is constant in a row of z drops out of every softmax.
+This is 19 products of N C A multiplications; plain cross entropy has 2. Three can be saved (counts in brackets),
+because g and V have low rank when a product follows. For example f_meta (G^T h)^T = (f_meta h^T) G costs M N (A + C),
+an eighth of N C A at N = 256, A = 2048. Of the other 16, 12 need only a row for each class if there are fewer classes
+than samples. Constants in a row of z drop out of every softmax.
 
-Six passes over the classes, in chunks that stay in the cache: W*W, W V and G^T s are never whole in memory, and only
-the batch's rows of S are read. A chunk sees one elementwise operation in each pass; the products add up the rest.
+There are six passes over the classes, in chunks that stay in the cache. W*W, W V and G^T s are never whole in memory,
+and only the batch's rows of S are read. A pass does one elementwise operation on a chunk; the rest is in the products.
 """
 
 from collections.abc import Iterator
@@ -40,14 +40,14 @@ from training.method.losses import HeadLoss
 from training.method.metasaug import Fidelity, StepResult, relative_shift
 from training.network.derivatives import Compute
 
-# Cross entropies of shifted logits: the shift is constant, so the closed form is the same.
+# Losses that are cross entropy of logits with a constant shift, so the closed form is the same.
 SUPPORTED_LOSSES = ("ce", "ldam", "balanced-softmax", "logit-adjustment")
 
-# One in so many samples gets plain logits: only the log's train_error reads them, and for all they are a 17th product.
+# One in this many samples gets plain logits. Only train_error in the log needs them; for all they are a 17th product.
 LOGGED = 8
 
-# Numbers in one chunk of classes, (K, A): 4 MB of float32, which stay in a core's share of the last cache. A GPU would
-# wait for the launches of so many small products: 67 MB there, iNaturalist 2018 in one.
+# Numbers in one chunk of classes, (K, A): 4 MB of float32, which fit into a core's share of the last-level cache. On a
+# GPU launching many small products is slow: 67 MB there, all of iNaturalist 2018.
 _CHUNK_NUMBERS, _CHUNK_NUMBERS_GPU = 1_000_000, 2**24
 
 
@@ -68,11 +68,11 @@ def frozen_head_step(
     class_weights: Tensor | None = None,
     compute: Compute | None = None,
 ) -> StepResult:
-    """`metasaug_step(lookahead="classifier")` where the features do not depend on what is trained.
+    """`metasaug_step(lookahead="classifier")` for features that do not depend on the trained parameters.
 
     Leaves the gradient of L(W, b, S') in `layer.weight.grad` and `layer.bias.grad`, and updates `learned`, as there.
 
-    layer      the last layer, (C, A); its optimizer's step is the caller's
+    layer      the last layer, (C, A); the caller does the optimizer's step
     learned    diagonal covariances
     head_loss  one of SUPPORTED_LOSSES
     raises     TrainingError for another loss or full covariances; DivergenceError before anything is updated
@@ -84,7 +84,7 @@ def frozen_head_step(
     used_U = rows.sum(torch.ones_like(labels_N)) > 0
     S_UA = learned.rows(rows.classes_U) if fixed else learned.running.covariance[rows.classes_U]
     if rows.every_class:
-        S_UA = torch.where(used_U[:, None], S_UA, 0)  # of a class that the batch lacks nothing is read
+        S_UA = torch.where(used_U[:, None], S_UA, 0)  # classes without samples in the batch count as 0
     grad_UA, meta_loss = head.meta_gradient(S_UA, meta_features_MA, meta_labels_M, inner_rate)
     loss_before = head.loss
     finite.check(loss=[loss_before], meta_loss=[meta_loss], meta_gradient=[grad_UA])
@@ -107,20 +107,20 @@ def frozen_head_step(
 
 
 def holds(head_loss: HeadLoss, learned: LearnedCovariance) -> bool:
-    """Whether the closed form has this loss and this kind of covariance."""
+    """Whether the closed form supports this loss and this kind of covariance."""
     return head_loss.loss in SUPPORTED_LOSSES and learned.running.kind == "diagonal"
 
 
 def check_supported(head_loss: HeadLoss, learned: LearnedCovariance) -> None:
-    """TrainingError where the closed form does not hold; `metasaug_step` covers those."""
+    """Raise TrainingError where the closed form does not hold; `metasaug_step` covers these cases."""
     if head_loss.loss not in SUPPORTED_LOSSES:
         raise TrainingError(
-            f"The closed form of the last layer has no --loss {head_loss.loss}: one of {', '.join(SUPPORTED_LOSSES)}, "
-            "or training.method.metasaug.metasaug_step."
+            f"The closed form of the last layer has no --loss {head_loss.loss}. Use one of "
+            f"{', '.join(SUPPORTED_LOSSES)}, or training.method.metasaug.metasaug_step."
         )
     if learned.running.kind != "diagonal":
         raise TrainingError(
-            "The closed form of the last layer is for diagonal covariances: --covariance diagonal, or "
+            "The closed form of the last layer needs diagonal covariances. Use --covariance diagonal, or "
             "training.method.metasaug.metasaug_step."
         )
 
@@ -164,7 +164,7 @@ class ClosedFormHead:
         G_NC = cP_NC.scatter_add(1, self.labels_N[:, None], -self.c_N1)
         G_UC = self._by_row(G_NC)
 
-        # The look ahead: (W - alpha g) only as what it makes of the meta features.
+        # The look ahead: W - alpha g is never formed, only its logits of the meta features.
         z_MC, GW_UA = self._logits(len(f_MA)), torch.zeros_like(S_UA)
         moved_UA = -inner_rate * lam * S_UA
         for k, W_KA, scratch_KA in self._chunks():
@@ -173,7 +173,7 @@ class ClosedFormHead:
             GW_UA.addmm_(G_UC[:, k], W_KA)
         fh_MN = f_MA @ h_NA.T
         if self.biased:
-            fh_MN += 1  # what the bias is multiplied by
+            fh_MN += 1  # the bias has the constant feature 1
         z_MC.addmm_(-inner_rate * fh_MN, G_NC)
         z_MC.index_add_(1, self.rows.classes_U, inner_rate * lam * (f_MA @ (S_UA * GW_UA).T))
         c_M1 = f_MA.new_full((len(f_MA), 1), 1 / len(f_MA))

@@ -1,7 +1,7 @@
 """Running class means and covariances of features, and the learned correction that MetaSAug adds to them.
 
-Shapes never depend on the data, and nothing waits for the device, so that a GPU can replay a whole step as a graph
-(the projection onto positive semi-definite full matrices excepted).
+Shapes never depend on the data and nothing waits for the device, so a GPU can replay a whole step as a graph. The
+exception is the projection of full matrices onto positive semi-definite ones.
 
 Shape suffixes: N samples, C classes, A features, U rows of a batch (`Rows`).
 """
@@ -16,15 +16,15 @@ from training.method.finite import Finite
 
 Kind = Literal["full", "diagonal"]
 
-# A full S larger than this is a mistake on any machine: 8142 classes of 2048 features would take 137 GB.
+# A full S larger than this is a mistake on any machine: 8,142 classes of 2,048 features would take 137 GB.
 _LARGEST_FULL_BYTES = 16e9
 
 
 class Rows(NamedTuple):
-    """The rows that a batch's classes take: one for each class where there are at most N, else one for each sample.
+    """The rows for a batch's classes: one per class if there are at most N classes, else one per sample.
 
-    A sample's row is its class or, with a row a sample, the first sample of its class; rows that no sample uses are
-    padding.
+    With a row per class, a sample's row is its class. With a row per sample, it is the row of the first sample of its
+    class; rows that no sample uses are padding.
 
     classes_U   the class of each row          index_N   the row of each sample
     every_class row c is class c
@@ -47,7 +47,7 @@ class Rows(NamedTuple):
         return sums.index_add_(0, self.index_N, values_N)
 
     def put(self, into_C: Tensor, values_U: Tensor) -> None:
-        """into_C[class of the row] = its values, in place."""
+        """Write the values of each row into into_C at its class, in place."""
         if self.every_class:
             into_C.copy_(values_U)
         else:
@@ -63,12 +63,12 @@ class Rows(NamedTuple):
 
 
 class RunningCovariance:
-    """The biased covariance of each class over every feature seen so far, from one batch after another.
+    """The biased covariance of each class over all features seen so far, updated batch by batch.
 
         S_c = 1/n_c sum_i (f_i - m_c)(f_i - m_c)^T        (diagonal: its diagonal only)
 
-    whatever the split into batches (Chan et al. 1979; the authors' EstimatorCV is the same recurrence). A class with
-    no feature or one has S_c = 0. An update touches the rows of the classes present and no other.
+    for any split into batches (Chan et al. 1979; the authors' EstimatorCV is the same recurrence). A class with no
+    feature or one has S_c = 0. An update changes only the classes in the batch.
 
     covariance  (C, A, A) or (C, A)       mean  (C, A)       counts  (C,) int64
     """
@@ -82,7 +82,7 @@ class RunningCovariance:
         device: torch.device | str = "cpu",
     ):
         if num_classes < 2:
-            raise TrainingError(f"{num_classes} class: the augmentation is between classes; it needs at least 2.")
+            raise TrainingError(f"{num_classes} class: the augmentation needs at least 2.")
         shape: tuple[int, ...] = (num_classes, num_features)
         if kind == "full":
             size = num_classes * num_features**2 * dtype.itemsize
@@ -101,14 +101,14 @@ class RunningCovariance:
     @torch.no_grad()
     def update(self, features_NA: Tensor, labels_N: Tensor, rows: Rows | None = None,
                finite: Finite | None = None) -> None:
-        """Takes in a batch of features (any float type; detached here), unless `finite` has failed.
+        """Add a batch of features (any float type; detached here), unless `finite` has failed.
 
-        rows   of these labels, where they are known
+        rows   of these labels, if the caller has them
         """
         rows = rows or Rows.of(labels_N, len(self.counts))
         features_NA = features_NA.detach().to(self.mean.dtype)
         ones_N = torch.ones_like(features_NA[:, 0])
-        if finite is not None:  # a batch that weighs nothing changes nothing
+        if finite is not None:  # after a failure the batch gets weight 0, which changes nothing
             features_NA = finite.kept(features_NA, torch.zeros_like(features_NA))
             ones_N = finite.kept(ones_N, torch.zeros_like(ones_N))
         counts_U = rows.sum(ones_N.long())
@@ -116,7 +116,7 @@ class RunningCovariance:
         scatter_U = rows.scatter(features_NA - mean_UA[rows.index_N], self.kind, ones_N)
         classes_U = rows.classes_U
         total_U = self.counts[classes_U] + counts_U
-        share_U = counts_U.to(self.mean.dtype) / total_U.clamp_min(1)  # 0 of a class that the batch lacks
+        share_U = counts_U.to(self.mean.dtype) / total_U.clamp_min(1)  # 0 for a class without samples in the batch
         away_UA = mean_UA - self.mean[classes_U]
         between_U = away_UA * away_UA if self.kind == "diagonal" else away_UA[:, :, None] * away_UA[:, None, :]
         w_U = as_column(share_U, self.covariance)
@@ -134,9 +134,9 @@ class RunningCovariance:
 
 
 class LearnedCovariance:
-    """S = running estimate + delta: delta is what the meta steps have learned so far, zero at the start.
+    """S = running estimate + delta. The meta steps learn delta, which starts at 0.
 
-    S is kept positive semi-definite wherever it is used: `nearest_semidefinite`, of the classes in the batch.
+    `nearest_semidefinite` keeps S positive semi-definite for the classes in the batch.
     """
 
     def __init__(self, running: RunningCovariance):
@@ -144,11 +144,11 @@ class LearnedCovariance:
         self.delta = torch.zeros_like(running.covariance)
 
     def rows(self, classes_U: Tensor, used_U: Tensor | None = None) -> Tensor:
-        """S of these classes -> (U, A, A) or (U, A). used_U: where it is needed; elsewhere it is not projected."""
+        """S of these classes -> (U, A, A) or (U, A). used_U: rows that are needed; the others are not projected."""
         return nearest_semidefinite(self.running.covariance[classes_U] + self.delta[classes_U], used_U)
 
     def keep(self, rows: Rows, used_U: Tensor, covariance_U: Tensor, finite: Finite) -> None:
-        """S of the rows that are used is `covariance_U` from now on, until the running estimate moves under it."""
+        """Set S of the used rows to `covariance_U`, by changing delta; the running estimate may move S again."""
         old_U = self.delta[rows.classes_U]
         new_U = torch.where(as_column(used_U, old_U) > 0, covariance_U - self.running.covariance[rows.classes_U], old_U)
         rows.put(self.delta, finite.kept(new_U, old_U))
@@ -163,10 +163,10 @@ class LearnedCovariance:
 def nearest_semidefinite(covariance_U: Tensor, used_U: Tensor | None = None) -> Tensor:
     """The nearest positive semi-definite matrices in Frobenius norm, or variances >= 0 for the diagonal form.
 
-    used_U   bool; rows that are not used are left as they are
-    Only matrices that need it are decomposed: a Cholesky factorisation, much cheaper, finds them. It is tried a
-    rounding error (4 eps of the trace) above, so an eigenvalue may stay that little below zero. Decomposed in float64:
-    what was learned is the small difference of S' and the estimate, and CUDA's float32 eigenvectors blur it.
+    used_U   bool; unused rows are not changed
+    Only matrices that need it are decomposed: a much cheaper Cholesky factorisation finds them. It is tried on the
+    matrix plus a rounding error (4 eps of the trace), so an eigenvalue may stay slightly below 0. The decomposition is
+    in float64: CUDA's float32 eigenvectors would blur the small learned difference between S' and the estimate.
     """
     if covariance_U.ndim == 2:
         return covariance_U.clamp_min(0)
@@ -174,7 +174,7 @@ def nearest_semidefinite(covariance_U: Tensor, used_U: Tensor | None = None) -> 
     trace_U = covariance_U.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0)
     ridge_U = 4 * torch.finfo(covariance_U.dtype).eps * trace_U
     failed_U = torch.linalg.cholesky_ex(covariance_U + ridge_U[:, None, None] * eye).info != 0
-    failed_U &= trace_U.isfinite() & covariance_U.sum((1, 2)).isfinite()  # a NaN is for `check_finite` to find
+    failed_U &= trace_U.isfinite() & covariance_U.sum((1, 2)).isfinite()  # NaN is left to `check_finite`
     if used_U is not None:
         failed_U &= used_U
     if not failed_U.any():
@@ -187,22 +187,22 @@ def nearest_semidefinite(covariance_U: Tensor, used_U: Tensor | None = None) -> 
 
 
 def precise_dtype(tensor: Tensor) -> torch.dtype:
-    """float64, but on MPS, which has none, the tensor's own."""
+    """float64; on MPS, which has none, the tensor's own type."""
     return tensor.dtype if tensor.device.type == "mps" else torch.float64
 
 
 def as_column(values_U: Tensor, like: Tensor) -> Tensor:
-    """(U,) to multiply covariances (U, A, A) or (U, A) by."""
+    """(U,) reshaped to multiply covariances (U, A, A) or (U, A)."""
     return values_U.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def load_tensors(into: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """In place; TrainingError where the saved ones have other shapes."""
+    """Copy in place; TrainingError if the saved tensors have other shapes."""
     for name, tensor in into.items():
         if name not in state or state[name].shape != tensor.shape:
             saved = tuple(state[name].shape) if name in state else "nothing"
             raise TrainingError(
-                f"The saved {name} of the class covariances is {saved}, this run needs {tuple(tensor.shape)}: another "
-                "architecture, list of classes or --covariance."
+                f"The saved {name} of the class covariances is {saved}, but this run needs {tuple(tensor.shape)}: it "
+                "has another architecture, list of classes or --covariance."
             )
         tensor.copy_(state[name])

@@ -10,7 +10,7 @@ from training.errors import DivergenceError
 
 
 def check_finite(**tensors: Sequence[Tensor]) -> None:
-    """Raises DivergenceError naming the first of these that holds a NaN or an infinity; waits for the device once."""
+    """Raise DivergenceError naming the first of these with a NaN or an infinity; waits for the device once."""
     for name, norm in zip(tensors, _norms(tensors.values()).tolist(), strict=True):
         if not abs(norm) < float("inf"):
             raise _not_finite(name, norm)
@@ -27,28 +27,28 @@ def _not_finite(name: str, norm: float) -> DivergenceError:
 class Finite:
     """The checks of a run's steps. Without a device they raise at once, as `check_finite` does.
 
-    On a GPU (`device`) a check leaves a flag there. From the first step that fails on, `kept` gives old values, so
-    that this step and all later ones change nothing, and the host learns of it from `raise_if_failed`.
+    On a GPU (`device`) a check sets a flag on the device. From the first failed step on, `kept` returns old values, so
+    this step and all later ones change nothing. `raise_if_failed` tells the host.
     """
 
     def __init__(self, device: torch.device | None = None):
         self.on_device = device is not None
         if device is not None:
             self.ok = torch.ones((), dtype=torch.bool, device=device)
-            self.steps = torch.zeros((), dtype=torch.int64, device=device)  # that went well
-            self.norm = torch.zeros((), dtype=torch.float64, device=device)  # of what failed first
-            self.code = torch.zeros((), dtype=torch.int64, device=device)  # its place in `names`
+            self.steps = torch.zeros((), dtype=torch.int64, device=device)  # that passed
+            self.norm = torch.zeros((), dtype=torch.float64, device=device)  # of the first failure
+            self.code = torch.zeros((), dtype=torch.int64, device=device)  # its index in `names`
             self.names: list[str] = []
             self.first_step = 0
 
     def begin(self, step: int) -> None:
-        """The next step is this one, from 0, of its epoch."""
+        """Start an epoch at this step, from 0."""
         if self.on_device:
             self.first_step = step
             self.steps.zero_()
 
     def check(self, **tensors: Sequence[Tensor]) -> None:
-        """Raises DivergenceError, or notes on the device which of these is not finite."""
+        """Raise DivergenceError, or note on the device which of these is not finite."""
         if not self.on_device:
             return check_finite(**tensors)
         for name, norm in zip(tensors, _norms(tensors.values()).double(), strict=True):
@@ -66,7 +66,7 @@ class Finite:
 
     @contextmanager
     def keeping(self, tensors: Iterable[Tensor]) -> Iterator[None]:
-        """Undo what the block does to these where a check fails: batch norm's statistics move before any check."""
+        """Undo the block's changes to these if a check fails: batch norm's statistics change before any check."""
         groups: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors if self.on_device else ():
             groups.setdefault(tensor.dtype, []).append(tensor)
@@ -81,11 +81,11 @@ class Finite:
             self.steps += self.ok
 
     def failed_step(self) -> int:
-        """The step, from 1, that failed; 0 where none has, or where checks raise at once. Waits for the device."""
+        """The step, from 1, that failed; 0 if none has, or if checks raise at once. Waits for the device."""
         return self.first_step + int(self.steps) + 1 if self.on_device and not bool(self.ok) else 0
 
     def raise_if_failed(self) -> None:
-        """DivergenceError where a check has failed; waits for the device."""
+        """Raise DivergenceError if a check has failed; waits for the device."""
         if self.on_device and not bool(self.ok):
             raise _not_finite(self.names[int(self.code)], float(self.norm))
 

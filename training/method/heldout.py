@@ -1,19 +1,19 @@
-"""Held-out augmentation: each class is augmented by how far held-out features lie from the training mean.
+"""Held-out augmentation: augment each class by how far held-out features lie from its training mean.
 
 ISDA and MetaSAug start from the covariance of the training features. Once the network fits its training pictures, that
-is too small, of rare classes most: their few features are pulled together, and a new picture lies beside them. What the
-augmentation should imitate is where new pictures of a class lie, seen from the training mean m_c that the last layer
-has learned; and that can be measured, on the meta set, which has pictures of each class that are not trained on:
+covariance is too small, most of all for rare classes: their few features are pulled together, and new pictures lie
+outside. The augmentation should imitate where new pictures of a class lie, relative to the training mean m_c that the
+last layer has learned. The meta set can measure this, because it has pictures of each class that are not trained on:
 
     M_c = E (f - m_c)(f - m_c)^T over held-out features f of class c
         = their covariance + (their mean - m_c)(their mean - m_c)^T
 
-Ten pictures say little about A directions, so that M_c is shrunk towards the mean of all classes' (docs/heldout.md):
+Ten pictures say little about A directions, so M_c is shrunk towards the mean over all classes (docs/heldout.md):
 
     S_c = k_c / (k_c + 10) M_c + 10 / (k_c + 10) mean_c M_c          k_c held-out pictures of class c, 0 or more
 
-Nothing is learned by gradient, S_c is positive semi-definite by construction, and a class of which no picture can be
-spared still gets what its neighbours show.
+Nothing is learned by gradient, S_c is positive semi-definite by construction, and a class without held-out pictures
+gets the mean of the others.
 
 Shape suffixes: N samples, M held-out samples, C classes, A features, U distinct classes.
 """
@@ -31,17 +31,17 @@ from training.method.losses import HeadLoss
 from training.method.metasaug import StepResult, TrainBatch
 from training.network.derivatives import BatchFeatures, Compute
 
-# Held-out pictures of its own that weigh as much as the mean over all classes.
+# A class with this many held-out pictures gives its own M_c the same weight as the mean over all classes.
 PRIOR = 10
 
 
 class HeldOut:
     """S of each class, from held-out features; see the top of this file.
 
-    running     of the training features; their mean is what held-out ones are measured from
-    pictures    (C,) how many held-out pictures there are of each class, 0 or more
-    moment      M, (C, A, A) or (C, A): mean over all looks, each from the training mean of its time
-    seen        (C,) int64, looks at held-out pictures
+    running     of the training features; held-out features are measured from its mean
+    pictures    (C,) held-out pictures of each class, 0 or more
+    moment      M, (C, A, A) or (C, A): mean over all features so far, each from the training mean at that time
+    seen        (C,) int64, held-out features so far; repeats count
     """
 
     def __init__(self, running: RunningCovariance, pictures: Sequence[int]):
@@ -52,19 +52,19 @@ class HeldOut:
         self._own_C = k_C / (k_C + PRIOR)
 
     def rows(self, classes_U: Tensor) -> Tensor:
-        """S of these classes -> (U, A, A) or (U, A); 0 before the first look at any."""
+        """S of these classes -> (U, A, A) or (U, A); 0 before the first `update`."""
         mean = self.moment.sum(0) / (self.seen > 0).sum().clamp_min(1)
         own_U = as_column(torch.where(self.seen > 0, self._own_C, 0)[classes_U], self.moment)
         return torch.lerp(mean.expand_as(self.moment[classes_U]), self.moment[classes_U], own_U)
 
     @property
     def delta(self) -> Tensor:
-        """What S is more than the training features' own covariance."""
+        """S minus the covariance of the training features."""
         return self.rows(torch.arange(len(self.seen), device=self.seen.device)) - self.running.covariance
 
     @torch.no_grad()
     def update(self, features_MA: Tensor, labels_M: Tensor, finite: Finite | None = None) -> None:
-        """Takes in held-out features (detached here) of classes that training has shown, unless `finite` has failed."""
+        """Add held-out features (detached here) of classes that training has shown, unless `finite` has failed."""
         rows = Rows.of(labels_M, len(self.seen))
         known_M = self.running.counts[labels_M] > 0
         away_MA = features_MA.detach().to(self.moment.dtype) - self.running.mean[labels_M]
@@ -97,16 +97,18 @@ def heldout_step(
     class_weights: Tensor | None = None,
     compute: Compute | None = None,
 ) -> StepResult:
-    """The loss augmented by S as it stands, its gradient left in `.grad`; then both estimates take in their features.
+    """One step with the loss augmented by the current S; then both estimates are updated with their features.
+
+    Leaves the gradient in `.grad`.
 
     module          in train mode; batch norm's running statistics see the training batch, the held-out one never
-    held_pictures   of classes in any proportion, none of them trained on; like pictures, this process's part of them
+    held_pictures   not trained on, of classes in any proportion; like pictures, this process's part
     strength        lambda_t of this epoch
     meta_loss of the result is the plain cross entropy of the held-out batch before the update.
     Raises DivergenceError before anything is updated (batch norm's statistics aside).
     """
     batch = TrainBatch(module, pictures, labels_N, head_loss, strength, class_weights, compute)
-    # As the training batch is seen, batch norm by its own statistics: what differs is then the pictures alone.
+    # Batch norm uses the batch's own statistics, as in training, so only the pictures differ.
     looks = BatchFeatures(module, held_pictures, len(held_labels), batch.compute, {}, graph=False)
     with torch.no_grad():
         held_loss = F.cross_entropy(head_loss.logits(looks.whole_NA, *batch.head), held_labels)

@@ -3,9 +3,9 @@
 Shape suffixes: N samples, C classes, A features (the input width of the last layer), U the distinct classes of a
 batch. Covariances are full, (C, A, A), or diagonal, (C, A); everything here takes either.
 
-Pure functions first. `HeadLoss` composes them into the one object that training uses: the loss of a last layer as a
-function of its features, weight and bias, so that the loop and the meta step differentiate the very same thing.
-Which combination is which published method: docs/method.md.
+Pure functions come first. `HeadLoss` composes them into the object that training uses: the loss of a last layer as a
+function of its features, weight and bias. The loop and the meta step thus differentiate the same function.
+docs/method.md says which combination is which published method.
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def _counts(class_counts: Sequence[int] | Tensor) -> Tensor:
 def cross_entropy(logits_NC: Tensor, labels_N: Tensor, class_weights_C: Tensor | None = None) -> Tensor:
     """sum_n w_yn * ce_n / sum_n w_yn: F.cross_entropy(weight=...), the reduction of the authors' code.
 
-    It is not the mean of w * ce: a batch of rare classes alone weighs no more than one of common classes alone.
+    It is not the mean of w * ce: a batch with only rare classes weighs no more than one with only common classes.
     """
     return F.cross_entropy(logits_NC, labels_N, weight=_like(class_weights_C, logits_NC))
 
@@ -76,8 +76,8 @@ def focal(
 ) -> Tensor:
     """sum_n w_yn * (1 - p_n)^gamma * ce_n / sum_n w_yn, p_n = exp(-ce_n) (Lin et al. 2017, eq. 5).
 
-    The same weighted mean as `cross_entropy`, and equal to it at gamma 0. LDAM's code, and what derives from it,
-    weighs ce before the power is taken, and so makes p_n^w of p_n; this is the paper's formula.
+    The same weighted mean as `cross_entropy`, and equal to it at gamma 0. This is the paper's formula. LDAM's code and
+    its derivatives weight ce before the power, which turns p_n into p_n^w.
     """
     focal_N = focal_of_log_probability(-F.cross_entropy(logits_NC, labels_N, reduction="none"), gamma)
     if class_weights_C is None:
@@ -112,7 +112,7 @@ def class_spread(weight_CA: Tensor, classes_U: Tensor, covariance_U: Tensor) -> 
     own_UA = weight_CA[classes_U]
     if covariance_U.ndim == 2:
         if covariance_U.shape[0] * weight_CA.numel() <= _CHUNK_NUMBERS:
-            # As it stands: in float32 it errs by half of what the expanded square does.
+            # Without expanding the square, which doubles the error in float32.
             away_UCA = weight_CA[None] - own_UA[:, None]
             return (away_UCA * away_UCA * covariance_U[:, None]).sum(2)
         scaled_UA = covariance_U * own_UA
@@ -121,7 +121,7 @@ def class_spread(weight_CA: Tensor, classes_U: Tensor, covariance_U: Tensor) -> 
     chunk = max(1, _CHUNK_NUMBERS // weight_CA.numel())
     if chunk >= len(classes_U):
         return _full_spread(weight_CA, own_UA, covariance_U)
-    # Checkpointed: what the backward passes need is made anew a chunk at a time, not kept for all U.
+    # Checkpointed: the backward passes recompute a chunk at a time instead of keeping all U.
     return torch.cat([
         checkpoint(_full_spread, weight_CA, own_UA[i : i + chunk], covariance_U[i : i + chunk], use_reentrant=False,
                    preserve_rng_state=False)
@@ -152,8 +152,8 @@ class HeadLoss:
         loss.logits(features_NA, weight_CA, bias_C)                             # for evaluation
 
     loss            ce, focal, ldam (margins only, as MetaSAug's authors use it), ldam-published (cosine logits times
-                    a scale, margins), balanced-softmax, logit-adjustment (balanced softmax is its tau = 1)
-    class_counts    training pictures a class; ce and focal do without
+                    a scale, margins), balanced-softmax, logit-adjustment (with tau = 1 it is balanced softmax)
+    class_counts    training pictures per class; not needed for ce and focal
     gamma, max_margin, scale, tau    of focal, both ldam, ldam-published, logit-adjustment
     """
 
@@ -182,15 +182,15 @@ class HeadLoss:
         class_weights: Tensor | None = None,
         by_class: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """The training loss, a scalar. With S_U: an upper bound of its mean over endlessly many augmented features.
+        """The training loss, a scalar. With S_U: an upper bound of its mean over infinitely many augmented features.
 
-        With features moved as a' ~ N(a, strength * S_y), the expected cross entropy is at most that of the logits
+        For augmented features a' ~ N(a, strength * S_y), the expected cross entropy is at most that of the logits
         (ISDA, Wang et al. 2019, eq. 6)
 
             z'_nj = z_nj + strength / 2 * (w_j - w_y)^T S_y (w_j - w_y),    y = labels[n]
 
         S_U       covariances of the batch's distinct classes in ascending order, (U, A, A) or (U, A); None: plain loss
-        strength  lambda >= 0      by_class  labels_N.unique(return_inverse=True), where the caller has it
+        strength  lambda >= 0      by_class  labels_N.unique(return_inverse=True), if the caller has it
         """
         logits_NC = self.logits(features_NA, weight_CA, bias_C)
         if S_U is not None:
@@ -205,7 +205,7 @@ class HeadLoss:
         return F.linear(features_NA, weight_CA, bias_C)
 
     def augmentable_features(self, features_NA: Tensor) -> Tensor:
-        """The features whose covariance S is: as they enter the logits (ldam-published: normalised)."""
+        """The features that S is the covariance of: as they enter the logits (ldam-published: normalised)."""
         return F.normalize(features_NA) if self.loss == "ldam-published" else features_NA
 
     def spread(self, weight_CA: Tensor, classes_U: Tensor, covariance_U: Tensor) -> Tensor:
@@ -222,13 +222,13 @@ class HeadLoss:
         return cross_entropy(logits_NC, labels_N, class_weights)
 
     def shifted(self, logits_NC: Tensor, labels_N: Tensor) -> Tensor:
-        """Logits less the margin of the true class, or plus the log prior: constants, whatever the parameters."""
+        """Logits minus the margin of the true class, or plus the log prior: constants for the parameters."""
         if self._margins_C is not None:
             return less_margin(logits_NC, labels_N, self._placed(self._margins_C, logits_NC))
         return logits_NC if self._prior_C is None else logits_NC + self._placed(self._prior_C, logits_NC)
 
     def _placed(self, constant_C: Tensor, like: Tensor) -> Tensor:
-        """On its device, copied there once: a CUDA graph takes nothing from the host."""
+        """The constant on the device of `like`, copied once: a CUDA graph cannot read from the host."""
         key = (like.device, like.dtype)
         if key not in self._on_device:
             self._on_device[key] = _like(constant_C, like)

@@ -1,15 +1,15 @@
-"""The MetaSAug step: a virtual update, tested on balanced data, shows in which direction to augment each class.
+"""The MetaSAug step: a virtual update, tested on balanced data, shows how to augment each class.
 
 With Theta the parameters, S the class covariances, alpha the inner and eta the meta rate (paper, algorithm 1):
 
     1. g = grad_Theta L(Theta, S) on the long-tailed batch
     2. v = gradient of the plain cross entropy at Theta - alpha g on the balanced meta batch
     3. grad_S = -alpha d/dS <grad_Theta L(Theta, S), v>
-    4. S' = S - eta grad_S; the gradient of L(Theta, S') is left in `.grad`, the optimizer's step is the caller's
+    4. S' = S - eta grad_S; the gradient of L(Theta, S') is left in `.grad`, and the caller does the optimizer's step
 
-The mixed derivative of 3 needs no second backward pass through the network: S enters only the last layer, so the
-backbone's share is <grad_f L, f_dot>, where f_dot = J_f v_backbone is how the features move along v, one forward-mode
-pass. What remains is a second derivative of the last layer alone. Exact, not an approximation (docs/method.md).
+The mixed derivative in 3 needs no second backward pass through the network. S enters only the last layer, so the
+backbone's share is <grad_f L, f_dot>. There f_dot = J_f v_backbone is the change of the features along v, from one
+forward-mode pass. Only a second derivative of the last layer remains. This is exact (docs/method.md).
 
     result = metasaug_step(module, pictures, labels, meta_pictures, meta_labels, learned, head_loss,
                            strength=..., inner_rate=..., lookahead="classifier")      # or plain_step, isda_step
@@ -47,13 +47,13 @@ Implementation = Literal["auto", "autograd", "closed form"]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves behind beside the gradients in `.grad`; detached."""
+    """Results of a step besides the gradients in `.grad`; detached."""
 
     loss: Tensor  # the loss whose gradient is in .grad: L(Theta, S')
     features_NA: Tensor
-    logits_NC: Tensor  # plain evaluation logits of the batch before the update; in closed form of its first samples
+    logits_NC: Tensor  # plain evaluation logits of the batch before the update; in closed form only its first samples
     meta_loss: Tensor | None = None  # plain cross entropy of the meta batch after the look ahead
-    loss_before: Tensor | None = None  # L(Theta, S): loss - loss_before is what the change of S did
+    loss_before: Tensor | None = None  # L(Theta, S): loss - loss_before is the effect of changing S
     shift: Tensor | None = None  # |S' - S| / |S| over the classes of the batch; 0 where S is 0
 
 
@@ -65,7 +65,7 @@ def plain_step(
     class_weights: Tensor | None = None,
     compute: Compute | None = None,
 ) -> StepResult:
-    """The loss without augmentation: its gradient is left in `.grad`. DivergenceError before that."""
+    """Leave the gradient of the loss without augmentation in `.grad`; raises DivergenceError before that."""
     return TrainBatch(module, pictures, labels_N, head_loss, 0.0, class_weights, compute).leave_gradient(None)
 
 
@@ -79,7 +79,7 @@ def isda_step(
     class_weights: Tensor | None = None,
     compute: Compute | None = None,
 ) -> StepResult:
-    """The loss augmented by the running covariances as they stand; they then take in the batch, as MetaSAug's do."""
+    """One step with the loss augmented by the running covariances, which are then updated with the batch."""
     batch = TrainBatch(module, pictures, labels_N, head_loss, strength, class_weights, compute)
     result = batch.leave_gradient(running.covariance[batch.rows.classes_U])
     running.update(head_loss.augmentable_features(result.features_NA), labels_N, batch.rows, batch.compute.finite)
@@ -108,18 +108,18 @@ def metasaug_step(
 
     module         in train mode; batch norm's running statistics see the training batch once, the meta batch never
     meta_pictures  a class-balanced batch; like pictures, this process's part of it
-    learned        S = running estimate + delta. Both are updated here, last; the running estimate with the features
-                   of this batch only after their use, as in the authors' code
+    learned        S = running estimate + delta. Both are updated at the end: this step does not use the running
+                   estimate of its own features, as in the authors' code
     strength       lambda_t of this epoch
     inner_rate     alpha, of a plain SGD step: the optimizer's current rate          meta_rate  eta
     lookahead      through the whole network, or through the last layer only
     fidelity       fixed: delta is kept from step to step, and S stays positive semi-definite. reference: as in the
                    authors' code S' = running - eta grad_S serves this step only, and nothing is projected
-    implementation closed form: a few matrix products, where only the last layer trains and training.method.closed_form
-                   holds; autograd: everywhere; auto: the closed form where it holds
+    implementation closed form: a few matrix products, if only the last layer trains and training.method.closed_form
+                   supports loss and covariances; autograd: always possible; auto: closed form if possible
     raises         DivergenceError before anything is updated (batch norm's statistics aside)
     """
-    from training.method import closed_form  # which builds on this module
+    from training.method import closed_form  # imports this module
 
     compute = compute or Compute()
     only_head_trains = not trained_body(module)
@@ -153,7 +153,7 @@ def metasaug_step(
 
 
 def relative_shift(new_U: Tensor, old_U: Tensor, used_U: Tensor) -> Tensor:
-    """|S' - S| / |S| over the rows that are used; 0 where S is 0."""
+    """|S' - S| / |S| over the used rows; 0 if S is 0."""
     used_U = as_column(used_U, old_U)
     size = torch.linalg.vector_norm(old_U * used_U)
     return torch.where(size > 0, torch.linalg.vector_norm((new_U - old_U) * used_U) / size, 0.0)
@@ -166,10 +166,10 @@ def trained_body(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class TrainBatch:
-    """The one forward pass of a step: its graph serves the inner gradient and, once S' is known, the real one.
+    """The single forward pass of a step, whose graph gives the inner gradient and, once S' is known, the real one.
 
-    pictures   this process's part of the batch, all of it where there is one process; labels_N   of the whole batch
-    tangents   the features' tangents will be taken (`BatchFeatures`)
+    pictures   this process's part of the batch          labels_N   of the whole batch
+    tangents   tangents of the features will be needed (`BatchFeatures`)
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class TrainBatch:
                               self.rows[:2])
 
     def leave_gradient(self, S_U: Tensor | None) -> StepResult:
-        """Leaves the gradient of L(Theta, S) in `.grad`, in place of what was there."""
+        """Set `.grad` to the gradient of L(Theta, S)."""
         f_NA = self.features_NA.detach().requires_grad_(bool(self.body))
         head = [p for p in self.head if p.requires_grad]
         loss = self.loss(f_NA, self.head, S_U)
@@ -217,7 +217,7 @@ class TrainBatch:
         return StepResult(loss.detach(), self.features_NA, logits_NC)
 
     def body_gradient(self, features_grad_NA: Tensor) -> dict[str, Tensor]:
-        """The backward pass from the features on; keeps the graph."""
+        """The backward pass from the features into the backbone; keeps the graph."""
         grads = self.features.backward(features_grad_NA, list(self.body.values()))
         return dict(zip(self.body, grads, strict=True))
 
@@ -231,8 +231,8 @@ def meta_gradient(
     lookahead: Lookahead = "classifier",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Steps 1 to 3 -> (grad_S for the batch's rows, L(Theta, S), meta loss after the look ahead)."""
-    # 1. The last layer's gradient, kept differentiable in S; into the backbone it goes on as a plain backward pass.
-    # In float64: it costs little beside a backbone, and differences of rounded numbers are what a mixed derivative is.
+    # 1. The last layer's gradient, kept differentiable in S; the backbone gets a plain backward pass.
+    # In float64: it costs little next to a backbone, and a mixed derivative is a difference of rounded numbers.
     precise = precise_dtype(batch.features_NA)
     f_NA, S_U, *head = (t.detach().to(precise).requires_grad_() for t in (batch.features_NA, covariance_U, *batch.head))
     network = lookahead == "network" and bool(batch.body)
@@ -249,7 +249,7 @@ def meta_gradient(
     meta_loss = F.cross_entropy(batch.head_loss.logits(f_meta_NA, *ahead), meta_labels)
     v = list(torch.autograd.grad(meta_loss, [*ahead, *([f_meta_NA] if network else [])], materialize_grads=True))
 
-    # 3. <grad_Theta L, v>: all of it that depends on S is in the last layer.
+    # 3. <grad_Theta L, v>: only the last layer depends on S.
     if network:
         v_body = meta.backward(v.pop(), list(ahead_body.values()))
         v.append(batch.features.tangent(dict(zip(ahead_body, v_body, strict=True))))

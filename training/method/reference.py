@@ -1,4 +1,4 @@
-"""The method written plainly, one line per equation, slow and large: the truth that the fast code is tested against.
+"""A plain, slow reference of the method, one line per equation: tests compare the fast code with it.
 
 N samples, C classes, A features.
 """
@@ -51,7 +51,7 @@ def head_loss(f, W, b, y, S, strength, name="ce", counts=None, w=None, gamma=1.0
 def double_backward_step(net, x, y, x_meta, y_meta, S, loss, alpha, lookahead="network", cosine_scale=None):
     """-> (grad_S, gradients of all parameters at S' as a function of S'). loss(f, W, b, y, S) -> scalar.
 
-    cosine_scale  of LDAM as published, whose logits are scale * cosine: also those of the meta loss
+    cosine_scale  of LDAM as published, whose logits are scale * cosine, also in the meta loss
     """
     params = {n: p.detach().clone().requires_grad_() for n, p in net.named_parameters()}
     fc = next(n for n, m in net.named_modules() if m is net.get_classifier())
@@ -90,7 +90,7 @@ def _under_net(tensors):
 
 
 def matmul_spread(W, y, S):
-    """`spread` for the diagonal form by expanding the square: what one writes who minds memory, and no more."""
+    """`spread` for the diagonal form by expanding the square, which saves memory."""
     s, w = S[y], W[y]
     return s @ (W * W).T - 2 * (s * w) @ W.T + (s * w * w).sum(1, keepdim=True)
 
@@ -100,7 +100,7 @@ def autograd_frozen_head_step(
 ):
     """One step of a last layer on fixed features by double backward -> (grad_S, S', gradients in W and b at S').
 
-    b      or None, of a layer without a bias; there is then no gradient of it
+    b      bias; None for a layer without one, and then its gradient is left out
     shift  (N, C) constants added to the logits: margins or priors
     """
     W, S, *b = (t.detach().clone().requires_grad_() for t in (W, S, b) if t is not None)
@@ -116,7 +116,7 @@ def autograd_frozen_head_step(
 
 
 class EstimatorCV:
-    """The authors' running estimate (their utils/loss file, class of the same name), a class at a time.
+    """The authors' running estimate (their utils/loss file, class of the same name), one class at a time.
 
     With n_c features so far and m_c in the batch, r = m_c / (n_c + m_c), batch mean a and covariance V:
 
@@ -146,7 +146,7 @@ class EstimatorCV:
 
 
 def authors_steps(net, batches, estimator, loss, alpha, eta, rate, lookahead):
-    """The authors' loop: S' = S - eta grad_S serves one step; the estimate then takes in the batch. Plain SGD.
+    """The authors' loop: S' = S - eta grad_S is used for one step, then the batch updates the estimate. Plain SGD.
 
     loss(f, W, b, y, S) -> scalar. Changes the parameters of `net`; returns the loss of each step.
     """

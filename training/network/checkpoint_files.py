@@ -1,6 +1,6 @@
-"""Checkpoint files, your own or other people's: tensors by name. Nothing in a file can run.
+"""Read checkpoint files, your own or other people's: tensors by name. Nothing in a file can run.
 
-Known layouts; "module." or "_orig_mod." may stand before every name:
+Known layouts; every name may begin with "module." or "_orig_mod.":
 
     {"conv1.weight": …, "fc.weight": …}                                   tensors alone; also .safetensors
     {"state_dict": {"conv1.weight": …, "linear.weight": …}}               MetaSAug's CIFAR files, ResNet-32
@@ -25,21 +25,21 @@ from torch import Tensor
 
 from training.errors import TrainingError
 
-# Plain values that checkpoints carry beside their tensors; none of them can do anything.
+# Plain values that checkpoints may hold besides tensors; all are harmless.
 PLAIN: list[Any] = [argparse.Namespace, np.dtype, np.ndarray, *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU"}]
 PLAIN += [(getattr(importlib.import_module("numpy._core.multiarray"), name), f"numpy.{core}.multiarray.{name}")
           for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
 
-# Names of the last layer in files, beside the one it has in the network itself.
+# Names of the last layer in files, besides its name in the network.
 LAST_LAYERS = ("fc", "linear", "classifier", "head", "classifier.fc", "fc.fc", "head.fc")
-# What the tensors, the backbone and the last layer lie in.
+# Keys under which files keep the tensors, the backbone and the last layer.
 _WRAPPERS = ("state_dict_best", "state_dict", "model", "model_state_dict", "net", "model_ema")
 _BACKBONES = ("feature", "feat_model", "feature_extractor", "backbone")
 _CLASSIFIERS = ("classifier", "fc", "head")
 
 
 def read_tensors(file: Path, flag: str) -> dict[str, Tensor]:
-    """The tensors in a file, by name; those of a last layer of its own as "classifier.…". flag: for errors."""
+    """The tensors in a file, by name; those of a separate last layer as "classifier.…". flag: for errors."""
     tensors, _ = tensors_in(open_checkpoint(file, f"{flag} {file}"))
     if not tensors:
         raise TrainingError(f"{flag} {file} holds no weights by name.")
@@ -47,7 +47,7 @@ def read_tensors(file: Path, flag: str) -> dict[str, Tensor]:
 
 
 def open_checkpoint(file: Path | bytes, name: str) -> Mapping[str, Any]:
-    """What torch.save or safetensors wrote: tensors and plain values. name: for errors. Raises TrainingError."""
+    """Open a file of torch.save or safetensors: tensors and plain values. name: for errors. Raises TrainingError."""
     try:
         source = io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb")  # noqa: SIM115
         with source, warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN):
@@ -63,14 +63,14 @@ def open_checkpoint(file: Path | bytes, name: str) -> Mapping[str, Any]:
     except TrainingError:
         raise
     except pickle.UnpicklingError as error:
-        # torch's own text goes on to say how to load it all the same, which is the last thing to do.
+        # torch's own message explains how to load it anyway, which is unsafe.
         asked = re.search(r"GLOBAL ([\w.]+)|but got <class '([\w.]+)'>", str(error))
         if asked is None:
             raise TrainingError(f"{name} is not a torch checkpoint, or damaged. Download it again.") from error
         raise TrainingError(f"{name} holds more than tensors and plain values: it asks for {asked[1] or asked[2]}, "
-                            "which is refused, because loading it could run anything. Ask its makers for the state "
-                            "dict alone.") from error
-    except Exception as error:  # a broken archive or pickle: torch and safetensors have many types for it
+                            "which is refused, because loading it could run any code. Ask its authors for a file with "
+                            "only the state dict.") from error
+    except Exception as error:  # torch and safetensors raise many types for a broken archive or pickle
         raise TrainingError(f"{name} is not a torch checkpoint, or cut off: {first_line(error)}. Download it again."
                             ) from error
     if not isinstance(loaded, Mapping):
@@ -79,7 +79,7 @@ def open_checkpoint(file: Path | bytes, name: str) -> Mapping[str, Any]:
 
 
 def _check_zip(source: Any, name: str) -> None:
-    """Refuse a zip that unpacks to more than it holds: torch packs nothing, a bomb does."""
+    """Refuse a zip that unpacks to much more than its size: torch does not compress, a zip bomb does."""
     packed = source.seek(0, io.SEEK_END)
     try:
         with zipfile.ZipFile(source) as archive:
@@ -96,7 +96,7 @@ def _check_zip(source: Any, name: str) -> None:
 
 
 def tensors_in(loaded: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
-    """Tensors by name, with "classifier." before those of a separate last layer; and whose layout it is."""
+    """Tensors by name, those of a separate last layer as "classifier.…"; and whose layout it is."""
     found: Any = loaded
     while (inner := next((found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)), None)) is not None:
         found = inner

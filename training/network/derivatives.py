@@ -1,8 +1,8 @@
 """The backbone's part of a step: features of a batch, and their forward and backward derivatives.
 
-A batch may be spread over processes and, in each, over parts that follow each other (`--accumulate`); the backbone may
-run in a lower precision than the last layer. `BatchFeatures` hides all of it: features come whole, and gradients and
-tangents are taken of the whole batch. Without such things it is one forward pass and its graph.
+A batch may be split over processes and, in each, into consecutive parts (`--accumulate`). The backbone may run in a
+lower precision than the last layer. `BatchFeatures` hides this: features, gradients and tangents are those of the whole
+batch. In the simplest case it is one forward pass and its graph.
 
 Shape suffixes: N samples of the whole batch, A features.
 """
@@ -30,7 +30,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 class GradientScale:
     """Loss scale for float16 gradients, which underflow below 6e-8: a power of two, halved until none overflows.
 
-    Like torch.amp.GradScaler's, but a pass that overflowed is done again and no step is skipped.
+    Like torch.amp.GradScaler, but an overflowed pass is repeated instead of skipping the step.
     """
 
     START, GROW_AFTER = 2.0**16, 2000
@@ -45,7 +45,7 @@ class GradientScale:
         self.scale, self.good = saved["scale"], saved["good"]
 
     def __call__(self, backward: Callable[[float], list[Tensor]]) -> list[Tensor]:
-        """backward   gives the gradients times its argument"""
+        """Gradients, unscaled. backward: returns the gradients times its argument."""
         while True:
             grads = backward(self.scale)
             norms = torch.stack(torch._foreach_norm(grads))
@@ -63,12 +63,12 @@ class GradientScale:
 class Compute:
     """How the backbone is run.
 
-    processes    those that share each batch
-    precision    bfloat16, float16: torch's autocast; float32: in the parameters' own type
-    accumulate   parts of a batch that follow each other; batch norm has the statistics of a part
-    compiled     the training pass by torch.compile (look-ahead passes stay as they are)
+    processes    that share each batch
+    precision    bfloat16, float16: torch's autocast; float32: the parameters' own type
+    accumulate   consecutive parts of a batch; batch norm uses the statistics of a part
+    compiled     use torch.compile for the training pass, not for look-ahead passes
     finite       the checks of each step
-    draws        the network may draw random numbers (dropout), which a second pass must draw again
+    draws        the network may draw random numbers (dropout), and a second pass must draw the same
     """
 
     processes: Processes = ALONE
@@ -89,19 +89,19 @@ class Compute:
         if not self.compiled:
             return _Body(module)
         if id(module) not in self._bodies:
-            self._bodies[id(module)] = torch.compile(  # drawing random numbers as the same pass uncompiled
+            self._bodies[id(module)] = torch.compile(  # fallback_random: the same random numbers as uncompiled
                 _Body(module), dynamic=False, options={"fallback_random": True})
         return self._bodies[id(module)]
 
 
 class BatchFeatures:
-    """What enters the last layer for a batch, whole_NA, and how it depends on the backbone's parameters.
+    """The features of a batch (whole_NA) and their derivatives by the backbone's parameters.
 
     pictures     this process's part of the batch
     total        N, pictures in the whole batch
-    parameters   of the backbone in other values, by name; batch norm's running statistics are then left alone
-    graph        keep what `backward` needs; without it only tangents can be taken
-    tangents     tangents will be taken: attention is computed as there, since fused kernels draw dropout their own way
+    parameters   other values of the backbone's parameters, by name; batch norm's running statistics then do not change
+    graph        keep what `backward` needs; without it only tangents are possible
+    tangents     `tangent` will be called: attention then uses its kernel, since fused ones draw dropout differently
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class BatchFeatures:
             return features_of(self.module, pictures, self.parameters).to(self.dtype)
 
     def backward(self, features_grad_NA: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients of `inputs`, which the features were computed from, of the whole batch; keeps the graph."""
+        """Gradients by `inputs`, which the features depend on, for the whole batch; keeps the graph."""
         if not inputs:
             return []
         own_NA = features_grad_NA[self.compute.processes.part(self.total)].to(self.dtype)
@@ -203,7 +203,7 @@ class _Body(nn.Module):
 
 @contextlib.contextmanager
 def batch_norm_without_memory(module: nn.Module, tangents: bool = False) -> Iterator[None]:
-    """Batch norm in train mode goes on using the batch's statistics, but leaves its running ones alone.
+    """Batch norm in train mode uses the batch's statistics without changing its running ones.
 
     tangents  the pass is forward-mode: use `_BatchNormWithTangent`, about twice as fast as torch's own rule
     """
@@ -229,9 +229,9 @@ def _normalised_with_tangent(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -
 
 
 class _BatchNormWithTangent(torch.autograd.Function):
-    """y = gamma x_hat + beta, and its tangent out of two fused kernels.
+    """y = gamma x_hat + beta, and its tangent by two fused kernels.
 
-    The Jacobian of y in x is symmetric, so that the kernel of the backward pass also pushes tangents forward:
+    The Jacobian of y in x is symmetric, so the kernel of the backward pass also pushes tangents forward:
 
         y_dot = backward_kernel(x_dot) + (gamma_dot x_hat + beta_dot)
     """
@@ -267,7 +267,7 @@ def random_state(device: torch.device) -> list[Tensor]:
 
 @contextlib.contextmanager
 def _replayed(states: list[Tensor] | None, device: torch.device) -> Iterator[None]:
-    """Dropout draws again what it drew when `states` were taken; None: nothing is drawn."""
+    """Restore the random states, so dropout draws the same again; None: nothing is drawn."""
     if states is None:
         yield
         return

@@ -1,8 +1,8 @@
 """Several processes that train one model together (torchrun), and what they exchange.
 
-Every process reads its part of each batch and runs the backbone on it. Features are gathered, so that the last layer,
-the covariances and the meta step see the whole batch in every process and are computed there alike; gradients of the
-backbone are summed. With one process nothing is sent, and every method gives back what it was given.
+Every process reads its part of each batch and runs the backbone on it. Features are gathered, so every process computes
+the last layer, the covariances and the meta step on the whole batch, with the same results. Gradients of the backbone
+are summed. With one process nothing is sent, and every method returns its input.
 
     with joined("cpu") as processes:         # alone, or as torchrun's environment says
         own = pictures[processes.part(len(pictures))]
@@ -22,15 +22,15 @@ from torch import Tensor
 
 from training.errors import TrainingError
 
-# A process that is gone closes its connections and ends the others at once; one that hangs does so after this.
+# A dead process closes its connections, which stops the others at once; a hanging one stops them after this time.
 HANGING = timedelta(seconds=60)
-# Reading pictures into memory takes one machine longer than another.
+# Longer, for `wait`: reading pictures into memory takes some machines longer than others.
 LOADING = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """rank   of this process, 0 being the one that writes and speaks          count   how many there are"""
+    """The processes of a training. rank: of this one; 0 writes and prints. count: of all."""
 
     rank: int = 0
     count: int = 1
@@ -42,11 +42,11 @@ class Processes:
         return self.rank == 0
 
     def part(self, total: int) -> slice:
-        """This process's part of a batch of `total`; in order of rank they are the batch."""
+        """This process's part of a batch of `total`; the parts in order of rank are the batch."""
         return slice(total * self.rank // self.count, total * (self.rank + 1) // self.count)
 
     def gather(self, own_NX: Tensor, total: int) -> Tensor:
-        """The parts of all, (total, ...), detached: the same in every process."""
+        """The parts of all processes, (total, ...), detached: the same in every process."""
         own_NX = own_NX.detach()
         if self.count == 1:
             return own_NX
@@ -69,15 +69,17 @@ class Processes:
         return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
 
     def level(self, tensors: Iterable[Tensor]) -> None:
-        """In place, the mean over all processes: of batch norm's statistics, and of what each computed alike, which
-        on a GPU may differ in its last bits. Whole numbers are left alone."""
+        """Replace each tensor by its mean over all processes, in place; integer tensors are not changed.
+
+        For batch norm's statistics, and for what each process computes alike: on GPUs it may differ in the last bits.
+        """
         floats = [t for t in tensors if t.is_floating_point()]
         if self.count > 1:
             for mine, summed in zip(floats, self.sum(floats), strict=True):
                 mine.copy_(summed / self.count)
 
     def follow(self, tensors: Iterable[Tensor]) -> None:
-        """In place, what rank 0 has: where all computed alike, nothing changes, whenever it is called."""
+        """Copy the tensors of rank 0, in place; if all computed alike, nothing changes."""
         for tensor in tensors if self.count > 1 else ():
             sent = tensor.contiguous()
             with _told():
@@ -85,7 +87,7 @@ class Processes:
             tensor.copy_(sent)
 
     def any(self, mine: int) -> int:
-        """The largest of all processes' numbers: whether one of them was told to stop, and by which signal."""
+        """The largest number of all processes: whether one was signalled to stop, and by which signal."""
         if self.count == 1:
             return mine
         flag = torch.tensor(mine, device=self.device)
@@ -94,17 +96,17 @@ class Processes:
         return int(flag)
 
     def from_first(self, value: Any) -> Any:
-        """What rank 0 has, in every process (anything that can be pickled)."""
+        """Send the value of rank 0 to every process (anything that can be pickled)."""
         if self.count == 1:
             return value
-        self.wait()  # which may last, where one of them loads for long
+        self.wait()  # may take long while a process loads data
         box = [value]
         with _told():
             dist.broadcast_object_list(box, 0, device=self.device)
         return box[0]
 
     def wait(self) -> None:
-        """Until all are here, for as long as loading may take."""
+        """Wait until all processes are here, up to LOADING."""
         if self.count > 1:
             with _told():
                 dist.barrier(self.patient)
@@ -119,15 +121,15 @@ def _told() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise TrainingError("Another process of this training is gone or hangs (the first error that torchrun shows is "
-                            "its own). Nothing is lost: the same command with --resume goes on from the last "
-                            f"checkpoint. ({str(error).splitlines()[0]})") from error
+                            "the cause). The same command with --resume continues from the last checkpoint. "
+                            f"({str(error).splitlines()[0]})") from error
 
 
 @contextmanager
 def joined(device: str) -> Iterator[Processes]:
-    """The processes that torchrun started, by its environment; without it ALONE, on the device as named.
+    """The processes that torchrun started, from its environment; without torchrun a single one on this device.
 
-    device   cpu (gloo) or cuda (NCCL, a GPU each)
+    device   cpu (gloo) or cuda (NCCL, one GPU per process)
     """
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
@@ -137,12 +139,12 @@ def joined(device: str) -> Iterator[Processes]:
     if device == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
-            raise TrainingError(f"--nproc-per-node: process {local + 1} of this machine has no GPU of its own; there "
-                                f"are {torch.cuda.device_count()}.")
+            raise TrainingError(f"--nproc-per-node: process {local + 1} of this machine has no GPU; there are only "
+                                f"{torch.cuda.device_count()}.")
         here = torch.device("cuda", local)
         torch.cuda.set_device(here)
     elif device != "cpu":
-        raise TrainingError(f"--device {device} trains in one process only.")
+        raise TrainingError(f"--device {device} supports only one process.")
     with _told():
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=HANGING)
     try:

@@ -1,6 +1,6 @@
 """Features of a frozen backbone: computed once, kept on disk, and trained on instead of pictures.
 
-A set of pictures is one pair of files in the cache's folder, named by a hash of all that its features depend on:
+Each set of pictures has three files in the cache's folder. KEY is a hash of everything that the features depend on:
 pictures, backbone, view, seed and number of views.
 
     train-KEY.float16    features (views, pictures, A), row after row, mapped into memory
@@ -8,8 +8,8 @@ pictures, backbone, view, seed and number of views.
     train-KEY.json       what KEY is the hash of, for people
 
 A process locks a block of parts before it computes them, so any number of processes and runs can share the work. A
-lock ends with its process; a part without its byte is computed again. K views are drawn once for every picture; an
-epoch then draws which of them it sees.
+lock ends with its process; a part without its byte is computed again. K views of every picture are drawn once; an epoch
+then picks one of them at random.
 
 Shape suffixes: K views, N pictures, A features.
 """
@@ -44,15 +44,15 @@ from zoo.architectures import classifier_name
 from zoo.files import write_atomically
 
 Kind = Literal["train", "meta", "test"]
-VIEWS = 3  # a stream of randomness, beside those of training.data.batches
+VIEWS = 3  # a stream of randomness, besides those of training.data.batches
 
-PART = 256  # pictures, about: what a kill loses
-PARTS_A_BLOCK = 16  # claimed at once: worker processes start anew for each
+PART = 256  # about this many pictures: what a killed run loses
+PARTS_A_BLOCK = 16  # claimed at once: worker processes are started again for each block
 LARGEST_FLOAT16 = 65504.0
 
 
 class Head(nn.Module):
-    """A last layer as a whole network, whose pictures are features: what the steps of training.method.metasaug take."""
+    """A last layer as a whole network whose pictures are features, for the steps of training.method.metasaug."""
 
     def __init__(self, last: nn.Linear):
         super().__init__()
@@ -72,9 +72,9 @@ class Head(nn.Module):
 
 
 class CachedBatches(Batches):
-    """training.data.batches.Batches whose pictures are features (N, A): the same order, a view of each for a new crop.
+    """Batches of features (N, A) instead of pictures: the same order, with a cached view instead of a new crop.
 
-    pictures, features_KNA   as `FeatureCache.of` took and gives them; dtype: that of the last layer
+    pictures, features_KNA   the input and output of `FeatureCache.of`; dtype: that of the last layer
     """
 
     def __init__(self, pictures: Split | PictureFiles, features_KNA: np.ndarray, view: View, seed: int,
@@ -94,14 +94,14 @@ class CachedBatches(Batches):
 def features_in_order(
     features_1NA: np.ndarray, view: View, device: torch.device, processes: Processes = ALONE
 ) -> Iterator[tuple[Tensor, int]]:
-    """The features of what training.data.batches.in_order shows, in the same batches."""
+    """The features of the pictures of training.data.batches.in_order, in the same batches."""
     sizes = batch_sizes(features_1NA.shape[1], at_once(view))
     parts = own(slices(sizes), processes)
     return zip(_rows(features_1NA, np.arange(features_1NA.shape[1]), parts, device), sizes, strict=True)
 
 
 def _rows(features_KNA: np.ndarray, rows: np.ndarray, parts: list[slice], device: torch.device) -> Iterator[Tensor]:
-    """Rows of all K * N, on the device, where the features stay if they fit there."""
+    """Rows of all K * N, on the device; the features stay there if they fit."""
     whole, index, width = on_device(features_KNA, device), moved(rows, device), features_KNA.shape[2]
     for part in parts:
         if whole is None:
@@ -114,11 +114,10 @@ def _rows(features_KNA: np.ndarray, rows: np.ndarray, parts: list[slice], device
 class FeatureCache:
     """Where features are kept, and how pictures become them.
 
-    folder        of the cache; several runs may name the same one
-    views, seed   K of each training and meta picture, and what they are drawn by
+    folder        of the cache; several runs may share it
+    views, seed   K views of each training and meta picture, and the seed that draws them
     compute       the precision of the backbone, for training and meta features
-    dtype         float16 of training and meta features; the test set's are float32, so that its results are exactly
-                  those of its pictures
+    dtype         of training and meta features; test features are float32, so that results equal those of the pictures
     """
 
     folder: Path
@@ -134,9 +133,9 @@ class FeatureCache:
     _mapped: dict[Path, np.ndarray] = field(default_factory=dict)  # one for both stages: they share its copy on a GPU
 
     def check_disk(self, sets: Sequence[tuple[Kind, Split | PictureFiles]], module: nn.Module, trained: bool) -> None:
-        """Says what the features of these sets will take; TrainingError where the disk has not so much left.
+        """Say how much disk space the features of these sets take; TrainingError if there is not enough.
 
-        trained   the module's backbone is as it will be: what is there already counts
+        trained   the backbone has its final weights, so features on the disk can be used
         """
         sizes = [self._bytes(kind, pictures, module) for kind, pictures in sets]
         there = sum(_bytes_at(self._file(kind, pictures, module)[0]) for kind, pictures in sets) if trained else 0
@@ -156,13 +155,13 @@ class FeatureCache:
         return math.prod(self._shape(kind, pictures, module)) * self._dtype(kind).itemsize
 
     def _file(self, kind: Kind, pictures: Split | PictureFiles, module: nn.Module) -> tuple[Path, str]:
-        """Where the features of a set lie, and all that they depend on."""
+        """The file for the features of a set, and everything that they depend on."""
         view = self.view.pretrained_cfg if kind == "test" else {
             **dataclasses.asdict(self.view), "views": self.views, "seed": self.seed}
         view.pop("reading", None)
         if kept := self.view.reading.to_dict():
             view["reading"] = kept
-        if self.view.crops == "shift":  # where it changes no pixel
+        if self.view.crops == "shift":  # `reduced` changes no pixel there
             view.pop("reduced", None)
         identity = json.dumps({
             "features": self._shape(kind, pictures, module), "dtype": self._dtype(kind).name,
@@ -186,11 +185,11 @@ class FeatureCache:
 
     def of(self, kind: Kind, pictures: Split | PictureFiles, module: nn.Module,
            before_each: Callable[[], None] = lambda: None) -> np.ndarray:
-        """The features of these pictures, (K, N, A), mapped from the disk; what is not there yet is computed.
+        """The features of these pictures, (K, N, A), mapped from the disk; missing ones are computed.
 
-        kind          train and meta: K views as in training; test: one, as predicting shows it
-        before_each   part: may end it; what was computed stays
-        Raises TrainingError: no room, a folder that cannot be written, features that float16 does not hold.
+        kind          train and meta: K views as in training; test: one view, as in predictions
+        before_each   called before each part; it may raise to stop, and finished parts stay
+        Raises TrainingError: no room, a folder that cannot be written, features too large for float16.
         """
         file, identity = self._file(kind, pictures, module)
         with _told(self.folder):
@@ -234,7 +233,7 @@ class FeatureCache:
     @torch.no_grad()
     def _compute(self, store: "_Store", parts: Sequence[int], pictures: Split | PictureFiles,
                  drawn: list[np.ndarray] | None, module: nn.Module) -> Iterator[np.ndarray]:
-        """The rows of each part; batches are those in which `evaluate` looks at pictures."""
+        """The rows of each part, in the batches of `evaluate`."""
         of_part = [store.batches(part) for part in parts]
         at = [indices for _, batches in of_part for indices in batches]
         rows = None if drawn is None else np.concatenate(
@@ -250,18 +249,18 @@ class FeatureCache:
 def _fitting(rows_NA: np.ndarray, dtype: np.dtype, pictures: Split | PictureFiles, kind: str) -> np.ndarray:
     largest = np.abs(rows_NA).max(initial=0)
     if not np.isfinite(largest):
-        raise TrainingError(f"--cache-features: the backbone gives NaN or infinite features of {kind} pictures. "
-                            "Are its weights whole, and --mean and --std those that it was trained with?")
+        raise TrainingError(f"--cache-features: the backbone gives NaN or infinite features of {kind} pictures. Check "
+                            "that its weights are not damaged, and that --mean and --std are those of its training.")
     if dtype == np.float16 and largest > LARGEST_FLOAT16:
-        raise TrainingError(f"--cache-features: features of up to {largest:.3g} do not fit into float16, whose largest "
-                            f"number is {LARGEST_FLOAT16:.0f}. Train this backbone without --cache-features.")
+        raise TrainingError(f"--cache-features: features of up to {largest:.3g} do not fit into float16, which ends at "
+                            f"{LARGEST_FLOAT16:.0f}. Train this backbone without --cache-features.")
     return rows_NA.astype(dtype)
 
 
 class _Store:
     """The files of one set of features; see the top of this file.
 
-    batch   pictures that the network sees at once; a part is some batches of one view
+    batch   pictures per forward pass; a part is a few batches of one view
     """
 
     def __init__(self, data: Path, shape: tuple[int, int, int], batch: int):
@@ -272,7 +271,7 @@ class _Store:
         self.parts = shape[0] * self.parts_a_view
 
     def __enter__(self) -> "_Store":
-        # One descriptor of each: closing any other one of the same file would give up this process's locks.
+        # One descriptor for each file: closing a second one would release this process's locks.
         self.progress = os.open(self.data.with_suffix(".done"), os.O_RDWR | os.O_CREAT, 0o666)
         self.file = os.open(self.data, os.O_RDWR | os.O_CREAT, 0o666)
         size, whole = os.fstat(self.file).st_size, math.prod(self.shape) * self.dtype.itemsize
@@ -298,7 +297,7 @@ class _Store:
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[list[int]]:
-        """Parts that are this process's until the end of the block; none where others hold all that are missing."""
+        """Lock parts until the end of the block; an empty list if other processes hold all missing ones."""
         for first in range(0, self.parts, PARTS_A_BLOCK):
             length = min(PARTS_A_BLOCK, self.parts - first)
             if self.done()[first : first + length].all() or not self._lock(first, length):
@@ -322,13 +321,13 @@ class _Store:
             raise
 
     def batches(self, part: int) -> tuple[int, list[np.ndarray]]:
-        """The view, and the indices of the pictures, batch by batch."""
+        """The view of a part, and the indices of its pictures, batch by batch."""
         k, place = divmod(part, self.parts_a_view)
         last = min((place + 1) * self.part, self.shape[1])
         return k, [np.arange(i, min(i + self.batch, last)) for i in range(place * self.part, last, self.batch)]
 
     def write(self, part: int, rows_NA: np.ndarray) -> None:
-        """The rows, on the disk before the byte that says so."""
+        """Write the rows to the disk, and only then the byte that marks them as done."""
         k, batches = self.batches(part)
         place = (k * self.shape[1] + int(batches[0][0])) * self.shape[2] * self.dtype.itemsize
         left = memoryview(rows_NA.tobytes())
@@ -349,18 +348,18 @@ def _told(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise TrainingError(f"The features could not be kept in {folder}: {error.strerror or error}. What was computed "
-                            "stays; make room or name another folder by --features, then go on with --resume."
-                            ) from error
+        raise TrainingError(f"The features could not be written into {folder}: {error.strerror or error}. Finished "
+                            "parts stay. Make room or name another folder with --features, then continue with "
+                            "--resume.") from error
 
 
 def _bytes_at(path: Path) -> int:
-    """That the disk holds of a file, which begins as one great hole."""
+    """Bytes of a file that are on the disk: it begins sparse."""
     return min(path.stat().st_blocks * 512, path.stat().st_size) if path.exists() else 0
 
 
 def _pictures_key(pictures: Split | PictureFiles) -> str:
-    """A hash of labels and pictures: of files, their names and sizes; of pictures in memory, the pixels."""
+    """A hash of labels and pictures: names and sizes of files, or pixels of pictures in memory."""
     digest = hashlib.sha256(pictures.labels.astype("<i8").tobytes())
     if isinstance(pictures, Split):
         digest.update(str(pictures.pictures.shape).encode())
@@ -370,7 +369,7 @@ def _pictures_key(pictures: Split | PictureFiles) -> str:
         try:
             digest.update(f"{path.stat().st_size}\0{name}\0".encode(errors="surrogateescape"))
         except OSError as error:
-            raise DataError(f"{name} could be read at the start and cannot be now: {error.strerror or error}."
+            raise DataError(f"{name} could be read at the start but cannot be read now: {error.strerror or error}."
                             ) from error
     return digest.hexdigest()
 

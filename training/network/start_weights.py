@@ -1,4 +1,4 @@
-"""Weights to start from, and ready backbones: a model of the zoo or of a library, a model folder, a file of tensors."""
+"""Start weights and backbones: from a model of the zoo or of a library, a model folder or a file of tensors."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +16,10 @@ from zoo.loading import open_folder
 
 
 def load_pretrained(module: nn.Module, source: str) -> list[str]:
-    """Take over every tensor of the same name and shape; returns the names that start fresh.
+    """Load every tensor of the same name and shape; returns the names of the others, which stay random.
 
-    source   what `find_backbone` takes; a torch file is opened with weights_only=True
-    Raises TrainingError where nothing fits, or only little: less than half of the network's numbers.
+    source   as for `find_backbone`; a torch file is opened with weights_only=True
+    Raises TrainingError if less than half of the network's numbers fit.
     """
     own = module.state_dict()
     try:
@@ -31,15 +31,15 @@ def load_pretrained(module: nn.Module, source: str) -> list[str]:
     share = sum(own[name].numel() for name in fitting) / sum(tensor.numel() for tensor in own.values())
     if share < 0.5:
         raise TrainingError(f"--pretrained {source}: {len(fitting)} of {len(own)} tensors ({share:.0%} of the numbers) "
-                            "fit this network by name and shape. Were they made for another --architecture?")
+                            "fit this network by name and shape. Were they trained for another --architecture?")
     module.load_state_dict(fitting, strict=False)
     return sorted(own.keys() - fitting.keys())
 
 
 def unwrapped(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors below the prefix under which most of the network's numbers are.
+    """The tensors whose names begin with the prefix that most of the network's numbers have, without that prefix.
 
-    Trainers wrap a network into others: its names then begin with module., _orig_mod., model., encoder_q. …
+    Training code wraps networks, which adds prefixes such as module., _orig_mod., model., encoder_q.
     """
     numbers: Counter[str] = Counter()
     for name, tensor in weights.items():
@@ -81,16 +81,16 @@ class Backbone:
     cosine_scale: float | None = None
 
     def has_last_layer_for(self, label_names: Sequence[str], cosine_scale: float | None) -> bool:
-        """Whether its last layer tells these very classes apart: as many and, where names are known, the same ones."""
+        """Whether its last layer is for exactly these classes: the same number and, if known, the same names."""
         names = tuple(label_names)
         return (self.num_classes == len(names) and self.label_names in (None, names)
                 and self.cosine_scale == cosine_scale)
 
 
 def find_backbone(source: str) -> Backbone:
-    """torchvision:NAME, timm:NAME, a model of the zoo, a model folder, or a file. Nothing is fetched of libraries yet.
+    """torchvision:NAME, timm:NAME, a model of the zoo, a model folder, or a file. Library weights are downloaded later.
 
-    Raises TrainingError or another ZooError for a name that is none of these.
+    Raises TrainingError or another ZooError for any other name.
     """
     if source.startswith("torchvision:"):
         return _torchvision(source, source.removeprefix("torchvision:"))
@@ -109,16 +109,15 @@ def find_backbone(source: str) -> Backbone:
 
 
 def load_backbone(module: nn.Module, backbone: Backbone, last_layer: bool) -> None:
-    """Fill the network; its last layer too, or leave that as it is.
+    """Load the backbone's weights into the network, with or without its last layer.
 
-    Raises TrainingError where a tensor of the backbone is missing, left over or of another shape: its features would
-    not be those that it was trained for.
+    Raises TrainingError if a tensor is missing, left over or of another shape: the features would be wrong.
     """
     own, last = module.state_dict(), classifier_name(module)
     weights = dict(unwrapped(backbone.weights(module), own))
     is_last = {name for name in own if name.startswith(f"{last}.")}
     if last + ".weight" not in weights:
-        # Renamed where it has another name, and only where that is not one of the backbone's.
+        # Rename a last layer with another name, unless that is a name in the backbone.
         other = next((name for name in LAST_LAYERS
                       if f"{name}.weight" in weights and f"{name}.weight" not in own), None)
         if other is not None:
@@ -134,8 +133,8 @@ def load_backbone(module: nn.Module, backbone: Backbone, last_layer: bool) -> No
     if missing or left_over or shapes:
         what = [f"{len(names)} {kind} ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})" for names, kind in
                 ((missing, "missing"), (left_over, "left over"), (shapes, "of another shape")) if names]
-        raise TrainingError(f"--backbone {backbone.source} does not fit the network by its tensors: {'; '.join(what)}. "
-                            "Was it made for another --architecture?")
+        raise TrainingError(f"--backbone {backbone.source}: its tensors do not fit the network: {'; '.join(what)}. "
+                            "Was it trained for another --architecture?")
     module.load_state_dict({name: weights[name].to(own[name]) for name in wanted if name in weights}, strict=False)
 
 
@@ -143,7 +142,7 @@ def _file(path: Path) -> Backbone:
     weights = read_tensors(path, "--backbone")
     last = [weights[f"{name}.weight"] for name in LAST_LAYERS if f"{name}.weight" in weights]
     classes = len(last[0]) if last and last[0].dim() == 2 else None
-    # A last layer with more than weight and bias (LWS's scales) is not the plain one that training goes on with.
+    # Training cannot continue with a last layer that has more than weight and bias (such as the scales of LWS).
     plain = all(name.rpartition(".")[2] in ("weight", "bias") for name in weights
                 if name.rpartition(".")[0] in LAST_LAYERS)
 
@@ -163,7 +162,7 @@ def _torchvision(source: str, name: str) -> Backbone:
     if name not in models.list_models(module=models):
         from zoo.architectures import create
 
-        create(source, 2)  # which says what there is instead
+        create(source, 2)  # its error lists the names
     weights = models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
 
     def fetch(module: nn.Module) -> dict[str, Tensor]:
@@ -172,15 +171,15 @@ def _torchvision(source: str, name: str) -> Backbone:
         except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; RuntimeError: the hash
             file = weights.url.rpartition("/")[2]
             raise TrainingError(
-                f"--backbone {source}: its weights could not be fetched ({first_line(error)}). On a machine with a "
-                f"network get {weights.url}, and name the file here: --backbone PATH/{file} (or put it into "
+                f"--backbone {source}: its weights could not be downloaded ({first_line(error)}). On a machine with a "
+                f"network, get {weights.url}, and name the file here: --backbone PATH/{file} (or put it into "
                 f"{Path(torch.hub.get_dir()) / 'checkpoints'}).") from error
 
     return _of_torchvision(source, name, weights, fetch)
 
 
 def _torchvision_file(path: Path) -> Backbone | None:
-    """A file of torchvision's, known by its name."""
+    """A weights file of torchvision, recognised by its name."""
     from torchvision import models
 
     for name in models.list_models(module=models):
@@ -199,7 +198,7 @@ def _of_torchvision(source: str, name: str, weights: Any, fetch: Callable) -> Ba
     size = shown.crop_size[0]
     cfg = {"input_size": [3, size, size], "mean": list(shown.mean), "std": list(shown.std),
            "interpolation": shown.interpolation.value, "crop_pct": round(size / shown.resize_size[0], 4)}
-    # As a network of this zoo where it is one: timm opens that too, and its feature maps are shown.
+    # Use the zoo's own network if it has one: timm can open that too, and its feature maps can be shown.
     architecture = name if name in ARCHITECTURES else f"torchvision:{name}"
     names = tuple(weights.meta["categories"])
     distinct = names if len(set(names)) == len(names) else None
@@ -217,13 +216,13 @@ def _torchvision_names(module: nn.Module, weights: Mapping[str, Tensor]) -> dict
 def _timm(source: str, name: str) -> Backbone:
     from zoo.architectures import create
 
-    create(source, 2)  # says what is missing: timm, this name in it, or one linear last layer
+    create(source, 2)  # its error says what is missing: timm, this name in it, or one linear last layer
     import timm
 
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
-        raise TrainingError(f"--backbone {source}: timm has no weights of it. timm.list_models(pretrained=True) lists "
-                            "those that it has.")
+        raise TrainingError(f"--backbone {source}: timm has no weights for it. timm.list_models(pretrained=True) lists "
+                            "models with weights.")
 
     def fetch(module: nn.Module) -> Mapping[str, Tensor]:
         try:
@@ -231,8 +230,8 @@ def _timm(source: str, name: str) -> Backbone:
         except Exception as error:  # of huggingface_hub, its network library, urllib or timm
             where = f"{cfg.hf_hub_id} on the Hugging Face Hub" if cfg.hf_hub_id else cfg.url
             raise TrainingError(
-                f"--backbone {source}: its weights could not be fetched ({first_line(error)}). On a machine with a "
-                f"network get the .safetensors or .bin file of {where}, and name it here: --backbone FILE "
+                f"--backbone {source}: its weights could not be downloaded ({first_line(error)}). On a machine with a "
+                f"network, get the .safetensors or .bin file of {where}, and name it here: --backbone FILE "
                 f"--architecture {source}.") from error
 
     shown = {"input_size": list(cfg.input_size), "mean": list(cfg.mean), "std": list(cfg.std),

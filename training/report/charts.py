@@ -1,4 +1,4 @@
-"""Small figures as SVG text: colours come from the page's style sheet, so they follow light and dark. No library."""
+"""Small figures as SVG text, without a library. The page's style sheet gives colours for light and dark mode."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,8 +15,8 @@ def shortened(text: str, length: int) -> str:
 class Plot:
     """Axes and marks in a box of width x height units, about the pixels of a phone.
 
-    x, y     the ranges shown                 log_x, log_y   powers of ten along that axis
-    Each mark takes a class of the style sheet, which gives its colour: head, medium, tail, plain, accent.
+    x, y     the ranges shown                 log_x, log_y   logarithmic axes
+    The colour of a mark comes from a class of the style sheet: head, medium, tail, plain, accent.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Plot:
         self.parts: list[str] = []
 
     def at(self, x: float, y: float) -> Point:
-        """Where a point lies in the box; beyond the ranges, on their edge."""
+        """The place of a point in the box; points beyond the ranges go to their edge."""
         return (self.left + _place(x, self.x, self.log_x) * (self.right - self.left),
                 self.bottom - _place(y, self.y, self.log_y) * (self.bottom - self.top))
 
@@ -62,7 +62,7 @@ class Plot:
             self.parts.append(f'<polygon class="area {kind}" points="{at}"/>')
 
     def dots(self, points: Iterable[Point], kind: str, names: Sequence[str] = (), radius: float = 3.5) -> None:
-        """With names, each shows its own when pointed at; without, thousands cost a few bytes each."""
+        """Named dots show their name on hover; dots without names take a few bytes each, for thousands of them."""
         places = [self.at(*point) for point in points]
         if names:
             self.parts += [f'<circle class="dot {kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{escaped(name)}'
@@ -90,7 +90,7 @@ PERCENT_TICKS = {0.0: "0%", 0.25: "25%", 0.5: "50%", 0.75: "75%", 1.0: "100%"}
 
 
 def count_ticks(low: float, high: float) -> dict[float, str]:
-    """1, 10, 100 … in [low, high], with 2 and 5 between where that leaves too few."""
+    """1, 10, 100 … in [low, high], with 3, or 2 and 5, between if these are too few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1,), (1, 3), (1, 2, 5)):
         ticks = {float(s * 10**p): f"{s * 10**p:,}" for p in powers if p >= 0 for s in steps

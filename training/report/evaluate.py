@@ -24,7 +24,7 @@ from zoo.pixels import LOCAL, Reading, Remarks
 from zoo.predictor import Predictor, Prior
 from zoo.tables import USUAL, Columns
 
-BATCH = 256  # logits that are kept at a time
+BATCH = 256  # pictures whose logits are kept at a time
 
 
 def evaluate(
@@ -47,26 +47,26 @@ def evaluate(
 ) -> dict:
     """Measure a model on labelled pictures: overall, per group and per class.
 
-    The groups are those of the model's own training set. A class of the model without pictures here counts in no
-    average; a label that is no class of the model is an error. docs/metrics.md says how each figure is made.
+    Groups (head, medium, tail) are by the model's own training set. A class without pictures here counts in no average.
+    A label that the model does not know is an error. docs/metrics.md explains each figure.
 
     Args:
         model: A name from `metasaug list`, or a model folder.
-        data: Folder of class folders, DATA/CLASS/picture.jpg; or a table (CSV, COCO JSON) with a row a picture, its
-            path from the table's own folder and its label. Where either has splits, the pictures of test.
-        table: The table, where --data is the folder that its paths start from.
+        data: Folder of class folders, DATA/CLASS/picture.jpg, or a table (CSV, COCO JSON) with path and label of each
+            picture. Its paths are relative to the table. If there are splits, only test pictures are measured.
+        table: The table, if --data is the folder that its paths start from.
         backend: ONNX Runtime, or torch.
-        device: auto takes CUDA where there is one.
-        precision: int8 is the quantised ONNX file, where the model has one; on the CPU.
-        prior: Answer for pictures whose classes are equally frequent, or as frequent as in training.
-        per_class: Print a line for each class as well.
-        skip_bad: Leave out and name what cannot be measured (unreadable pictures, classes that the model does not
-            know) instead of stopping.
-        leaf_folders: Make every folder that pictures lie in a class, at any depth. By default only the outermost
+        device: auto uses CUDA if there is one.
+        precision: int8 uses the quantised ONNX file, if the model has one; CPU only.
+        prior: Class frequencies to assume. uniform: all equal; train: as in training.
+        per_class: Also print a line for each class.
+        skip_bad: Leave out unreadable pictures and classes that the model does not know, and name them, instead of
+            stopping.
+        leaf_folders: Make every folder that contains pictures a class, at any depth. By default only the outermost
             folders are classes.
-        out: Write the results as JSON here.
-        report: Write a page with figures here: one HTML file that needs no other.
-        predictions: Write a row for each picture here, as CSV: its label, the answer and how sure the model was.
+        out: Write the results to this JSON file.
+        report: Write a report with figures to this HTML file. It needs no other file.
+        predictions: Write a row for each picture to this CSV file: label, answer and probability.
     """
     for path in (out, report, predictions):
         if path is not None and path.is_dir():
@@ -94,12 +94,12 @@ def labelled_pictures(
     data: Path, predictor: Predictor, model: str, skip_bad: bool = False, leaf_folders: bool = False,
     table: Path | None = None, columns: Columns = USUAL,
 ) -> tuple[list[Path], np.ndarray]:
-    """Paths of the pictures, and for each the place of its label among the model's classes. Raises DataError."""
+    """Paths of the pictures, and the class index of each in the model. Raises DataError."""
     listing = (list_table(table, data, columns) if table else list_table(data, None, columns) if data.is_file()
                else list_folder(data, leaf_folders=leaf_folders))
     notes = list(listing.notes)
     if listing.empty:
-        notes.append(f"Class folders without pictures, which are not measured: {listed(listing.empty, ', ')}.")
+        notes.append(f"Class folders without pictures are not measured: {listed(listing.empty, ', ')}.")
     keep = np.array([split == "test" for split in listing.splits], bool)
     if keep.any() and not keep.all():
         notes.append(f"{data}: the {keep.sum():,} pictures whose split is test, of {len(keep):,}")
@@ -123,7 +123,7 @@ def labelled_pictures(
 def measure(
     predictor: Predictor, paths: Sequence[Path], labels_N: np.ndarray, prior: Prior | None, skip_bad: bool
 ) -> tuple[dict, list[list]]:
-    """Test results, and for each picture a row: path, label, answer, its probability, what was wrong with the file."""
+    """Test results, and a row for each picture: path, label, answer, its probability, the file's error if any."""
     own: Any = prior if prior is not None else predictor.folder.config["metasaug"].get("prior")
     tally = Tally(predictor.labels, predictor.class_counts, predictor.groups, own)
     shift_C = predictor.prior_shift(prior)
@@ -164,7 +164,7 @@ def measure(
 
 
 def per_class_table(results: dict) -> str:
-    """A line a class, in the model's order."""
+    """One line per class, in the model's order."""
     width = max(len(row["label"]) for row in results["per_class"])
     lines = [f"  {'class':<{width}} {'trained on':>10} {'correct':>7} {'of':>6}"]
     for row in results["per_class"]:

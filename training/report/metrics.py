@@ -15,10 +15,10 @@ from zoo.labels import GROUPS, UNKNOWN
 BINS = 15  # of confidence, equally wide: Guo et al. 2017
 SHIFTS = (50, 25, 10, 5, 2)  # largest / smallest class of a shifted test set: LADE, Hong et al. 2021
 ZERO_RECALL = 0.001  # stands for a class without a correct answer, in the corrected geometric mean
-TESTED_SHARE = 0.95  # of a shifted prior, below which telling it to the model would speak of classes that are not here
-CONFUSION_SIDE = 12  # at most so many rows in the confusion by frequency
+TESTED_SHARE = 0.95  # a shifted prior with less of its weight on tested classes is not given to the model
+CONFUSION_SIDE = 12  # most rows in the confusion by class size
 PAIRS = 20  # most confused pairs that are kept
-# Parts of the results with a line a class or a bin: kept in a model folder, too much for a line of the log.
+# Parts of the results with a row per class or bin: kept in a model folder, too long for a line of the log.
 DETAILS = ("per_class", "calibration", "confusion", "shifted_priors")
 
 
@@ -37,14 +37,14 @@ def wilson_interval(correct: float, total: float, z: float = 1.959964) -> tuple[
 
 
 class Tally:
-    """Test results of any number of pictures, batch by batch: logits are counted and let go.
+    """Test results of any number of pictures, batch by batch; logits are not kept.
 
-    label_names   C names                    class_counts  training pictures a class, or None where not known
-    groups        head, medium, tail or unknown, one a class
-    prior         class frequencies that the logits assume: C numbers, "train" (as in training), "uniform", or None
-                  where that is not known
+    label_names   C names                    class_counts  training pictures per class; None: not known
+    groups        head, medium, tail or unknown, one per class
+    prior         class frequencies that the logits assume: C numbers, "train" (as in training), "uniform"; None:
+                  not known
 
-    Memory: 8 bytes a picture, some hundred a class, and a few times the batch.
+    Memory: 8 bytes per picture, some hundred per class, and a few times the batch.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class Tally:
         self.label_names, self.class_counts, self.groups = label_names, class_counts, groups
         self.present = [group for group in (*GROUPS, UNKNOWN) if group in groups]
         self.group_C = np.array([self.present.index(group) for group in groups])
-        self.pairs: list[np.ndarray] = []  # label * C + prediction, one a picture
+        self.pairs: list[np.ndarray] = []  # label * C + prediction, one per picture
         self.top5_C = np.zeros(C, np.int64)
-        # Over groups of the true class and bins: pictures, right ones, sum of confidences.
+        # By group of the true class and bin: pictures, correct ones, sum of confidences.
         self.bins_3GB = np.zeros((3, len(self.present), BINS))
         self.shifts = _shifted_priors(class_counts, C)
         self.log_shift_SC = _log_shifts(self.shifts, class_counts, prior)
@@ -68,7 +68,7 @@ class Tally:
         labels_N = np.asarray(labels_N, np.int64)
         if logits_NC.shape != (len(labels_N), len(self.label_names)):
             raise ValueError(f"{logits_NC.shape} logits for {len(labels_N)} labels of {len(self.label_names)} classes")
-        rows = max(1, 250_000 // logits_NC.shape[1])  # 2 MB in float64: larger pieces fall out of the cache
+        rows = max(1, 250_000 // logits_NC.shape[1])  # 2 MB in float64: larger pieces do not stay in the cache
         for at in range(0, len(labels_N), rows):
             self._add(logits_NC[at : at + rows].astype(np.float64), labels_N[at : at + rows])
 
@@ -173,7 +173,7 @@ class Tally:
         parts = np.bincount(part_C[true_N] * side + part_C[predicted_N], minlength=side * side).reshape(side, side)
         wrong = true_N != predicted_N
         pair, count = np.unique(true_N[wrong] * C + predicted_N[wrong], return_counts=True)
-        # Ranked by what is sure of their share: neither one picture of one, nor the largest classes, come first.
+        # Ranked by the lower bound of their share: neither 1 of 1 picture nor the largest classes come first.
         low = np.array([wilson_interval(n, images_C[p // C])[0] for p, n in zip(pair, count, strict=True)])
         return {
             "groups": {true: dict(zip(self.present, row, strict=True))
@@ -196,15 +196,15 @@ def expected_calibration_error(images_B: np.ndarray, right_B: np.ndarray, confid
 
 
 def by_size(class_counts: Sequence[int] | None, C: int) -> np.ndarray:
-    """Classes, largest first; equal ones, and all where counts are not known, in their own order."""
+    """Classes, largest first; equal ones, and all if counts are not known, in their own order."""
     return np.argsort(-np.asarray(class_counts or [0] * C), kind="stable")
 
 
 def _shifted_priors(class_counts: Sequence[int] | None, C: int) -> dict[str, np.ndarray]:
-    """Class frequencies of test sets from as long-tailed as training to its inverse (LADE, section 4.2).
+    """Class frequencies of shifted test sets: long-tailed like training, balanced, inverted (LADE, section 4.2).
 
     forward-M   p_c ~ M^(-r_c / (C - 1)), r_c the rank of c in training, 0 the largest class
-    backward-M  the same with the smallest class first; neither where counts are not known
+    backward-M  the same with the smallest class first; only balanced if counts are not known
     """
     uniform = {"balanced": np.ones(C) / C}
     if class_counts is None:
@@ -224,7 +224,7 @@ def _log_shifts(
 ) -> np.ndarray | None:
     """log p_shifted - log p_own (S, C): what to add to logits for the shifted prior (Saerens et al. 2002).
 
-    None where its own prior is not known, or holds a class that training never saw.
+    None if the model's own prior is not known, or has a class without training pictures.
     """
     targets_SC = np.log(np.stack(list(shifts.values())))
     if prior == "uniform":
@@ -234,8 +234,10 @@ def _log_shifts(
 
 
 def weighted_accuracy(prior_C: np.ndarray, correct_C: np.ndarray, images_C: np.ndarray) -> tuple[float, list[float]]:
-    """sum_c p_c recall_c over the classes tested, and its interval: Wilson's for as many pictures as the weighted
-    ones are worth, 1 / sum_c (p_c^2 / n_c) (Kish 1965)."""
+    """sum_c p_c recall_c over the tested classes, and its Wilson interval.
+
+    The interval is for the effective number of pictures, 1 / sum_c (p_c^2 / n_c) (Kish 1965).
+    """
     seen_C = images_C > 0
     p_C = prior_C[seen_C] / prior_C[seen_C].sum()
     accuracy = float((p_C * correct_C[seen_C] / images_C[seen_C]).sum())
@@ -244,7 +246,7 @@ def weighted_accuracy(prior_C: np.ndarray, correct_C: np.ndarray, images_C: np.n
 
 
 def results_table(results: dict) -> str:
-    """The results for a terminal: two lines and one for each group. Missing figures are left out."""
+    """The results for a terminal: overall, for each group, and by class frequencies. Missing figures are left out."""
     lines = [f"error {results['error']:.2%}   macro error {results['macro_error']:.2%}   "
              f"on {results['images']:,} test pictures"]
     more = [f"top-5 error {results['top5_error']:.2%}" if results.get("top5_error") is not None else "",

@@ -22,12 +22,12 @@ from zoo.model_folder import ModelFolder
 from zoo.pixels import LOCAL
 
 STYLE = Path(__file__).with_name("page.css")
-SINGLE = 20  # classes, from which their means are drawn instead of each one's interval
+SINGLE = 20  # with this many classes or more, means are drawn instead of an interval for each class
 OPEN_UP_TO = 60  # rows of a table that is shown unfolded
 
 
 def report_of_run(run: Path, results: Results) -> str:
-    """Writes RUN/report.html, and gives the sentences that end a training. Raises TrainingError."""
+    """Write RUN/report.html; returns the sentences printed at the end of training. Raises TrainingError."""
     config = ModelFolder(run / "model").config
     reading = LOCAL.over(config["metasaug"].get("reading") or {})
     write_text(run / "report.html", page(config, results, read_log(run / "log.jsonl"), sections_of(run, reading)))
@@ -35,7 +35,7 @@ def report_of_run(run: Path, results: Results) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not there. File names that are no text (Linux allows any bytes) come with their odd bytes as \\udcXX."""
+    """Write the whole file or nothing. File names that are not UTF-8 keep their odd bytes as \\udcXX."""
     try:
         write_atomically(path, text.encode("utf-8", errors="backslashreplace"))
     except OSError as error:
@@ -135,7 +135,7 @@ def _items(sentences: Iterable[str]) -> str:
     texts = []
     for sentence in sentences:
         parts = breakable(sentence).split("`")
-        even = len(parts) % 2  # an odd number of backquotes is part of somebody's class name
+        even = len(parts) % 2  # otherwise a class name has a backquote
         texts.append("".join(f"<code>{part}</code>" if i % 2 and even else part for i, part in enumerate(parts)))
     return "".join(f"<li>{text}</li>" for text in texts)
 
@@ -169,7 +169,7 @@ def _by_size(classes: Classes) -> str:
     """Class-count curve with accuracy below it, and accuracy against class size."""
     if classes.counts is None:
         return ""
-    counts = np.maximum(classes.counts, 0.7)  # a class without training pictures has a place on a log axis too
+    counts = np.maximum(classes.counts, 0.7)  # gives classes without training pictures a place on a log axis
     key = _key((group, group) for group in classes.present)
     return ('<section><h2>Common and rare classes</h2><div class="figures">'
             + _figure("Training pictures and accuracy of each class", _count_curve(classes, counts),
@@ -365,10 +365,11 @@ def _shifts(classes: Classes) -> str:
     plot.line([(at[r["prior"]], r["accuracy"]) for r in rows], "accent")
     given = [r for r in rows if r["adjusted_accuracy"] is not None]
     plot.line([(at[r["prior"]], r["adjusted_accuracy"]) for r in given], "medium")
-    key = _key([("accent", "as trained, with 95% interval"), *([("medium", "given the frequencies")] if given else [])])
+    key = _key([("accent", "as trained, with 95% interval"),
+                *([("medium", "with these frequencies given to the model")] if given else [])])
     figure = _figure("Accuracy under other class frequencies", plot.svg("Accuracy against class frequencies"),
-                     "Left: classes are as frequent as in training. Right: rare classes are the frequent ones.", key)
-    table = _table(["frequencies", "accuracy", "95% interval", "given them"], (
+                     "Left: classes are as frequent as in training. Right: rare classes are the most frequent.", key)
+    table = _table(["frequencies", "accuracy", "95% interval", "frequencies given"], (
         [f'<span class="whole">{row["prior"]}</span>', f"{row['accuracy']:.1%}",
          f"<small>{span(row['interval'])}</small>",
          "–" if row["adjusted_accuracy"] is None else f"{row['adjusted_accuracy']:.1%}"] for row in rows))
@@ -422,7 +423,7 @@ def _curves(log: Sequence[Mapping[str, Any]]) -> str:
             + _figure("Loss", loss.svg("Loss by epoch"), "Mean over each epoch's pictures.",
                       _key((kind, name) for kind, (name, _) in losses.items()))
             + _figure("Errors", error.svg("Errors by epoch"), "Training error is on augmented pictures, during the "
-                      "epoch. Test errors are measured now and then and select nothing.", _key(dashed))
+                      "epoch. Test errors are measured every few epochs; they do not select the model.", _key(dashed))
             + "</div></section>")
 
 
@@ -449,6 +450,6 @@ def _every_class(classes: Classes) -> str:
 
 def _footer(ours: Mapping[str, Any]) -> str:
     command = f" Trained by <code>{escaped(ours['command'])}</code>." if ours.get("command") else ""
-    return (f"<footer><p>metasaug {version('metasaug')}. Intervals are 95%, Wilson: they express how few test pictures "
-            "there are, not how much training runs differ. The formula of every figure is in "
-            f"docs/metrics.md.{command}</p></footer>")
+    return (f"<footer><p>metasaug {version('metasaug')}. Intervals are 95% Wilson intervals. They reflect the number "
+            "of test pictures, not the differences between training runs. docs/metrics.md has the formula of every "
+            f"figure.{command}</p></footer>")

@@ -1,4 +1,4 @@
-"""The pictures of report.html: what to photograph next, doubtful labels, near copies, what is confused."""
+"""Sections of report.html with pictures: what to photograph next, confused pictures, doubtful labels, near copies."""
 
 import base64
 import io
@@ -23,9 +23,9 @@ Show = Callable[..., str]
 
 
 def sections_of(run: Path, reading: Reading) -> list[str]:
-    """HTML sections of RUN/review.json, which training.run.review wrote; none without it.
+    """HTML sections of RUN/review.json, which training.run.review wrote; none without that file.
 
-    reading   how the model's pictures are read
+    reading   how the model reads picture files
     """
     path = run / REVIEW
     if not path.is_file():
@@ -42,9 +42,9 @@ def _more(rows: list[Mapping[str, Any]]) -> str:
     cells = "".join(f'<tr><th scope="row">{_named(row["label"])}</th><td>{row["pictures"]:,}</td>'
                     f'<td>{percent(row["error"], row["pictures"])}</td>'
                     f'<td>{percent(row["then"], row["pictures"])}</td></tr>' for row in rows)
-    return ("<section><h2>What to photograph next</h2><p>Ten more pictures would help most in these classes. The "
-            "errors are of a last layer on the pretrained network, cross-validated on your training pictures; the last "
-            "column assumes that each class learns from more pictures as all classes together do.</p>"
+    return ("<section><h2>What to photograph next</h2><p>Ten more pictures would help these classes most. Errors are "
+            "those of a last layer on the pretrained network, cross-validated on your training pictures. The last "
+            "column assumes that more pictures help each class as much as they help the average class.</p>"
             '<div class="wide"><table><thead><tr><th scope="col">class</th><th scope="col">training pictures</th>'
             '<th scope="col">error now</th><th scope="col">with ten more</th></tr></thead>'
             f"<tbody>{cells}</tbody></table></div></section>")
@@ -52,17 +52,17 @@ def _more(rows: list[Mapping[str, Any]]) -> str:
 
 def _confused(rows: list[Mapping[str, Any]], show: Show) -> str:
     blocks = "".join(
-        f'<p>{_named(row["label"])}, taken for {_named(row["answer"])}: {row["count"]:,} of {row["of"]:,} test pictures'
-        f'</p><div class="pictures">{"".join(map(show, row["paths"]))}</div>' for row in rows)
+        f'<p>{_named(row["label"])} mistaken for {_named(row["answer"])}: {row["count"]:,} of {row["of"]:,} test '
+        f'pictures</p><div class="pictures">{"".join(map(show, row["paths"]))}</div>' for row in rows)
     return f"<section><h2>Confused pictures</h2>{blocks}</section>" if rows else ""
 
 
 def _doubtful(rows: list[Mapping[str, Any]], show: Show) -> str:
     if not rows:
         return ""
-    return (f"<section><h2>Labels to look at again</h2><p>The {len(rows)} training pictures whose label is most "
-            "doubtful: a model that was not trained on the picture is sure of another class. Look at each; many will "
-            "be right.</p>"
+    return (f"<section><h2>Labels to check</h2><p>The {len(rows)} training pictures with the most doubtful labels: "
+            "a model that was not trained on the picture is confident of another class. Check each one; many labels "
+            "will be correct.</p>"
             + '<div class="pictures">'
             + "".join(show(row["path"], f'{_named(row["label"])}<br/>or {_named(row["likely"])}?') for row in rows)
             + "</div></section>")
@@ -72,7 +72,7 @@ def _copies(rows: list[Mapping[str, Any]], show: Show) -> str:
     blocks = "".join(
         '<div class="pictures">' + "".join(show(path, _named(label)) for path, label in
                                            zip(row["paths"], row["labels"], strict=True)) + "</div>" for row in rows)
-    return ("<section><h2>Alike, and in two classes</h2><p>To the pretrained network these training pictures are "
+    return ("<section><h2>Near copies in two classes</h2><p>To the pretrained network these training pictures look "
             f"nearly the same, but their labels differ.</p>{blocks}</section>") if rows else ""
 
 
@@ -81,7 +81,7 @@ def _named(label: str) -> str:
 
 
 def _picture(reading: Reading, path: str, below: str = "") -> str:
-    """A small copy of the picture inside the page; where it cannot be read any more, its name alone."""
+    """A small copy of the picture inside the page; only its name if it can no longer be read."""
     shown = "/".join(Path(path).parts[-2:])
     try:
         small = decode(Path(path), reading=reading)

@@ -1,4 +1,7 @@
-"""Test results as sentences: how well each group is recognised, which classes are weak, what to do. C classes."""
+"""Test results as sentences: how well each group is recognised, which classes are weak, what to do.
+
+Shape suffix: C classes.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -44,13 +47,13 @@ class Classes:
         return sorted(tested, key=lambda c: self.upper[c])
 
     def mistaken_for(self, c: int) -> int | None:
-        """The class most often answered for c, where that pair is among those kept."""
+        """The wrong answer given most often for class c, if that pair is among the kept ones."""
         pairs = self.results.get("confusion", {}).get("pairs", ())
         return max(((p["images"], p["predicted"]) for p in pairs if p["true"] == c), default=(0, None))[1]
 
 
 def percent(share: float, of: int = 1000) -> str:
-    """One decimal only where there are enough pictures for it."""
+    """With a decimal only if there are enough pictures."""
     return f"{share:.1%}" if of >= 200 else f"{share:.0%}"
 
 
@@ -73,7 +76,7 @@ def summary(config: Mapping[str, Any], results: Results) -> list[str]:
 
 
 def findings(classes: Classes) -> list[str]:
-    """The summary, and what limits it."""
+    """The summary, and its limits."""
     said = [_overall(classes), _group_sentence(classes), _weak_sentence(classes)]
     tested = classes.images > 0
     never = int((classes.correct[tested] == 0).sum())
@@ -82,8 +85,8 @@ def findings(classes: Classes) -> list[str]:
             classes.names[c] for c in classes.order if classes.images[c] and not classes.correct[c]) + ".")
     thin = int((classes.images[tested] < FEW).sum())
     if thin:
-        said.append(f"{thin:,} classes have fewer than {FEW} test pictures. Rely on the figures of their group, not on "
-                    "their own.")
+        said.append(f"{thin:,} classes have fewer than {FEW} test pictures. Rely on the figures of their group instead "
+                    "of their own.")
     if not tested.all():
         said.append(f"{(~tested).sum():,} classes have no test pictures. No average includes them.")
     return said
@@ -163,12 +166,13 @@ def advice(classes: Classes) -> list[str]:
              if row["adjusted_accuracy"] is not None]
     gain, row = max(gains, key=lambda pair: pair[0], default=(0.0, None))
     if row is not None and gain > 0.02:
-        said.append("If you know how frequent the classes are where you use the model, give it that (`prior=` of "
-                    f"predict). Where they are {_shift_in_words(row['prior'])} it gains {gain * 100:.0f} points.")
+        said.append("If you know how frequent the classes are where you use the model, give these frequencies to "
+                    f"`predict` as `prior=`. If they are {_shift_in_words(row['prior'])} accuracy gains "
+                    f"{gain * 100:.0f} points.")
     if _is_plain(classes.ours) and _gap(results) > 0.15:
         said.append("This training did nothing for rare classes. Train with `--augment metasaug` or "
                     "`--loss balanced-softmax` and compare.")
-    return said or ["Nothing to improve stands out: no class is clearly weak, and the test is large enough to tell."]
+    return said or ["Nothing clear to improve: no class is clearly weak, and the test set is large enough to show it."]
 
 
 def _is_plain(ours: Mapping[str, Any]) -> bool:
@@ -185,5 +189,5 @@ def _gap(results: Results) -> float:
 
 def _shift_in_words(name: str) -> str:
     kind, _, ratio = name.partition("-")
-    return {"forward": f"long-tailed as in training, {ratio} to 1,", "balanced": "equally frequent",
-            "backward": f"the other way round, {ratio} to 1,"}[kind]
+    return {"forward": f"long-tailed as in training, {ratio} to 1,", "balanced": "equally frequent,",
+            "backward": f"inverted, {ratio} to 1,"}[kind]

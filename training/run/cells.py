@@ -1,6 +1,6 @@
 """A queue of trainings: each runs once, and those with the same first stage share it.
 
-The queue has no file of its own: it reads from the run folders what is done, begun or in progress. So several processes
+The queue has no file of its own: it reads from the run folders what is done, begun or in progress. Several processes
 may work on one queue, and you may kill and restart any of them.
 """
 
@@ -39,7 +39,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Task:
-    """What one process does at a time: the first stage of a group, or the rest of a cell."""
+    """The work of one process: the first stage of a group, or the rest of a cell."""
 
     cell: Cell
     name: str  # of the run folder
@@ -66,8 +66,8 @@ class Trained:
 class Queue:
     """Cells in the order of running, and the folder of their runs.
 
-    done       the names of the cells that need no training any more
-    may_take   whether this task, by its name, is to be tried; by default every one
+    done       the names of the finished cells
+    may_take   whether to try the task of this name; by default every one
     """
 
     def __init__(self, cells: Sequence[Cell], runs: Path, done: Callable[[], Container[str]],
@@ -75,8 +75,7 @@ class Queue:
         self.cells, self.runs, self.done, self.may_take = cells, runs, done, may_take
         for group in {cell.group for cell in cells}:
             if len({cell.recipe.stage1_key() for cell in cells if cell.group == group}) > 1:
-                raise TrainingError(f"the cells of {group} have different first stages: put them into groups of "
-                                    "their own.")
+                raise TrainingError(f"The cells of {group} have different first stages: put them into separate groups.")
 
     def left(self) -> list[Cell]:
         done = self.done()
@@ -88,9 +87,9 @@ class Queue:
         return folder if any(folder.glob("step-*.pt")) or any(folder.glob(f"{STAGE1}/step-*.pt")) else None
 
     def tasks(self) -> Iterator[Task]:
-        """One task after the other, each locked until the next is asked for; ends where nothing is left to take.
+        """One task after the other, each locked until the next is requested; ends when no task is left.
 
-        Where all that is left waits for a first stage that another process trains, it waits as well.
+        If all tasks left need a first stage that another process trains, it waits.
         """
         while True:
             with ExitStack() as locked:
@@ -103,7 +102,7 @@ class Queue:
                 time.sleep(0.5)
 
     def _take(self, locked: ExitStack) -> tuple[Task | None, bool]:
-        """The first task that is free, with its lock; else whether one may become free."""
+        """The first free task, with its lock; else whether one may become free."""
         wait, busy = False, set[str]()
         for cell in self.left():
             stage1, begins_alone = self.stage1_of(cell), cell.whole or cell.recipe.stage2_epoch == 0
@@ -119,7 +118,7 @@ class Queue:
                 busy.add(name)
                 wait |= name != cell.name
                 continue
-            # Between the look and the lock another process may have ended it.
+            # Another process may have finished it before we got the lock.
             if cell.name not in self.done() and (name == cell.name or self.stage1_of(cell) is None):
                 return Task(cell, name, self.runs / name, None if begins_alone else stage1), False
             locked.close()
@@ -128,7 +127,7 @@ class Queue:
 
 
 def train(task: Task, data: LongTailed, device: Any, **options: Any) -> Trained | None:
-    """Do the task, from its last checkpoint where it was stopped; None for a first stage.
+    """Do the task, from its last checkpoint if it was stopped; None for a first stage.
 
     options    those of training.run.loop.run
     """

@@ -1,8 +1,8 @@
 """Checkpoints to resume from: each file is complete or absent.
 
-A checkpoint is one file, step-EPOCH-STEP-DIGEST.pt, the digest being the first 16 hex digits of the sha256 of its
-bytes: content and check arrive by the same rename, so a torn write can never look good. It opens with
-`weights_only=True`; nothing in it can run.
+A checkpoint is one file, step-EPOCH-STEP-DIGEST.pt. DIGEST is the first 16 hex digits of the sha256 of its bytes.
+Content and digest arrive by the same rename, so a partial write is always detected. Checkpoints open with
+`weights_only=True`: nothing in them can run.
 """
 
 import hashlib
@@ -21,18 +21,18 @@ NAME = re.compile(r"step-(\d+)-(\d+)-([0-9a-f]{16})\.pt")
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write `content` to `path` completely, or leave what was there (zoo.files). Raises TrainingError."""
+    """Write `content` to `path` completely, or leave the old file (zoo.files). Raises TrainingError."""
     try:
         write_atomically(path, content)
     except OSError as error:
         raise TrainingError(f"{path} could not be written ({error.strerror or error}); the file that was there before "
-                            "is whole. Make room or choose another --out, then go on with --resume.") from error
+                            "is whole. Make room or choose another --out, then continue with --resume.") from error
 
 
 def save(folder: Path, state: dict, epoch: int, step: int, keep: int = 2) -> Path:
-    """Write a checkpoint, drop all but the newest `keep`, and what damage or a kill has left.
+    """Write a checkpoint; remove all except the newest `keep`, damaged ones, and leftovers of a killed run.
 
-    A run goes on from its newest whole checkpoint: what stands there from this step on or later is damaged, and must
+    A run continues from its newest whole checkpoint. Files of this step or a later one are therefore damaged and must
     not count among the kept.
     """
     buffer = io.BytesIO()
@@ -49,7 +49,7 @@ def save(folder: Path, state: dict, epoch: int, step: int, keep: int = 2) -> Pat
 
 
 def load(path: Path) -> dict:
-    """The state in one file, on the CPU; TrainingError where its bytes are not those that were written."""
+    """The state in one file, on the CPU; TrainingError if its bytes have changed."""
     match = NAME.fullmatch(path.name)
     try:
         content = path.read_bytes()
@@ -64,14 +64,16 @@ def load(path: Path) -> dict:
 
 
 def whats_good(folder: Path) -> str:
-    """What is left of a run that diverged, and what to do."""
+    """Whether a run that diverged has a checkpoint, and what to do."""
     kept = "the last checkpoint is good." if _newest_first(folder) else "no checkpoint was written yet."
     return f"{kept} Try a smaller --lr or --strength."
 
 
 def load_newest(folder: Path) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint, or None where there never was one; a damaged one is named in a warning and passed
-    over. TrainingError where all are damaged: to start again is for a person to decide."""
+    """The newest whole checkpoint; None if there is no checkpoint.
+
+    Warns of damaged ones and skips them. TrainingError if all are damaged: you decide whether to start again.
+    """
     found = _newest_first(folder)
     for _, _, path in found:
         try:
@@ -80,7 +82,7 @@ def load_newest(folder: Path) -> tuple[Path, dict] | None:
             warnings.warn(f"{error} Falling back to the one before.", stacklevel=2)
     if found:
         raise TrainingError(f"No checkpoint in {folder} is whole ({', '.join(path.name for *_, path in found)}). Start "
-                            "again with another --out; if the run's stage 1 was kept, with --stage1.")
+                            "again with another --out; if the run's stage 1 was kept, add --stage1.")
     return None
 
 

@@ -21,42 +21,42 @@ from zoo.architectures import create
 from zoo.images import decode
 
 SIZES = (32, 48, 64, 96, 128, 160, 192, 224)
-LIBRARY_SIZES = (224, 256, 288, 336, 384, 448, 518)  # of networks that take one size only
+LIBRARY_SIZES = (224, 256, 288, 336, 384, 448, 518)  # for networks that take one size only
 
-# Steps of training from nothing: with fewer stage 1 is unfinished, with more little is gained (plankton, ResNet-32).
+# Steps of training from random weights: fewer leave stage 1 unfinished, more gain little (plankton, ResNet-32).
 STEPS, STEPS_ON_GPU = 10_400, 40_000
 # How long a run on a CPU may take.
 CPU_SECONDS = 3600
-# Forward and backward of a picture on one core, measured: ResNet-32 at 32 x 32, ResNet-18 at 224 x 224.
+# Seconds to train on a picture with one core, and its side in pixels, measured.
 CORE_SECONDS = {"resnet32": (3.4e-3, 32), "resnet18": (45e-3, 224)}
 
 FULL_COVARIANCE_BYTES = 64e6
 
 
-# Epochs of a last layer on a ready backbone. Plain: those of classifier-balancing on ImageNet-LT.
+# Epochs of a last layer on a pretrained backbone. Plain: as classifier-balancing on ImageNet-LT.
 PLAIN_HEAD_EPOCHS = 10
 HEAD_STEPS = 3_000
-SMALL_HEAD = 64  # features, up to which full covariances cost little
+SMALL_HEAD = 64  # features; up to these, full covariances cost little
 
 
 # ---- with a pretrained start ----
 
-START_SIZES = (128, 160, 192, 224)  # of training
-# So much larger is the model's input: macro error on clothes 23.2 % at 192 pixels and 24.4 % at 160, trained at 160.
+START_SIZES = (128, 160, 192, 224)  # training sizes
+# The model's input is this much larger: trained at 160 pixels, macro error on clothes is 23.2 % at 192, 24.4 % at 160.
 ABOVE = 32
-# Epochs that a picture of a rare class is worth while fine-tuning, and below which a smaller input size serves better.
+# Most epochs of fine-tuning that are worth their time; below FEW_EPOCHS a smaller input size is better.
 MOST_EPOCHS, FEW_EPOCHS = 40, 5
-# Steps of fine-tuning, fewer than which made the first answer worse (47 and 251 of two sets of photographs of clothes).
+# Fewer steps of fine-tuning made the first answer worse (47 and 251 steps on two sets of photographs of clothes).
 FEW_STEPS = 300
-# Minutes of a run by default: at most, and the least; a picture is worth 2 seconds of fine-tuning.
+# Default minutes of a run: at most, at least; in between 2 seconds for each training picture.
 MOST_MINUTES, LEAST_MINUTES, SECONDS_A_PICTURE = 55.0, 0.7, 2.0
-SPARE = 1.1  # what crops and the optimizer add to a step
+SPARE = 1.1  # factor for what crops and the optimizer add to a step
 READ = 3  # times that each file is read: before the run, by the frozen start, and in the first epoch
-TESTS = 5  # tests in the course of a run, each of which may leave a better model
+TESTS = 5  # tests during a run; each may leave a better model
 
 
 def with_start(recipe: OwnPictures, data: LongTailed, device: str) -> tuple[OwnPictures, list[str]]:
-    """The recipe for fine-tuning from a start, chosen where it is auto; unchanged where none is wanted or at hand."""
+    """The recipe for fine-tuning from a pretrained start, with its reasons; unchanged if there is no start."""
     from training.network.starts import REMEDY, choose_start, find_start
 
     reasons: list[str] = []
@@ -72,8 +72,8 @@ def with_start(recipe: OwnPictures, data: LongTailed, device: str) -> tuple[OwnP
             return dataclasses.replace(recipe, start="none"), []
         found = choose_start(device)
         if found is None:
-            take("start", "none", f"no pretrained weights are at hand, so the run starts from nothing, which needs "
-                                  f"hours and many pictures. {REMEDY}.")
+            take("start", "none", "no pretrained weights were found, so the run starts from random weights. That takes "
+                                  f"hours and many pictures. To get weights, {REMEDY}.")
         else:
             take("start", *found)
     if recipe.start == "none":
@@ -83,35 +83,35 @@ def with_start(recipe: OwnPictures, data: LongTailed, device: str) -> tuple[OwnP
     if recipe.architecture == "auto" and start.architecture is None:
         raise TrainingError(f"--start {recipe.start}: the file does not say which network it holds. Add "
                             "--architecture timm:NAME or torchvision:NAME.")
-    take("architecture", start.architecture, "the start's network")
+    take("architecture", start.architecture, "the network of the start")
     shown = _how_shown(start, recipe.architecture)
     if shown:
         for flag in ("mean", "std", "interpolation"):
             value = shown.get(flag)
-            take(flag, tuple(value) if isinstance(value, (list, tuple)) else value, "the start was trained so")
+            take(flag, tuple(value) if isinstance(value, (list, tuple)) else value, "as the start was trained")
     if device == "cpu":
-        take("freeze", "early", "edges and textures that the start knows; a step takes half the time")
+        take("freeze", "early", "the start already detects edges and textures; a step takes half the time")
     count = len(data.train)
     take("batch_size", min(32, max(8, count // 8)), f"{count:,} training pictures")
     take("lr", 0.02, "fine-tuning: more would destroy what the start has learned")
-    take("schedule", "one-cycle", "falls to 0 at the end of the run, however long that is")
+    take("schedule", "one-cycle", "the learning rate falls to 0 at the end of a run of any length")
     take("loss", "logit-adjustment", "the model answers as if all classes were equally frequent")
     take("augment", "none", "logit adjustment alone; the paper's method: --augment metasaug")
     sampled = dataclasses.replace(recipe, sampling="square-root").shown_counts(data.class_counts)
     if recipe.augment == "none" and recipe.balances and sum(sampled) < count:
-        take("sampling", "square-root", f"an epoch shows {sum(sampled):,} of {count:,} pictures, rare classes whole, "
-                                        "so that they are seen more often in the same time")
+        take("sampling", "square-root", f"an epoch shows {sum(sampled):,} of {count:,} pictures, fewer of the common "
+                                        "classes; rare classes are seen more often in the same time")
     take("meta_in_training", "stage2" if recipe.augment in ("none", "isda") else "never",
-         "the meta set decides between first answer and fine-tuning, then is trained on too"
+         "the meta set decides between first answer and fine-tuning; then the run trains on it too"
          if recipe.augment in ("none", "isda") else f"--augment {recipe.augment} measures on the meta set")
-    take("covariance", "diagonal", "a start has many features")
+    take("covariance", "diagonal", "pretrained networks have many features")
     take("crops", "resized", "as the start was trained")
-    take("crop_area", 0.35, "milder than the start's 0.08, for a shorter run")
+    take("crop_area", 0.35, "larger parts than the start's 0.08, for a shorter run")
     if recipe.input_size and recipe.epochs:
         return recipe, reasons
     usual_size = shown.get("input_size", [3, 224, 224])[1]
     recipe, of_time = _length_and_size(recipe, data, usual_size, device, may_stop)
-    if recipe.freeze == "all":  # which says why itself
+    if recipe.freeze == "all":  # `of_time` has its own reason
         reasons = [reason for reason in reasons if not reason.startswith("--freeze")]
     return recipe, reasons + of_time
 
@@ -119,17 +119,17 @@ def with_start(recipe: OwnPictures, data: LongTailed, device: str) -> tuple[OwnP
 def _length_and_size(
     recipe: OwnPictures, data: LongTailed, usual_size: int, device: str, may_stop: bool
 ) -> tuple[OwnPictures, list[str]]:
-    """Epochs and sizes that the minutes allow; they stay as they are for the whole run, and when it resumes.
+    """Epochs and sizes that the minutes allow. They stay the same for the whole run, also after a resume.
 
-    Training shows pictures at a smaller size than the model takes: see --train-size. may_stop: where only a few steps
-    fit into the time, the first answer is the model, at the largest size that it has the time for.
+    Training shows pictures smaller than the model's input: see --train-size. may_stop: if only a few steps fit into
+    the time, the first answer is the model, at the largest size that fits into the time.
     """
     count, others, reasons = len(data.train), len(data.meta) + len(data.test), []
     shown = sum(recipe.shown_counts(data.class_counts))
     minutes = recipe.minutes or min(
         MOST_MINUTES, max(LEAST_MINUTES, LEAST_MINUTES + (count - 200) * SECONDS_A_PICTURE / 60))
     typical = float(np.median(np.sqrt(_sizes(data.train).prod(1))))
-    # Small pictures are enlarged: a start sees little in less than 128 pixels.
+    # Small pictures are enlarged: a pretrained network recognises little below 128 pixels.
     filled = [size for size in START_SIZES if size <= min(usual_size, max(typical * 1.5, START_SIZES[0]))]
     given = recipe.train_size or recipe.input_size
     takes_any = not why_not(create(recipe.architecture, 2), (START_SIZES[0],) * 2)
@@ -142,11 +142,11 @@ def _length_and_size(
         return forward * ((size + above) / (largest + above)) ** 2
 
     def left(size: int) -> float:
-        """Seconds, after reading the files and once through the frozen start."""
+        """Seconds left after reading the files and one pass of all pictures through the frozen start."""
         return minutes * 60 - (count + others) * (look(size) + READ * read)
 
     def epochs_in(size: int) -> float:
-        """With the tests."""
+        """Epochs, with their tests, in the time left."""
         step, test = shown * each * (size / largest) ** 2 * SPARE, len(data.test) * look(size)
         time = left(size)
         return max(time / (step + test) if time < TESTS * (step + test) else (time - TESTS * test) / step, 0)
@@ -157,13 +157,14 @@ def _length_and_size(
     if may_stop and epochs < MOST_EPOCHS and steps < FEW_STEPS:
         size = next((size for size in reversed(sizes) if left(size) > 0), sizes[0])
         return dataclasses.replace(recipe, freeze="all", epochs=epochs, input_size=recipe.input_size or size + above), [
-            f"--freeze all --input-size {recipe.input_size or size + above}: the first answer is the model, since "
-            f"{steps} steps of fine-tuning fit into {minutes:.2g} minutes, too few to be better; --minutes gives more"]
+            f"--freeze all --input-size {recipe.input_size or size + above}: the first answer is the model, because "
+            f"{minutes:.2g} minutes allow only {steps} steps of fine-tuning, too few to improve it; --minutes gives "
+            "more time"]
     if recipe.input_size is None:
         recipe = dataclasses.replace(recipe, input_size=size + above, train_size=size if above else None)
         reasons.append((f"--train-size {size} --input-size {size + above}" if above else f"--input-size {size}")
                        + f": a typical picture has {typical:.0f} x {typical:.0f} pixels"
-                       + (f", and {sizes[-1]} would leave {epochs_in(largest):.1f} epochs"
+                       + (f", and {sizes[-1]} pixels would allow only {epochs_in(largest):.1f} epochs"
                           if size < largest else ""))
     if not recipe.epochs:
         takes = minutes - (epochs_in(size) - epochs) * shown * each * (size / largest) ** 2 * SPARE / 60
@@ -177,8 +178,10 @@ def _length_and_size(
 def measure_speed(
     recipe: OwnPictures, pictures: Split | PictureFiles, size: int, seen: int, device: str
 ) -> tuple[float, float, float]:
-    """Seconds of a picture on this machine: in a training step at `size`, in a forward pass at `seen` pixels, and to
-    read its file."""
+    """Seconds per picture on this machine: a training step, a forward pass, reading its file.
+
+    size   in pixels, of the training step          seen   of the forward pass
+    """
     from training.run.steps import set_trained
 
     module = prepared(create(recipe.architecture, 2), device)
@@ -202,7 +205,7 @@ def measure_speed(
         module.eval()
         look = seconds(seen, module)
     reading = [0.0]
-    for path in _some(pictures, 33):  # the median: the first ones load what decodes them, or come from a cold disk
+    for path in _some(pictures, 33):  # the median: the first files load the decoder, or come from a cold disk
         began = time.perf_counter()
         decode(path, reading=recipe.reading).load()
         reading.append(time.perf_counter() - began)
@@ -210,9 +213,9 @@ def measure_speed(
 
 
 def on_backbone(recipe: Recipe, data: LongTailed) -> tuple[Recipe, list[str]]:
-    """The recipe as its ready backbone asks for it, and a line for each choice; flags that were given stand.
+    """The recipe with the flags that its backbone needs, and a line for each choice; flags that were given stay.
 
-    Raises TrainingError or another ZooError where there is no such backbone, or it does not say what it is.
+    Raises TrainingError or another ZooError: there is no such backbone, or its network is not known.
     """
     assert recipe.backbone is not None
     backbone, usual, reasons = find_backbone(recipe.backbone), type(recipe)(), []
@@ -225,10 +228,10 @@ def on_backbone(recipe: Recipe, data: LongTailed) -> tuple[Recipe, list[str]]:
 
     take("architecture", backbone.architecture, f"{recipe.backbone} is that network")
     if recipe.architecture == "auto":
-        raise TrainingError(f"--backbone {recipe.backbone}: the file does not say which network it holds: "
+        raise TrainingError(f"--backbone {recipe.backbone}: the file does not say which network it holds. Add "
                             "--architecture NAME.")
     shown = _how_shown(backbone, recipe.architecture)
-    why = "the backbone was trained so" if backbone.cfg else f"of {recipe.architecture}'s own weights"
+    why = "the backbone was trained so" if backbone.cfg else f"the library's {recipe.architecture} was trained so"
     if shown:
         take("input_size", shown["input_size"][1], why)
         for flag in ("mean", "std"):
@@ -238,29 +241,30 @@ def on_backbone(recipe: Recipe, data: LongTailed) -> tuple[Recipe, list[str]]:
     ready = backbone.has_last_layer_for(data.label_names, recipe.cosine_scale)
     if recipe.last_layer == "ready" and not ready:
         raise TrainingError(f"--last-layer ready: {recipe.backbone} has no last layer for these "
-                            f"{len(data.label_names)} classes. --last-layer fresh trains one.")
+                            f"{len(data.label_names)} classes. Train one with --last-layer fresh.")
     if recipe.last_layer == "auto":
         recipe = dataclasses.replace(recipe, last_layer="ready" if ready else "fresh")
         reasons.append(f"--last-layer {recipe.last_layer}: " + (
-            "the backbone's own is for these classes, so that every epoch is of stage 2" if ready else
-            f"the backbone's own is for {backbone.num_classes or 'no'} classes" if backbone.label_names is None else
-            "the backbone's own is for other classes"))
+            "the backbone has one for these classes, so every epoch is stage 2" if ready else
+            f"the backbone's is for {backbone.num_classes or 'no'} classes" if backbone.label_names is None else
+            "the backbone's is for other classes"))
     if recipe.stage2_trains == "network":
         recipe = dataclasses.replace(recipe, stage2_trains="classifier")
-        reasons.append("--stage2-trains classifier: a --backbone is not trained; to train on from it: --pretrained")
+        reasons.append("--stage2-trains classifier: a --backbone is not trained; --pretrained trains the whole network")
     if recipe.epochs == usual.epochs and recipe.epochs:
         second = recipe.epochs - recipe.stage2_epoch
         epochs = second if recipe.last_layer == "ready" else second + PLAIN_HEAD_EPOCHS
         recipe = dataclasses.replace(recipe, epochs=epochs, stage2_epochs=second)
-        reasons.append(f"--epochs {epochs}: the {second} of stage 2"
-                       + (f", and {PLAIN_HEAD_EPOCHS} before it for a last layer alone" if epochs > second else ""))
+        reasons.append(f"--epochs {epochs}: {second} of stage 2"
+                       + (f", after {PLAIN_HEAD_EPOCHS} that train a last layer alone" if epochs > second else ""))
     if not recipe.cache_features:
-        reasons.append("With --cache-features 4 the pictures pass the backbone 4 times in all, instead of every epoch.")
+        reasons.append("With --cache-features 4, each picture passes through the backbone 4 times in all, not once an "
+                       "epoch.")
     return recipe, reasons
 
 
 def _how_shown(backbone: Backbone, architecture: str) -> Mapping[str, Any]:
-    """Input size, mean and so on that its weights were trained with; of a file, those of the library's own weights."""
+    """Input size, mean and so on that its weights were trained with; for a file, those of the library's own weights."""
     if backbone.cfg or not architecture.startswith(("timm:", "torchvision:")):
         return backbone.cfg
     return find_backbone(architecture).cfg
@@ -271,7 +275,7 @@ def _words(value: Any) -> str:
 
 
 def choose(recipe: OwnPictures, data: LongTailed, device: str, cores: int) -> tuple[OwnPictures, list[str]]:
-    """The recipe with nothing left to choose, and a line for each choice: "--flag value: because".
+    """The recipe with nothing left to choose, and a line for each choice: "--flag value: reason".
 
     device   cpu, cuda or mps          cores   of the processor
     """
@@ -284,13 +288,13 @@ def choose(recipe: OwnPictures, data: LongTailed, device: str, cores: int) -> tu
         recipe = dataclasses.replace(recipe, **{flag: value})
         reasons.append(f"--{flag.replace('_', '-')} {value}: {reason}")
 
-    quiet: dict[str, Any] = {  # said nothing about
+    quiet: dict[str, Any] = {  # chosen without a line
         "interpolation": "bilinear", "schedule": "steps", "flips": "mirror" if recipe.start == "none" else "auto",
         "loss": "ce", "crop_area": 0.08, "freeze": "none", "sampling": "instance"}
     recipe = dataclasses.replace(recipe, **{flag: value for flag, value in quiet.items()
                                             if getattr(recipe, flag) in ("auto", 0)})
     if recipe.freeze == "all" and recipe.start == "none":
-        raise TrainingError("--freeze all needs a pretrained network: a --start, or --backbone instead.")
+        raise TrainingError("--freeze all needs a pretrained network: give --start, or use --backbone instead.")
     if not recipe.lr:
         recipe = dataclasses.replace(recipe, lr=0.01 if recipe.pretrained else 0.1)
     if recipe.augment == "auto":
@@ -302,19 +306,18 @@ def choose(recipe: OwnPictures, data: LongTailed, device: str, cores: int) -> tu
         recipe = dataclasses.replace(recipe, meta_in_training="stage2" if joined else "never")
     if not recipe.batch_size:
         batch = min(100, max(16, count // 10))
-        take("batch_size", batch, f"{math.ceil(count / batch):,} steps an epoch for {count:,} training pictures")
+        take("batch_size", batch, f"{math.ceil(count / batch):,} steps per epoch for {count:,} training pictures")
     if not recipe.epochs:
         steps, least, most = (STEPS if device == "cpu" else STEPS_ON_GPU), 30, 200
         if recipe.backbone is not None:
             steps, least, most = HEAD_STEPS, 20, 50
         epochs = min(most, max(least, math.ceil(steps * recipe.batch_size / count)))
-        take("epochs", epochs, f"about {epochs * count // recipe.batch_size:,} steps in all, stage 2 being the last "
-                               "fifth")
+        take("epochs", epochs, f"about {epochs * count // recipe.batch_size:,} steps in all; stage 2 is the last fifth")
     if recipe.input_size is None:
         size, why = _input_size(recipe, sizes, count, device, cores)
         if ":" in recipe.architecture and why_not(network := create(recipe.architecture, 2), (size, size)):
             size = next((each for each in LIBRARY_SIZES if not why_not(network, (each, each))), size)
-            why = f"{recipe.architecture} takes no other"
+            why = f"{recipe.architecture} takes no other size"
         take("input_size", size, why)
     size = recipe.input_size or SIZES[0]
     if recipe.architecture == "auto":
@@ -325,20 +328,20 @@ def choose(recipe: OwnPictures, data: LongTailed, device: str, cores: int) -> tu
              f"{long_ones:.0%} of the pictures are over 1.5 times as long as wide")
     if recipe.crops == "auto":
         take("crops", "shift" if size <= 96 else "resized",
-             f"the usual one for pictures of {size} pixels")
+             f"usual for pictures of {size} pixels")
     if recipe.covariance == "auto":
         wide = create(recipe.architecture, 2).num_features
         full = len(data.label_names) * wide**2 * 4
         if recipe.backbone is not None and wide > SMALL_HEAD:
-            take("covariance", "diagonal", f"{wide} features, on which the step of a last layer is a few products then")
+            take("covariance", "diagonal", f"for {wide} features; a step of the last layer is then a few products")
         else:
             take("covariance", "full" if full <= FULL_COVARIANCE_BYTES else "diagonal",
-                 f"full ones of {len(data.label_names)} classes and {wide} features take {full / 1e6:,.0f} MB")
+                 f"full covariances of {len(data.label_names)} classes and {wide} features take {full / 1e6:,.0f} MB")
     return recipe, reasons
 
 
 def _sizes(pictures: Split | PictureFiles) -> np.ndarray:
-    """(N, 2), width and height; of a few hundred where they were not looked at yet."""
+    """(N, 2), width and height; of a few hundred files if they were not scanned yet."""
     if isinstance(pictures, Split):
         return np.array([pictures.pictures.shape[2:0:-1]])
     if pictures.sizes is not None:
@@ -347,7 +350,7 @@ def _sizes(pictures: Split | PictureFiles) -> np.ndarray:
 
 
 def _some(pictures: Split | PictureFiles, most: int) -> list[Path]:
-    """At most so many files, spread over them; none of pictures in memory."""
+    """At most `most` files, evenly spread; none for pictures in memory."""
     if isinstance(pictures, Split):
         return []
     return [pictures.paths[i] for i in np.linspace(0, len(pictures) - 1, min(len(pictures), most)).astype(int)]
@@ -362,7 +365,7 @@ def _architecture(size: int, count: int, device: str) -> tuple[str, str]:
 
 
 def _input_size(recipe: OwnPictures, sizes: np.ndarray, count: int, device: str, cores: int) -> tuple[int, str]:
-    """The largest that the pictures fill and, on a CPU, that an hour is enough for."""
+    """The largest size that the pictures fill and that, on a CPU, trains within an hour."""
     typical = float(np.median(np.sqrt(sizes.prod(1))))
     filled = [size for size in SIZES if size <= typical * 1.1] or [SIZES[0]]
     why = f"a typical picture has {typical:.0f} x {typical:.0f} pixels"

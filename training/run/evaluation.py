@@ -18,10 +18,11 @@ def evaluate(
     prior: str | Sequence[float] | None = None, before_each: Callable[[], None] = lambda: None,
     features_KNA: np.ndarray | None = None, processes: Processes = ALONE, kept: list[np.ndarray] | None = None,
 ) -> dict:
-    """Test results of the module as it stands; see training.report.metrics.Tally. `before_each` batch may end it.
+    """Test results of the module in its current state; see training.report.metrics.Tally.
 
-    features_KNA   of the test pictures, where they are cached: the same results without looking at pictures
-    kept           takes the logits, (N, C) of each batch
+    before_each    called before each batch; it may raise to stop
+    features_KNA   cached features of the test pictures: the same results without decoding pictures
+    kept           collects the logits, (N, C) of each batch
     processes      each sees its part of every batch, and all return the same results
     """
     was_training = module.training

@@ -22,17 +22,17 @@ from training.run.state import check_input_size, start
 from zoo.architectures import classifier_name
 from zoo.labels import assign_groups
 
-# Weight decays of the last layer that are tried, and the one that is taken where under FEW pictures are held out.
+# Weight decays of the last layer to try, and the one to use if fewer than FEW pictures are held out.
 PENALTIES, USUAL_PENALTY = (0.1, 0.03, 0.01, 0.003), 0.03
 FEW = 30
 FIT_STEPS = 60
-# Held-out pictures that are turned over to see which flips matter, and the accuracy that may be lost by a flip. What
-# lies on its side may look new to the start where it has no up all the same: by a quarter more may be lost.
+# Held-out pictures to flip, and the accuracy that a harmless flip may lose. A quarter turn may lose more: pictures on
+# their side can look new to the start even if they have no upright direction.
 TURNED, FLIP_LOSS, QUARTER_LOSS = 400, 0.04, 0.12
 
 
 class FirstAnswer:
-    """A last layer on the start's features, before and after it is trained on the held-out pictures as well.
+    """A last layer on the start's features, before and after training on the held-out pictures too.
 
     held_NC   logits of the held-out pictures, before          score   their mean recall; None without any
     """
@@ -52,8 +52,10 @@ class FirstAnswer:
         self.last_layer, self.held_NC, self.score = self._fit()
 
     def _fit(self) -> tuple[dict[str, Tensor], np.ndarray, float | None]:
-        """The last layer of the training pictures alone, where fine-tuning begins, by the best of PENALTIES; what it
-        says of the held-out pictures, and the score of that."""
+        """The last layer fitted to the training pictures only, with the best of PENALTIES; fine-tuning begins with it.
+
+        Also returns its logits of the held-out pictures, and their score.
+        """
         n, C = len(self.data.train), len(self.data.label_names)
         balanced = self.recipe.balances
         held_NA, held_N = self.features_NA[n:], self.labels_N[n:].numpy()
@@ -72,7 +74,7 @@ class FirstAnswer:
         return {f"{name}.weight": weight.to(self.device), f"{name}.bias": bias.to(self.device)}
 
     def with_flips(self) -> OwnPictures:
-        """The recipe with --flips chosen."""
+        """The recipe, with --flips chosen and printed if it is auto."""
         if self.recipe.flips == "auto":
             self.module.load_state_dict(self.last_layer, strict=False)
             flips, why = self._flips()
@@ -81,12 +83,12 @@ class FirstAnswer:
         return self.recipe
 
     def fitted(self, features_NA: Tensor, labels_N: Tensor, steps: int = FIT_STEPS) -> tuple[Tensor, Tensor]:
-        """A last layer for these pictures in at most so many steps: weight (C, A) and bias (C,)."""
+        """Weight (C, A) and bias (C,) of a last layer for these pictures, in at most this many steps."""
         return fit_last_layer(features_NA, labels_N, len(self.data.label_names), self.penalty, self.recipe.balances,
                               steps)
 
     def on_all(self) -> tuple[dict, np.ndarray]:
-        """Train on the meta set as well; returns the test results and the logits (N, C)."""
+        """Train on the meta set too; returns the test results and the logits (N, C)."""
         self.module.load_state_dict(self._named(*self.fitted(self.features_NA, self.labels_N)), strict=False)
         groups, _ = assign_groups(self.joined.class_counts)
         kept: list[np.ndarray] = []
@@ -96,10 +98,10 @@ class FirstAnswer:
         return {"split": "test", "epoch": 0, **results}, np.concatenate(kept)
 
     def _flips(self) -> tuple[str, str]:
-        """What may be turned over: the accuracy on held-out pictures, each way round."""
+        """Flips that keep the accuracy on held-out pictures, and a sentence with these accuracies."""
         held = self.data.held_out
         if len(held) < FEW:
-            return "mirror", "too few pictures are held out to see whether they have an up"
+            return "mirror", "too few pictures are held out to measure which flips are harmless"
         some = held.at(np.linspace(0, len(held) - 1, min(len(held), TURNED)).astype(int))
         ways: dict[str, Callable[[Tensor], Tensor]] = {
             "upright": lambda x: x, "mirrored": lambda x: x.flip(3), "upside down": lambda x: x.flip(2),
@@ -110,7 +112,7 @@ class FirstAnswer:
         lost = {way: right["upright"] - share for way, share in right.items()}
         flips = ("none" if lost["mirrored"] > FLIP_LOSS else
                  "all" if lost["upside down"] <= FLIP_LOSS and lost["turned"] <= QUARTER_LOSS else "mirror")
-        return flips, "the first answer gets " + ", ".join(f"{share:.0%} {way}" for way, share in right.items())
+        return flips, "accuracy of the first answer: " + ", ".join(f"{share:.0%} {way}" for way, share in right.items())
 
 
 def fit_last_layer(
@@ -120,7 +122,7 @@ def fit_last_layer(
 
         mean cross entropy(logits + log prior, labels) + penalty / 2 * sum weight^2
 
-    balanced   with the log prior of the classes, as logit adjustment has it; else without
+    balanced   add the log prior of the classes, as logit adjustment does
     """
     mean_A, std_A = features_NA.mean(0), features_NA.std(0).clamp_min(1e-4)
     x_NA = (features_NA - mean_A) / std_A
@@ -142,7 +144,7 @@ def fit_last_layer(
 
 
 def mean_recall(logits_NC: np.ndarray, labels_N: np.ndarray) -> float:
-    """Mean over the classes that there are of the share of their pictures that are right."""
+    """Mean accuracy over the classes that have pictures."""
     right_N = logits_NC.argmax(1) == labels_N
     return float(np.mean([right_N[labels_N == c].mean() for c in np.unique(labels_N)]))
 
@@ -158,6 +160,6 @@ def logits_of(module: nn.Module, pictures, view: View, device: torch.device,
 
 
 def as_fitted(recipe: OwnPictures) -> OwnPictures:
-    """The recipe by which `fit_last_layer` trains: with the log prior in place of class weights and augmentation."""
+    """The recipe of `fit_last_layer`: with the log prior instead of class weights and augmentation."""
     return dataclasses.replace(recipe, augment="none", class_weights="none", sampling="instance",
                                loss="balanced-softmax" if recipe.balances else recipe.loss)

@@ -11,10 +11,10 @@ from training.errors import TrainingError
 
 
 class Log:
-    """JSON lines. Resuming cuts off the lines that are newer than the checkpoint, so that no epoch is there twice.
+    """JSON lines. Resuming cuts off the lines that are newer than the checkpoint, so no epoch is there twice.
 
     path          None in a process that does not write
-    length        bytes that the checkpoint knows
+    length        in bytes, when the checkpoint was written
     tensorboard   folder for the same numbers in TensorBoard's format, or None
     """
 
@@ -53,8 +53,8 @@ class Log:
         try:
             yield
         except OSError as error:
-            raise TrainingError(f"{self.path} could not be written ({error.strerror or error}). Make room, then go on "
-                                "with --resume.") from error
+            raise TrainingError(f"{self.path} could not be written ({error.strerror or error}). Make room, then "
+                                "continue with --resume.") from error
 
 
 class TensorBoardLog:
@@ -67,7 +67,7 @@ class TensorBoardLog:
         from torch.utils.tensorboard import SummaryWriter
 
         for older in folder.glob("events.out.tfevents.*"):
-            older.unlink()  # else an epoch that is trained again is there twice
+            older.unlink()  # else epochs that are trained again appear twice
         self.writer = SummaryWriter(str(folder))
         for line in lines:
             self.write(line)
@@ -82,7 +82,7 @@ class TensorBoardLog:
 
 
 def scalars(line: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in a line but the epoch, those of objects within it under names like test/groups/tail/accuracy."""
+    """The numbers in a line, without the epoch; nested ones under names like test/groups/tail/accuracy."""
     for name, value in line.items():
         if isinstance(value, Mapping):
             yield from scalars(value, f"{above}{name}/")

@@ -1,7 +1,7 @@
 """The training loop: stage 1 plain, stage 2 re-weighted and augmented. Read `Run.train` first.
 
-All randomness is a function of (seed, epoch, step): order, crops and meta batches are computed from them. A run that
-was stopped anywhere therefore continues to the same bits.
+All randomness (order, crops, meta batches) is a function of (seed, epoch, step). A stopped run therefore continues to
+the same bits.
 """
 
 import dataclasses
@@ -47,17 +47,17 @@ from training.run.steps import Stepper, log_line, set_trained
 from zoo.labels import assign_groups
 from zoo.signals import stop_signals
 
-# On a GPU the host asks once in so many steps whether all numbers were finite.
+# On a GPU the host asks once in this many steps whether all numbers were finite.
 STEPS_UNSEEN = 50
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is carried out. Nothing here changes its result.
+    """How a run is carried out. No option changes its result.
 
     evaluate_every  epochs between tests, for the log only; the last epoch is always tested
     save_minutes    minutes between checkpoints within an epoch; 0: only at its end
-    workers         processes that decode pictures; their number changes no bit of the result
+    workers         processes that decode pictures
     tensorboard     write the log to `folder`/tensorboard as well
     deterministic   on CUDA: only kernels that give the same bits each time; else a resumed run differs in the last bits
     in_memory       hold pictures that fit into memory; else read them from disk at each step
@@ -92,10 +92,10 @@ def run(
     """Train from the newest checkpoint in `folder` (resume), from another run's stage 1, or from the beginning.
 
     folder       run folder: log.jsonl, checkpoints/, stage1/
-    processes    those that train together: rank 0 writes, all return the same
+    processes    that train together: rank 0 writes, all return the same
     on_progress  called after each step
     on_test      called with the results of each test and the logits (N, C)
-    last_layer   its weights at the beginning, by their names in the network; None: random
+    last_layer   its first weights, by their names in the network; None: random
     options      fields of `Options`
     Returns the state after the last epoch and its test results. Raises TrainingError, DivergenceError before an
     update that would spread NaN, Interrupted once the state is saved. SIGINT, SIGTERM and SIGHUP save at once.
@@ -109,7 +109,7 @@ def run(
 
 
 class Run:
-    """What the parts of a training run share; see `run`."""
+    """The state of a training run and its parts; see `run`."""
 
     def __init__(self, recipe: Recipe, data: LongTailed, folder: Path, device: torch.device, options: Options,
                  processes: Processes, on_progress: Callable[[State], None] | None,
@@ -126,7 +126,7 @@ class Run:
         self.saved_at = time.monotonic()
 
     def prepare(self) -> None:
-        """Everything that the first step needs, and all that can fail before it."""
+        """Set up what the first step needs, and check what can be checked before it."""
         self.view = view_of(self.recipe, self.data)
         check_input_size(self.state.module, self.recipe, self.view)
         self.stages = make_stages(self.recipe, self.data, self.view, self.device, self.options.workers, self.processes,
@@ -144,7 +144,7 @@ class Run:
             check_room(self.folder, self.state)
 
     def train(self) -> dict:
-        """All epochs that are left; returns the results of the last test."""
+        """Train the epochs that are left; returns the results of the last test."""
         recipe, state, results = self.recipe, self.state, {}
         tensorboard = self.folder / "tensorboard" if self.options.tensorboard else None
         with (
@@ -169,11 +169,11 @@ class Run:
                 if state.epoch == recipe.stage2_epoch and self.processes.first:
                     checkpoints.save(self.folder / "stage1", state.to_dict(recipe, self.data), state.epoch, 0, keep=1)
                 self.save()
-        results = results or self.test()  # a run that is resumed after its last epoch
+        results = results or self.test()  # empty if the run was resumed after its last epoch
         return {"split": "test", "epoch": state.epoch, **results}
 
     def train_epoch(self, bar: tqdm) -> None:
-        """The steps of an epoch that are left."""
+        """Train the steps of this epoch that are left."""
         recipe, state = self.recipe, self.state
         in_stage2, last = state.epoch >= recipe.stage2_epoch, self.steps[state.epoch]
         set_trained(state.module, recipe, in_stage2)
@@ -199,7 +199,7 @@ class Run:
                 self.save()
 
     def look_at_device(self, bar: tqdm) -> None:
-        """Stop where a step was not finite; else show how the epoch goes."""
+        """Raise DivergenceError if a step was not finite; else update the progress bar."""
         with self.explained(0):
             self.compute.finite.raise_if_failed()
         sums = self.state.sums.to_dict()
@@ -209,7 +209,7 @@ class Run:
 
     @contextmanager
     def explained(self, pictures: int) -> Iterator[None]:
-        """What a step of so many pictures may raise, with where it happened and what to do."""
+        """Explain errors of a step on this many pictures: where it happened and what to do."""
         try:
             yield
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -217,15 +217,15 @@ class Run:
                 raise
             height, width = self.view.size
             raise TrainingError(f"A step of {pictures} pictures of {width} x {height} does not fit into the memory of "
-                                f"{self.device}: a smaller --batch-size or --input-size, or another --architecture."
-                                ) from error
+                                f"{self.device}. Choose a smaller --batch-size or --input-size, or another "
+                                "--architecture.") from error
         except DivergenceError as error:
             where = f"epoch {self.state.epoch + 1}, step {self.stepper.failed_step()}"
             raise DivergenceError(f"{where}: {error} Stopped before the update; "
                                   f"{checkpoints.whats_good(self.folder / 'checkpoints')}") from error
 
     def save(self, in_step: bool = True) -> None:
-        """Write a checkpoint. in_step: all processes are here; else each is alone, where all have the same state."""
+        """Write a checkpoint. in_step: all processes call this together; else each alone, with the same state."""
         if in_step:
             self.state.level(self.processes)
         with self.explained(0):
@@ -235,11 +235,11 @@ class Run:
             checkpoints.save(self.folder / "checkpoints", self.state.to_dict(self.recipe, self.data),
                              self.state.epoch, self.state.step)
         if in_step:
-            self.processes.wait()  # a large state may take longer than a process may hang
+            self.processes.wait()  # writing a large state may take longer than the time-out of other exchanges
         self.saved_at = time.monotonic()
 
     def leave_if_stopped(self, in_step: bool = True) -> None:
-        """Interrupted, with the state saved, where a signal came. in_step: as in `save`."""
+        """Save the state and raise Interrupted if a signal arrived. in_step: as in `save`."""
         number = self.stopped[0] if self.stopped else 0
         if in_step:
             number = self.processes.any(number)
@@ -249,7 +249,7 @@ class Run:
                               "saved. The same command with --resume continues.", 128 + number)
 
     def stage(self, in_stage2: bool) -> Stage:
-        """What is trained now; where the backbone stands still, its features, which are computed first."""
+        """The stage to train; if the backbone is frozen and cached, on its features, which are computed first."""
         if self.cache is None or not self.recipe.stands_still(in_stage2):
             return self.stages[in_stage2]
         if in_stage2 not in self.cached_stages:
@@ -262,7 +262,7 @@ class Run:
 
     @cached_property
     def tested(self) -> LongTailed:
-        """The data with its test pictures in memory, if they fit beside the others: they are decoded once."""
+        """The data with its test pictures in memory if they fit beside the others, so they are decoded only once."""
         pictures = sum(len(one) for one in (self.final.train, self.final.meta, self.final.test))
         hold_them = self.options.in_memory and not self.recipe.cache_features
         if not (hold_them and fits_in_memory(self.view, pictures)):
@@ -270,7 +270,7 @@ class Run:
         return dataclasses.replace(self.final, test=hold(self.final.test, self.view, self.options.workers))
 
     def test(self, kept: list[np.ndarray] | None = None) -> dict:
-        """Results on the test set of the network as it stands. kept   takes the logits, (N, C) of each batch"""
+        """Results of the current network on the test set. kept   collects the logits, (N, C) of each batch"""
         cached = None
         if self.cache is not None and self.recipe.stands_still(self.state.epoch >= self.recipe.stage2_epoch):
             cached = self.cache.of("test", self.final.test, self.state.module, lambda: self.leave_if_stopped(False))
@@ -283,11 +283,11 @@ class Run:
 
 
 def _same_bits_each_time() -> None:
-    """What CUDA otherwise leaves to chance: the order of atomic additions, cuDNN's and cuBLAS's choice of kernel."""
+    """Fix what CUDA leaves to chance: the order of atomic additions, cuDNN's and cuBLAS's choice of kernel."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
-    # Fused attention sums its gradient in any order, unless the line below were to raise instead of warn.
+    # Fused attention sums its gradient in any order, and with warn_only torch only warns of that.
     for fused in ("flash", "mem_efficient", "cudnn"):
         getattr(torch.backends.cuda, f"enable_{fused}_sdp")(False)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # a network may hold what has no such kernel: it says so
+    torch.use_deterministic_algorithms(True, warn_only=True)  # some operations have no such kernel: torch names them
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

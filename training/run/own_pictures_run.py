@@ -1,11 +1,12 @@
 """A run on your own pictures from a pretrained start: a first answer in minutes, fine-tuning, the better of the two.
 
-1. The start stands still: features of all pictures are computed once, and a last layer is fitted to them. That is the
-   first model, with its report.
-2. Everything is fine-tuned from there by training.run.loop. Each test may leave a better model.
-3. The better one stays, by pictures of the meta set that neither was trained on. Those pictures are trained on last.
+1. The start is frozen. Features of all pictures are computed once, and a last layer is fitted to them: the first
+   model, with its report.
+2. training.run.loop fine-tunes the network from there. Each test may leave a better model.
+3. The better model stays, judged on pictures of the meta set that neither was trained on. These pictures are trained
+   on last.
 
-Where too few pictures are held out to tell which is better, or with --freeze all, the first model is the last.
+If too few pictures are held out to compare the two, or with --freeze all, the first model is the result.
 
 Shape suffix: N pictures.
 """
@@ -42,7 +43,7 @@ from zoo.labels import assign_groups
 from zoo.model_folder import ModelFolder
 from zoo.predictor import Classes
 
-# Pictures, with repeats, from which on fine-tuning takes minutes: the first answer then has ONNX and card at once.
+# Pictures times epochs. Above, fine-tuning takes minutes, so the first answer gets its ONNX and card at once.
 LONG = 10_000
 
 
@@ -50,8 +51,8 @@ LONG = 10_000
 class Scores:
     """Mean accuracy over classes on held-out pictures, kept in the run folder.
 
-    frozen       of the first answer; fine_tuned: at the last test before those pictures are trained on; best: of both
-    calibration  of the fine-tuned model, fitted to them at the same test
+    frozen       of the first answer; fine_tuned: at the last test before these pictures are trained on; best: of both
+    calibration  of the fine-tuned model, fitted to these pictures at the same test
     """
 
     frozen: float | None = None
@@ -81,9 +82,9 @@ class OwnPicturesRun:
         self.model, self.held_out = folder / "model", data.held_out
 
     def train(self) -> dict:
-        """Leaves the best model in `folder`/model, from the first answer on; returns its test results.
+        """Keep the best model so far in `folder`/model; returns its test results.
 
-        Where the run is resumed, the first answer is there already.
+        A resumed run has its first answer already.
         """
         last_layer = None
         newest = checkpoints.load_newest(self.folder / "checkpoints")
@@ -97,9 +98,9 @@ class OwnPicturesRun:
         if self.recipe.freeze == "all":
             return ModelFolder(self.model).results or {}
         if not self.fine_tunes:
-            print(f"Only {len(self.held_out)} pictures are held out, too few to tell whether fine-tuning makes it "
-                  f"better: the first answer is the model. With {SMALL_FOR_A_WHILE} training pictures in most classes, "
-                  "or with --meta, it would be tried.")
+            print(f"Only {len(self.held_out)} pictures are held out, too few to tell whether fine-tuning improves the "
+                  "model, so the first answer is the model. For fine-tuning, collect at least "
+                  f"{SMALL_FOR_A_WHILE} training pictures in most classes, or give --meta.")
             return ModelFolder(self.model).results or {}
         try:
             loop.run(self.recipe, self.data, self.folder, self.device, on_test=self.on_test, last_layer=last_layer,
@@ -115,7 +116,7 @@ class OwnPicturesRun:
         return self.recipe.freeze != "all" and len(self.held_out) >= FEW
 
     def answer_first(self) -> dict[str, Tensor]:
-        """Leave the first model, complete; returns the last layer that fine-tuning begins with."""
+        """Write the complete first model; returns the last layer that fine-tuning begins with."""
         began = time.monotonic()
         first = FirstAnswer(self.recipe, self.data, self.folder, self.device, self.how.get("workers", 0),
                             self.how.get("features"))
@@ -138,7 +139,7 @@ class OwnPicturesRun:
         return first.last_layer
 
     def on_test(self, state: State, results: dict, logits_NC: np.ndarray) -> None:
-        """Keep the model if it is the best so far; while it trains on the meta set, if it was before."""
+        """Keep the model if it is the best so far; once it trains on the meta set, if it was the best before that."""
         scores = self.scores
         if self.recipe.meta_in_training != "stage2" or state.epoch < self.recipe.stage2_epoch:
             held_NC = logits_of(state.module, self.held_out, view_of(self.recipe, self.data), self.device)
@@ -156,7 +157,7 @@ class OwnPicturesRun:
 
     def leave(self, recipe: OwnPictures, data: LongTailed, state: State, results: dict, logits_NC: np.ndarray,
               calibration: dict[str, Any] | None, schedule: str | None = None) -> None:
-        """Write the model, and what it confuses. logits_NC: of the test set; schedule: in words; None: the recipe's."""
+        """Write the model and its confusions. logits_NC: of the test set; schedule: in words; None: the recipe's."""
         if calibration is not None:
             groups, _ = assign_groups(data.class_counts)
             fitted = Calibration.fitted(calibration, groups)
@@ -167,7 +168,7 @@ class OwnPicturesRun:
         write_review(self.folder, {"confused": confused(self.data.test, logits_NC.argmax(1), data.label_names)})
 
     def calibration(self, recipe: OwnPictures, held_NC: np.ndarray) -> dict[str, Any] | None:
-        """By the logits of the held-out pictures; None where they are too few."""
+        """Fitted to the logits of the held-out pictures; None if they are too few."""
         labels_N = self.held_out.labels
         if len(labels_N) < FEW or len(np.unique(labels_N)) < 2:
             return None
@@ -175,7 +176,7 @@ class OwnPicturesRun:
                                f"{self.data.source}: held-out pictures, before the model was trained on them too")
 
     def export(self) -> None:
-        """ONNX and card, in a process of its own, since training does not know how models are exported."""
+        """Add ONNX and card, in a separate process: training does not import export."""
         done = subprocess.run([sys.executable, "-m", "export", str(self.model)], check=False, capture_output=True,
                               text=True)
         if done.returncode:

@@ -1,8 +1,8 @@
-"""What the training pictures tell about themselves, by the features of a frozen network.
+"""Review of the training pictures with the features of a frozen network.
 
-Doubtful labels, near copies in two classes, and where ten more pictures would help most. A last layer that is fitted
-to two thirds of the pictures answers for the other third, in turn, so that no picture is judged by a model that was
-trained on it. Doubtful labels are found by confident learning (Northcutt, Jiang and Chuang, JAIR 2021).
+It finds doubtful labels, near copies in two classes, and the classes where ten more pictures would help most. Last
+layers are cross-validated: each is fitted to two thirds of the pictures and judges the other third. Doubtful labels
+are found by confident learning (Northcutt, Jiang and Chuang, JAIR 2021).
 
 Shape suffixes: N pictures, C classes, A features.
 """
@@ -24,15 +24,18 @@ from zoo.files import write_atomically
 FOLDS, STEPS = 3, 25
 DOUBTFUL, COPIES, CONFUSED, MORE = 30, 12, 10, 10
 SHOWN = 4  # pictures of a confusion
-ALIKE = 0.98  # cosine of the features, from which two pictures are near copies
+ALIKE = 0.98  # least cosine of the features of near copies
 ADDED = 10  # pictures
-MOST_PICTURES = 40_000  # beyond, every so many-th picture is reviewed
+MOST_PICTURES = 40_000  # of more pictures, evenly spread ones are reviewed
 
 Fit = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def review(features_NA: Tensor, data: LongTailed, fit: Fit) -> dict[str, Any]:
-    """data   whose training pictures have these features          fit   (features, labels, steps): weight and bias"""
+    """Findings for review.json.
+
+    features_NA   of data.train          fit   (features, labels, steps) -> weight and bias
+    """
     if not isinstance(data.train, PictureFiles):
         return {}
     every = -(-len(data.train) // MOST_PICTURES)
@@ -52,7 +55,7 @@ def review(features_NA: Tensor, data: LongTailed, fit: Fit) -> dict[str, Any]:
 
 
 def folds(labels_N: Tensor) -> Tensor:
-    """(N,), the fold of each picture: those of a class in turn."""
+    """(N,), the fold of each picture; each class is spread evenly over the folds."""
     fold_N = torch.empty_like(labels_N)
     for c in labels_N.unique():
         at = (labels_N == c).nonzero()[:, 0]
@@ -75,9 +78,9 @@ def out_of_fold(features_NA: Tensor, labels_N: Tensor, fold_N: Tensor, fit: Fit,
 
 
 def doubtful(probabilities_NC: Tensor, labels_N: Tensor) -> list[tuple[int, int]]:
-    """Pictures that confidently belong to another class than their label says, and that class; the surest first.
+    """Pictures whose label is probably wrong, with their likely class; the surest first.
 
-    Confidently: with at least the mean probability that pictures of that class have for it.
+    A class is likely for a picture that has at least the mean probability of that class's own pictures for it.
     """
     own_N = probabilities_NC[range(len(labels_N)), labels_N]
     count_C = torch.bincount(labels_N, minlength=probabilities_NC.shape[1])
@@ -110,9 +113,9 @@ def more_pictures(whole_NC: Tensor, half_NC: Tensor, labels_N: Tensor, counts_C:
                   names: Sequence[str]) -> list[dict[str, Any]]:
     """Classes by how much their error would fall with ADDED more pictures, the most first.
 
-    A class with n pictures and an error of e would have e * (n / (n + ADDED)) ** b. b is one number for the data set:
-    how the mean error over classes falls from half of the pictures to all. A class's error is drawn to the mean error,
-    by as much as two pictures weigh.
+    A class with n pictures and error e is expected to have e * (n / (n + ADDED)) ** b. The data set has one b: how the
+    mean error over classes falls from half of the pictures to all. A class's error is shrunk towards the mean, which
+    counts as two pictures.
     """
     def errors_C(probabilities_NC: Tensor) -> np.ndarray:
         wrong_N = (probabilities_NC.argmax(1) != labels_N).double().numpy()
@@ -130,7 +133,7 @@ def more_pictures(whole_NC: Tensor, half_NC: Tensor, labels_N: Tensor, counts_C:
 
 
 def confused(test: Split | PictureFiles, predicted_N: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The pairs of class and wrong answer that most test pictures have, with some of these pictures."""
+    """The most frequent pairs of class and wrong answer on the test set, with some of their pictures."""
     if not isinstance(test, PictureFiles):
         return []
     wrong = np.flatnonzero(predicted_N != test.labels)
@@ -145,7 +148,7 @@ def confused(test: Split | PictureFiles, predicted_N: np.ndarray, names: Sequenc
 
 
 def write_review(run: Path, parts: Mapping[str, Any]) -> None:
-    """Into RUN/review.json, beside what stands there."""
+    """Add the parts to RUN/review.json."""
     path = run / REVIEW
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     write_atomically(path, (json.dumps({**known, **parts}, indent=1) + "\n").encode(errors="surrogateescape"))

@@ -1,4 +1,4 @@
-"""The run folder: one run at a time in it, and the model folder that it ends with."""
+"""The run folder: a lock for one run at a time, and the model folder at its end."""
 
 import fcntl
 import platform
@@ -24,9 +24,9 @@ LOSSES_IN_WORDS = {"ce": "cross entropy", "focal": "focal loss", "ldam": "LDAM (
 def write_model(model: Path, name: str, recipe: Recipe, data, state, results: dict, processes: int = 1,
                 command: str | None = None, schedule: str | None = None,
                 calibration: Mapping[str, Any] | None = None) -> None:
-    """Write the finished model folder, without ONNX: `metasaug train` adds that next, `metasaug export` at any time.
+    """Write the finished model folder, without ONNX: `metasaug train` adds it next, `metasaug export` at any time.
 
-    command, schedule   in words, where they are not those of this process and of the recipe
+    command, schedule   in words; None: those of this process and of the recipe
     calibration         as zoo.calibration.fit_calibration gives it
     """
     import torch
@@ -90,14 +90,14 @@ def write_model(model: Path, name: str, recipe: Recipe, data, state, results: di
     write_model_folder(model, config, weights, covariance)
 
 
-# Flags that name places on this machine, and what the card shows instead; None: nothing.
+# Flags that name places on this machine, and what the card shows instead; None: leave the flag out.
 PLACES = {"--data": "DIR", "--test": "DIR", "--meta": "DIR", "--lists": "DIR", "--table": "FILE",
           "--pretrained": "FILE", "--features": None, "--out": None, "--stage1": None, "--name": None,
           "--workers": None}
 
 
 def command_in_words() -> str:
-    """The command as another person would type it: without where this machine keeps things."""
+    """The command as another person would type it, without this machine's paths."""
     words, kept = iter(sys.argv[1:]), []
     for word in words:
         flag, _, value = word.partition("=")
@@ -138,7 +138,7 @@ def schedule_in_words(recipe: Recipe) -> str:
 
 
 def code_version() -> str:
-    """The distribution's version and, in a checkout, its commit; "+" where files differ from that commit."""
+    """The distribution's version and, in a checkout, its commit; "+" if files differ from that commit."""
     own = distribution_version()
     if not (ROOT / ".git").exists():
         return own
@@ -151,7 +151,7 @@ def code_version() -> str:
 
 
 def distribution_version() -> str:
-    """The installed version; in a tree that was copied without installing it, the one in its pyproject.toml."""
+    """The installed version; in a copy that is not installed, that of its pyproject.toml."""
     try:
         return version("metasaug")
     except PackageNotFoundError:

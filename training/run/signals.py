@@ -8,7 +8,7 @@ from training.errors import TrainingError
 
 @contextmanager
 def naming_dead_workers() -> Iterator[None]:
-    """A TrainingError in place of the RuntimeError that torch raises wherever the main process is."""
+    """Raise a TrainingError instead of torch's RuntimeError about a dead worker."""
     try:
         yield
     except RuntimeError as error:

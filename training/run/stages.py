@@ -24,17 +24,17 @@ from training.run.state import State
 
 @dataclass(frozen=True)
 class Stage:
-    """What one of the two stages trains on and against."""
+    """Data, loss and class weights of one of the two stages."""
 
     batches: Batches
     meta: Batches
     loss: HeadLoss
     weights: torch.Tensor | None
-    head: Head | None = None  # what is trained where the batches are of features
+    head: Head | None = None  # the network to train if the batches are features
 
 
 def data_of_stage(recipe: Recipe, data: LongTailed, stage: Literal[1, 2]) -> LongTailed:
-    """What the stage trains on; its meta pictures are those that S is learned from."""
+    """The data of the stage; its meta pictures are those that S is learned from."""
     joined = {"never": (), "stage2": (2,), "always": (1, 2)}[recipe.meta_in_training]
     if recipe.augment == "heldout":
         data = data.with_most_of_meta_in_training() if stage in joined else data
@@ -43,13 +43,13 @@ def data_of_stage(recipe: Recipe, data: LongTailed, stage: Literal[1, 2]) -> Lon
 
 
 def view_of(recipe: Recipe, data: LongTailed) -> View:
-    """How the recipe shows the network these pictures."""
+    """How these pictures become the network's input."""
     if recipe.input_size is not None:
         size = (recipe.input_size, recipe.input_size)
     elif isinstance(data.train, Split):
         size = data.train.pictures.shape[1:3]
     else:
-        raise TrainingError("--input-size is needed: these pictures are of many sizes.")
+        raise TrainingError("Give --input-size: these pictures have many sizes.")
     return View(size, recipe.mean or data.mean, recipe.std or data.std, recipe.crop_mode, recipe.crop_pct,
                 recipe.crops, recipe.flips, recipe.color_jitter, recipe.interpolation, recipe.crop_area,
                 reading=data.reading)
@@ -59,7 +59,7 @@ def make_stages(
     recipe: Recipe, data: LongTailed, view: View, device: torch.device, workers: int, processes: Processes,
     in_memory: bool = True,
 ) -> tuple[Stage, Stage]:
-    """What both stages train on; pictures that fit are read into memory, once."""
+    """Both stages; pictures that fit into memory are read once."""
     view = view if recipe.train_size is None else dataclasses.replace(view, size=(recipe.train_size,) * 2)
     cached = recipe.cache_features and recipe.stands_still(in_stage2=False)
     in_memory = in_memory and not cached and fits_in_memory(view, len(data.train) + len(data.meta))
@@ -69,7 +69,7 @@ def make_stages(
         train, meta = (hold(pictures, view, workers) for pictures in (train, meta))
 
     def stage(counts: tuple[int, ...], loss: Loss, size: int, weighted: bool) -> Stage:
-        # Meta pictures that join the second stage's come after the first one's: one copy serves both.
+        # Meta pictures that join in stage 2 come after those of stage 1, so both stages share one copy.
         shown = recipe.shown_counts(counts)
         return Stage(
             Batches(train, view, recipe.seed, size, device, workers, processes, sum(counts), shown),
@@ -84,16 +84,16 @@ def make_stages(
 
 
 def _placed(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device, where MPS has no float64."""
+    """On the device; in float32 on MPS, which has no float64."""
     return (values.float() if device.type == "mps" else values).to(device)
 
 
 def on_features(
     stage: Stage, cache: FeatureCache, data: LongTailed, module: nn.Module, before_each: Callable[[], None]
 ) -> Stage:
-    """The same stage on cached features, which are computed first where they are not there yet.
+    """The same stage on cached features, computed now if they are not there yet.
 
-    data   of the stage: its pictures as they lie on the disk, which are not held in memory for it
+    data   of the stage, with its pictures on disk: they are not held in memory for this
     """
     last: nn.Linear = module.get_classifier()  # type: ignore[operator, assignment]
 
@@ -107,7 +107,7 @@ def on_features(
 
 
 def check(recipe: Recipe, data: LongTailed) -> None:
-    """TrainingError for data that this recipe cannot train on, naming the classes."""
+    """Raise TrainingError for data that this recipe cannot train on, naming the classes."""
     counts = np.array(data.class_counts)
 
     def named(classes: np.ndarray) -> str:
@@ -121,14 +121,14 @@ def check(recipe: Recipe, data: LongTailed) -> None:
     lacking = np.setdiff1d(np.arange(len(counts)), data.meta.labels)
     if recipe.augment == "metasaug" and len(lacking):
         raise TrainingError(f"{len(lacking)} classes have no picture in the meta set, which MetaSAug learns from: "
-                            f"{named(lacking)}. Give each one at least, or train with --augment isda or none.")
+                            f"{named(lacking)}. Give each class at least one, or train with --augment isda or none.")
     if recipe.augment == "heldout" and len(data_of_stage(recipe, data, 2).meta) < 2:  # batch norm needs two
-        raise TrainingError("Almost no class can spare a picture from training, and --augment heldout measures on "
-                            "spared ones: train with --augment metasaug, isda or none.")
+        raise TrainingError("--augment heldout measures on held-out pictures, but almost no class has enough to hold "
+                            "any out. Train with --augment metasaug, isda or none.")
 
 
 def check_disk(recipe: Recipe, data: LongTailed, cache: FeatureCache, state: State) -> None:
-    """TrainingError, before anything is trained, where the features will not fit onto the disk."""
+    """Raise TrainingError, before anything is trained, if the features will not fit onto the disk."""
     from_start = recipe.stands_still(in_stage2=False)
     second = data_of_stage(recipe, data, 2)
     trained_on = [second.train]
@@ -139,7 +139,7 @@ def check_disk(recipe: Recipe, data: LongTailed, cache: FeatureCache, state: Sta
 
 
 def check_room(folder: Path, state: State) -> None:
-    """TrainingError, before anything is trained, if the disk has no room for what the run will write."""
+    """Raise TrainingError, before anything is trained, if the disk has no room for the run."""
     weights, covariances = (sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
                             for parts in ([state.module], [state.covariance, state.learned]))
     needed = run_bytes(weights, covariances // 2)
@@ -150,8 +150,10 @@ def check_room(folder: Path, state: State) -> None:
 
 
 def run_bytes(weights: int, covariance: int) -> int:
-    """Disk of a run: three checkpoints (weights and momentum; covariances, running and learned), and the model folder
-    with the weights twice, as ONNX too."""
+    """Bytes of a run on disk: three checkpoints and the model folder.
+
+    A checkpoint has weights, momentum and two covariances; the model folder has the weights twice, once as ONNX.
+    """
     return 4 * (2 * weights + 2 * covariance)
 
 

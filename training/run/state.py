@@ -28,7 +28,7 @@ from zoo.architectures import create
 
 @dataclass
 class State:
-    """All that a run carries from one step to the next."""
+    """What a run carries from one step to the next."""
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
@@ -46,7 +46,7 @@ class State:
         self.sums.load({})
 
     def check(self, kept: Path) -> None:
-        """DivergenceError where a number that a checkpoint would keep is NaN or infinite. kept: the folder of those."""
+        """Raise DivergenceError if a number to be saved is NaN or infinite. kept: the folder of checkpoints."""
         momenta = _floats(one.get("momentum_buffer") for one in self.optimizer.state.values())
         covariances = [*self.covariance.state_dict().values(), *self.learned.state_dict().values()]
         try:
@@ -58,7 +58,7 @@ class State:
                                   f"{checkpoints.whats_good(kept)}") from error
 
     def level(self, processes: Processes) -> None:
-        """The same bits in every process; on GPUs, what each computed alike may differ in the last ones."""
+        """Make all processes bit-identical; on GPUs, what each computed alike may differ in the last bits."""
         momenta = _floats(one.get("momentum_buffer") for one in self.optimizer.state.values())
         processes.follow([*self.module.state_dict().values(), *momenta, *self.covariance.state_dict().values(),
                           *self.learned.state_dict().values()])
@@ -77,7 +77,7 @@ class State:
         }
 
     def load_momenta(self, saved: dict) -> None:
-        """saved: an optimizer's state_dict; its rates and its implementation stay this run's own."""
+        """Load momenta from an optimizer's state_dict; learning rates and implementation stay this run's own."""
         self.optimizer.load_state_dict({**saved, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
     def load_dict(self, saved: dict) -> None:
@@ -85,14 +85,14 @@ class State:
         self.load_momenta(saved["optimizer"])
         self.covariance.load_state_dict(saved["covariance"])
         self.learned.load_state_dict(saved["learned"])
-        self.scale.load_state_dict(saved.get("scale", self.scale.state_dict()))  # of before there was one
+        self.scale.load_state_dict(saved.get("scale", self.scale.state_dict()))  # old checkpoints have no scale
         self.sums.load(saved["sums"])
         for name in ("epoch", "step", "seconds", "log_bytes"):
             setattr(self, name, saved[name])
 
 
 class Sums:
-    """Figures of an epoch, summed over its pictures on the device; nothing here waits for it but `to_dict`."""
+    """Figures of an epoch, summed over its pictures on the device; only `to_dict` waits for the device."""
 
     NAMES = ("loss", "wrong", "meta_loss", "shift", "effect")
 
@@ -104,7 +104,7 @@ class Sums:
         self.pictures = 0
 
     def add(self, figures: dict[str, torch.Tensor], pictures: int, finite: Finite) -> None:
-        """Each figure is a mean over the batch, but `wrong` a number of pictures. `pictures` is counted elsewhere."""
+        """Each figure is a mean over the batch, except `wrong`, a count. `pictures` is counted elsewhere."""
         self.names = tuple(figures)
         for name, value in figures.items():
             place, value = self.NAMES.index(name), value.to(self.values.dtype)
@@ -126,14 +126,14 @@ def _floats(values: Iterable[Any]) -> list[torch.Tensor]:
 
 
 def start(recipe: Recipe, data: LongTailed, device: torch.device) -> State:
-    """data   of stage 2"""
+    """The state before the first step. data: of stage 2."""
     torch.manual_seed(recipe.seed)
     num_classes = len(data.label_names)
     module = create(recipe.architecture, num_classes, recipe.cosine_scale).to(device)
     if recipe.pretrained is not None:
         fresh = load_pretrained(module, recipe.pretrained)
         if fresh and os.environ.get("RANK", "0") == "0":
-            print(f"--pretrained {recipe.pretrained}: {listed(fresh, ', ')} start fresh")
+            print(f"--pretrained {recipe.pretrained}: {listed(fresh, ', ')} start from random weights")
     if isinstance(recipe, OwnPictures) and recipe.starts_pretrained:
         load_backbone(module, find_start(recipe.start), False)
     if recipe.backbone is not None:
@@ -142,7 +142,7 @@ def start(recipe: Recipe, data: LongTailed, device: torch.device) -> State:
     optimizer = torch.optim.SGD(module.parameters(), recipe.lr, recipe.momentum, nesterov=recipe.momentum > 0,
                                 weight_decay=recipe.weight_decay, fused=device.type == "cuda")
     width: int = module.get_classifier().in_features  # type: ignore[operator, union-attr]
-    kind = recipe.covariance if recipe.augment != "none" else "diagonal"  # not used then: the smaller one
+    kind = recipe.covariance if recipe.augment != "none" else "diagonal"  # not used: take the smaller
     covariance = RunningCovariance(num_classes, width, kind, device=device)
     if recipe.augment == "heldout":
         held = np.bincount(data.meta.labels, minlength=num_classes).tolist()
@@ -151,14 +151,14 @@ def start(recipe: Recipe, data: LongTailed, device: torch.device) -> State:
 
 
 def check_input_size(module: nn.Module, recipe: Recipe, view: View) -> None:
-    """TrainingError where the network does not take pictures of this size."""
+    """Raise TrainingError if the network does not take pictures of this size."""
     if because := why_not(module, view.size):
         raise TrainingError(f"{recipe.architecture} does not take pictures of {view.size[0]} x {view.size[1]}: "
                             f"{because} Give another --input-size or --architecture.")
 
 
 def why_not(module: nn.Module, size: tuple[int, int]) -> str:
-    """Why the network, which is in eval mode then, takes no pictures of this height and width; "" where it does."""
+    """Why the network takes no pictures of this height and width; "" if it does. Leaves it in eval mode."""
     try:
         with torch.no_grad():
             module.eval()(torch.zeros(2, 3, *size, device=next(module.parameters()).device))

@@ -16,19 +16,19 @@ from training.recipes import Recipe
 from training.run.stages import Stage
 from training.run.state import State
 
-# Steps that a graph's memory and kernels settle in before it is captured.
+# Eager steps before a graph is captured, so that its memory and kernels are settled.
 WARM_UP = 3
-# Picture size with which the sides of a network's parts are found where the recipe has none.
+# Picture size for `early_parts` if the recipe has none.
 EXAMPLE_SIZE = 128
 
 
 class Stepper:
-    """Steps of a run. `begin_epoch` first, then `step` for each batch.
+    """Steps of a run. Call `begin_epoch` first, then `step` for each batch.
 
-    On CUDA a step is captured as a CUDA graph, optimizer included, after WARM_UP eager ones, and then replayed; one
-    graph a stage and batch size.
+    On CUDA, after WARM_UP eager steps, a step with its optimizer is captured as a CUDA graph and then replayed: one
+    graph for each stage and batch size.
 
-    graphs   False: never capture          say   takes the sentence that says why a stage is not captured
+    graphs   False: never capture          say   called with the reason why a stage is not captured
     """
 
     def __init__(self, recipe: Recipe, state: State, compute: Compute, device: torch.device, graphs: bool = True,
@@ -50,7 +50,7 @@ class Stepper:
         self.compute.finite.begin(self.state.step)
 
     def set_rates(self, epoch: float) -> None:
-        """epoch   with the part of it that is done, where the schedule goes by steps"""
+        """epoch   fractional if the schedule changes with every step"""
         self.rates.set(self.recipe, epoch)
         for group in self.state.optimizer.param_groups:
             group["lr"] = self.rates.lr
@@ -90,17 +90,17 @@ class Stepper:
                 self.say_eager(f"the capture failed ({str(error).splitlines()[0]})")
 
     def why_eager(self) -> str:
-        """Why this stage's steps cannot be captured, also said once; "" where they can."""
+        """Why this stage's steps cannot be captured, also printed once; "" if they can."""
         recipe, compute = self.recipe, self.compute
         projected = (self.in_stage2 and recipe.augment == "metasaug" and recipe.fidelity == "fixed"
                      and recipe.covariance == "full")
         reasons = {
             "several processes share each step": compute.processes.count > 1,
-            "float16's gradient scale is chosen by looking at the gradients": compute.precision == "float16",
-            "--compile makes kernels of its own": compute.compiled,
-            "the projection of full covariances looks at them (--fidelity reference and --covariance diagonal do not)":
+            "float16's gradient scale depends on the gradients": compute.precision == "float16",
+            "--compile makes its own kernels": compute.compiled,
+            "full covariances are projected (they are not with --fidelity reference or --covariance diagonal)":
                 projected,
-            "dropout must be drawn twice alike":
+            "dropout must draw the same numbers twice":
                 compute.draws and (compute.accumulate > 1 or (self.in_stage2 and recipe.lookahead == "network")),
         }
         because = next((reason for reason, holds in reasons.items() if holds), "")
@@ -114,21 +114,21 @@ class Stepper:
             self.say(f"Stage {1 + self.in_stage2} runs without CUDA graphs, several times slower: {because}.")
 
     def _step(self, batch: tuple[Tensor, ...]) -> None:
-        """All of a step that happens on the device."""
+        """The part of a step that runs on the device."""
         pictures, labels, *meta_batch = batch
         finite, optimizer = self.compute.finite, self.state.optimizer
         with finite.keeping(self.state.module.buffers()):
             result = self.gradient(pictures, labels, meta_batch)
         figures = figures_of(result, labels)
         if finite.on_device:
-            # The fused optimizer then leaves weights and momenta alone.
+            # With found_inf the fused optimizer changes neither weights nor momenta.
             optimizer.found_inf = (~finite.ok).float()  # type: ignore[attr-defined]
         optimizer.step()
         self.state.sums.add(figures, len(labels), finite)
         finite.end_step()
 
     def gradient(self, pictures: Tensor, labels: Tensor, meta_batch: Sequence[Tensor]) -> StepResult:
-        """One step without the optimizer's update: it leaves gradients in `.grad`."""
+        """One step without the optimizer's update: leaves the gradients in `.grad`."""
         recipe, state, stage, rates, compute = self.recipe, self.state, self.stage, self.rates, self.compute
         assert stage is not None
         module = stage.head or state.module
@@ -173,7 +173,7 @@ class CapturedStep:
 
 
 class Rates:
-    """What changes from epoch to epoch: numbers on the CPU, on CUDA tensors without dimensions, which graphs read."""
+    """Rates that change with the epoch: numbers on the CPU; on CUDA scalar tensors, which graphs can read."""
 
     lr: Any
     strength: Any
@@ -196,14 +196,14 @@ class Rates:
 
 
 def seed_of_step(recipe: Recipe, state: State, rank: int) -> int:
-    """For what torch itself draws in a step (dropout, stochastic depth)."""
+    """The seed for what torch draws in a step (dropout, stochastic depth)."""
     of_rank = [rank] if rank else []
     sequence = np.random.SeedSequence([recipe.seed, state.epoch, state.step, *of_rank])
     return int(sequence.generate_state(1, np.uint64)[0])
 
 
 def set_trained(module: nn.Module, recipe: Recipe, in_stage2: bool) -> None:
-    """Train mode; what stands still is in eval mode: early parts, or where only the last layer trains all the rest."""
+    """Set train mode, and eval mode for frozen parts: the early ones, or all except the last layer."""
     module.train()
     if recipe.freeze == "early":
         for part in early_parts(module, recipe.train_size or recipe.input_size or EXAMPLE_SIZE):
@@ -211,13 +211,14 @@ def set_trained(module: nn.Module, recipe: Recipe, in_stage2: bool) -> None:
     if recipe.stands_still(in_stage2):
         module.eval().requires_grad_(False)
         module.get_classifier().requires_grad_()  # type: ignore[operator, union-attr]
-        module.zero_grad()  # the optimizer passes over what has no gradient
+        module.zero_grad()  # the optimizer skips parameters without a gradient
 
 
 def early_parts(module: nn.Module, size: int) -> list[nn.Module]:
-    """The modules, from the first, that work at an eighth of the picture's side or finer; none of most transformers.
+    """The first modules, with maps of at least an eighth of the picture's side; none in most transformers.
 
-    They hold few of the weights and take half of the time of a step: edges and textures that every start knows.
+    They detect edges and textures, which every start knows. They hold few of the weights, but take half of the time
+    of a step.
     """
     side: dict[nn.Module, int] = {}
 
@@ -233,7 +234,7 @@ def early_parts(module: nn.Module, size: int) -> list[nn.Module]:
         hook.remove()
 
     def first_of(part: nn.Module) -> tuple[list[nn.Module], bool]:
-        """Those within, and whether that is all of it."""
+        """The early modules in this part, and whether they are the whole part."""
         if all(side.get(inner, size) >= size // 8 for inner in part.modules()):
             return [part], True
         found: list[nn.Module] = []
@@ -248,7 +249,7 @@ def early_parts(module: nn.Module, size: int) -> list[nn.Module]:
 
 
 def figures_of(result: StepResult, labels: Tensor) -> dict[str, Tensor]:
-    """What a step says for the log. `shift` is |S' - S| / |S|, `effect` what that change did to the loss."""
+    """Figures of a step for the log. `shift` is |S' - S| / |S|; `effect` is how that changed the loss."""
     looked_at = len(result.logits_NC)
     wrong = (result.logits_NC.argmax(1) != labels[:looked_at]).sum() * (len(labels) / looked_at)
     figures = {"loss": result.loss, "wrong": wrong}
