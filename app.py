@@ -1,8 +1,7 @@
-"""The demo: what several models make of pictures, common and rare. `python app.py`, or `metasaug demo`.
+"""The demo: several models classify the same pictures, of common and rare classes. `python app.py` or `metasaug demo`.
 
-Pictures are decoded by zoo.images alone, under its caps: every event that takes one has `preprocess=False`, so that
-Gradio checks where a file lies and opens nothing. Nothing on the page comes from another host. What the parts of the
-page say and do is in zoo/demo.
+Only zoo.images decodes pictures, under its caps. Every event that takes a picture has `preprocess=False`: Gradio then
+checks where the file lies and does not open it. The page loads nothing from another host. Its parts are in zoo/demo.
 """
 
 import os
@@ -27,11 +26,11 @@ from zoo.registry import citation
 
 QUEUE: dict[str, Any] = {"max_size": 64, "default_concurrency_limit": 2}
 PAGE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-AT_ONCE: dict[str, Any] = {**PAGE, "queue": False}  # what costs nothing never waits behind pictures
+AT_ONCE: dict[str, Any] = {**PAGE, "queue": False}  # for cheap events, which never wait behind pictures
 
 
 def build_demo(names: list[str]) -> gr.Blocks:
-    """The page, which begins with the models called `names`; zoo.demo.server serves it."""
+    """The page, with the models `names` chosen at first; zoo.demo.server serves it."""
     sets = models.sets()
     of_set = next((key for key, members in sets.items() if members == names), None)
     with gr.Blocks(title="MetaSAug: the long tail, side by side", analytics_enabled=False,
@@ -94,7 +93,7 @@ def _folder_tab(names: list[str]) -> None:
     rows, view = gr.State([], time_to_live=3600), gr.State(None, time_to_live=3600)
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=280):
-            files = gr.File(file_count="multiple", label="Pictures, or zips of them (each file up to 20 MB)",
+            files = gr.File(file_count="multiple", label="Pictures or zip files (each up to 20 MB)",
                             height=220, elem_id="files", type="filepath")
             ready = [(o.caption, o.name) for o in models.offers() if o.ready]
             which = gr.Dropdown(ready, value=names[0], label="Model")
@@ -104,7 +103,7 @@ def _folder_tab(names: list[str]) -> None:
             download = gr.DownloadButton("Download CSV", interactive=False)
         with gr.Column(scale=10, min_width=320):
             shown = gr.HTML(pictures.empty(), elem_id="many", js_on_load=ACT)
-    # Beside the queue's other two: a folder never keeps single pictures waiting. Jobs take turns by pictures.
+    # A limit of its own, so that folders never delay single pictures. Jobs alternate picture by picture.
     event = start.click(pictures.run, [files, which], [shown, rows, view, download], preprocess=False,
                         concurrency_id="many", concurrency_limit=8, **PAGE)
     stop.click(pictures.stopped, rows, [shown, download], cancels=[event], **AT_ONCE)
@@ -122,7 +121,7 @@ def _directions_tab(given: gr.State):
     shown = gr.HTML("", elem_id="varied")
     told: dict[str, Any] = {"fn": directions.page, "inputs": [which, label, given], "outputs": shown,
                             "preprocess": False, **PAGE}
-    # Another model may have the same classes: the list of them then does not change.
+    # `then`, not `label.change`: if the other model has the same classes, the label does not change.
     which.change(directions.classes, which, label, preprocess=False, **AT_ONCE).then(**told)
     label.input(**told)
     return which, label, shown
@@ -160,21 +159,21 @@ def demo(
     root_path: str | None = None,
     trust_proxy: bool = False,
 ) -> None:
-    """The Gradio app, until Ctrl-C. Uploads are deleted when it stops.
+    """Serve the demo page until Ctrl-C. Uploads are deleted when it stops.
 
     Args:
-        own: Model folders (RUN/model), or names from `metasaug list`, that the page begins with.
-        host: Address to listen on, 127.0.0.1 by default; 0.0.0.0 lets other machines of your network in.
-        port: Port to listen on, 7860 by default; 0 takes any free one.
+        own: Model folders (RUN/model), or names from `metasaug list`, that the page shows first.
+        host: Address to listen on, 127.0.0.1 by default; 0.0.0.0 opens the demo to other machines on your network.
+        port: Port to listen on, 7860 by default; 0 picks a free one.
         open_browser: Open the page in your browser.
-        auth: user:password that every visitor must give; use it with --host 0.0.0.0. METASAUG_DEMO_AUTH does the same
-            without showing the password in the list of processes.
-        allowed_host: A name by which visitors reach the demo, such as lab.example.org; give it once for each name.
-            Addresses (192.168.1.5) and this computer's own name always work.
+        auth: user:password that every visitor must enter; use it with --host 0.0.0.0. METASAUG_DEMO_AUTH does the same
+            and keeps the password out of the process list.
+        allowed_host: A host name by which visitors reach the demo, such as lab.example.org; repeat the flag for more
+            names. IP addresses (192.168.1.5) and this computer's own name always work.
         root_path: Path below which a reverse proxy serves the demo, such as /zoo.
-        trust_proxy: Believe the X-Forwarded-* headers. Only behind a reverse proxy that sets them.
+        trust_proxy: Trust the X-Forwarded-* headers. Use it only behind a reverse proxy that sets them.
     """
-    host = host or os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")  # set where the demo is a Space
+    host = host or os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")  # set in a Space
     port = int(os.environ.get("GRADIO_SERVER_PORT", 7860)) if port is None else port
     auth = auth or os.environ.get("METASAUG_DEMO_AUTH") or None
     if auth is not None and not all(auth.partition(":")):
@@ -182,7 +181,7 @@ def demo(
     root_path = (os.environ.get("GRADIO_ROOT_PATH", "") if root_path is None else root_path).rstrip("/")
     if root_path and not root_path.startswith("/"):
         raise zoo.ZooError(f"--root-path {root_path}: a path that begins with /, such as /zoo.")
-    in_space = "SPACE_ID" in os.environ  # there Hugging Face's proxy lets visitors in, and shows the page in a frame
+    in_space = "SPACE_ID" in os.environ  # behind Hugging Face's proxy, which shows the page in a frame
     rules = Rules(host, tuple(name.lower() for name in allowed_host), trust_proxy or in_space, auth,
                   "https://huggingface.co" if in_space else "'none'")
     names, stopped = models.offer(own), threading.Event()
@@ -198,7 +197,7 @@ def demo(
 
 @contextmanager
 def stop_signals(stopped: threading.Event) -> Iterator[None]:
-    """Ctrl-C and SIGTERM set the event, instead of ending the process in the middle of something."""
+    """Make Ctrl-C and SIGTERM set the event instead of ending the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -40,7 +40,7 @@ COMMANDS = {
     "release": Command(SHARE, "export.release:release", "train, measure, export and publish the zoo's missing models"),
 }
 
-# What each missing library belongs to.
+# The extra that installs each optional library.
 EXTRAS = {"torch": "train", "torchvision": "train", "onnx": "train", "onnxscript": "train", "gradio": "demo",
           "tensorboard": "tensorboard", "pyarrow": "parquet"}
 
@@ -96,7 +96,7 @@ def _call(name: str, arguments: list[str]) -> int:
         result = tyro.cli(_found(command.function), prog=f"metasaug {name}", args=arguments)
     except Exception as error:
         if command.then is not None and (left := getattr(error, "model", None)) is not None:
-            _found(command.then)(left)  # the run was stopped, and has saved a model before
+            _found(command.then)(left)  # the run was stopped after it had saved a model
         raise
     if command.then is not None:
         _found(command.then)(result)
@@ -118,9 +118,9 @@ def overview() -> str:
 
 
 def completion(shell: Literal["bash", "zsh"], /) -> None:
-    """Print a script with which your shell completes commands, data sets, flags and names of models.
+    """Print a script that lets your shell complete commands, data sets, flags and model names.
 
-    It takes some seconds, so keep it in a file:
+    Making it takes some seconds, so save it to a file:
     metasaug completion bash > ~/.local/share/bash-completion/completions/metasaug
     metasaug completion zsh > ~/.metasaug.zsh; in ~/.zshrc, after compinit: source ~/.metasaug.zsh
     """
@@ -148,7 +148,7 @@ complete -o default -F _metasaug metasaug"""
 
 
 def _flags(words: str) -> list[str]:
-    """Those that the help of a command names."""
+    """The flags in a command's help."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
         main([*words.split(), "--help"])

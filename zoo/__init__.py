@@ -4,7 +4,7 @@
     model = zoo.load("metasaug-cifar10-lt")
     print(model.predict("photo.jpg"))
 
-Importing it loads neither torch nor ONNX Runtime; `load` does the latter, `load(..., backend="torch")` the former.
+`import zoo` loads neither torch nor ONNX Runtime. `load` imports ONNX Runtime; `load(..., backend="torch")`, torch.
 """
 
 from typing import TYPE_CHECKING, Any

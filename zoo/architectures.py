@@ -1,8 +1,8 @@
 """The networks, with timm's interface: forward_features, forward_head(pre_logits=), get_classifier. Needs torch.
 
 Feature maps are (N, A, H, W), features (N, A), logits (N, C). Every network ends in one linear layer over A =
-`num_features` features. Those of `ARCHITECTURES` average their feature map to get them, so that class activation maps
-are exact; of timm's networks some do too (`has_feature_map` says which).
+`num_features` features. The networks of `ARCHITECTURES` average their feature map to get them, which makes class
+activation maps exact. Some of timm's networks do so too: `has_feature_map` says which.
 """
 
 import difflib
@@ -33,7 +33,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.missing:
-            # Where the shape changes: every other pixel, and zeros for the channels that are not there yet.
+            # Where the shape changes: every other pixel, and zeros for the new channels.
             half = self.missing // 2
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.missing - half))
         return F.relu(out + x)
@@ -42,7 +42,7 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """ResNet for 32 x 32 pictures (He et al. 2016, section 4.2): 6n + 2 layers, 16, 32 and 64 channels.
 
-    The same network as the authors' ResNet32 (their `linear` is `fc` here); start weights are theirs too.
+    The same network as the authors' ResNet32 (their `linear` is `fc` here), with the same initial weights.
     """
 
     def __init__(self, num_classes: int, blocks_per_stage: int):
@@ -94,13 +94,13 @@ class CosineClassifier(nn.Linear):
 
 
 def create(architecture: str, num_classes: int, cosine_scale: float | None = None) -> Any:
-    """The network by its name, with fresh weights from torch's global random state. Nothing is downloaded.
+    """Create a network by name, with fresh weights from torch's global random state. Nothing is downloaded.
 
-    architecture  one of `ARCHITECTURES`, a classifier of torchvision, "torchvision:mobilenet_v3_small", or a network of
-                  timm by its name, "timm:convnext_atto"; without "timm:" too, where no name here is the same, which is
-                  how a model folder that timm opens has it
-    cosine_scale  where given, the last layer is a CosineClassifier of this scale
-    Raises ZooError for a name that is neither, and for networks that do not end in one linear layer.
+    architecture  one of `ARCHITECTURES`, a torchvision classifier ("torchvision:mobilenet_v3_small") or a timm network
+                  ("timm:convnext_atto"). "timm:" may be left out if no name in `ARCHITECTURES` is the same: model
+                  folders that timm opens have such names
+    cosine_scale  if given, the last layer is a CosineClassifier of this scale
+    Raises ZooError for an unknown name, and for networks that do not end in one linear layer.
     """
     module: Any
     if architecture in ARCHITECTURES:
@@ -124,9 +124,9 @@ def classifier_name(module: Any) -> str:
 
 
 class TorchvisionNetwork(nn.Module):
-    """A classifier of torchvision cut before its last layer. Its parameters are `body.` and theirs, and `fc.`.
+    """A torchvision classifier, cut before its last layer. Its parameters are `body.` + torchvision's names, and `fc.`.
 
-    last_place   the name that torchvision has for the last layer
+    last_place   torchvision's name of the last layer
     """
 
     def __init__(self, body: nn.Module, last: nn.Linear, last_place: str):
@@ -158,7 +158,7 @@ def _torchvision(name: str, num_classes: int) -> Any:
         raise ZooError(f"torchvision has no classifier {name!r}.{meant}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:  # two of them have further outputs in training, unless told
+        try:  # two of them have further outputs in training by default
             body = models.get_model(name, weights=None, num_classes=num_classes, aux_logits=False)
         except TypeError:
             body = models.get_model(name, weights=None, num_classes=num_classes)
@@ -181,7 +181,7 @@ def _timm(architecture: str, num_classes: int) -> Any:
     except ModuleNotFoundError:
         raise ZooError(f"Architecture {architecture!r} is none of {', '.join(ARCHITECTURES)}. For timm's networks: "
                        "pip install 'metasaug[timm]'.") from None
-    # timm itself would take "hf-hub:…" and "local-dir:…" too, and read or fetch weights from there.
+    # timm itself would also take "hf-hub:…" and "local-dir:…", and read or fetch weights from there.
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, {*ARCHITECTURES, *timm.list_models()}, n=3)
         meant = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -197,7 +197,7 @@ def _timm(architecture: str, num_classes: int) -> Any:
 
 
 def _checked(module: Any) -> Any:
-    """By what the network does, not by its name: is it features and a linear layer, and are they a map's mean?"""
+    """Run the network to check that it is features and a linear layer; set `has_feature_map`."""
     last = module.get_classifier()
     if not isinstance(last, nn.Linear):
         raise ValueError("it does not end in one linear layer")
@@ -209,7 +209,7 @@ def _checked(module: Any) -> Any:
         if features.shape != (2, last.in_features) or not torch.allclose(last(features), module(picture), atol=1e-5):
             raise ValueError("its logits are not one linear layer over its features")
     module.train(training)
-    module.num_features = last.in_features  # some of timm count the channels before a hidden layer of the head
+    module.num_features = last.in_features  # some timm networks count the channels before a hidden layer of the head
     module.has_feature_map = (
         isinstance(feature_map, Tensor) and feature_map.dim() == 4 and feature_map.shape[1] == last.in_features
         and torch.allclose(feature_map.mean((2, 3)), features, atol=1e-5))
@@ -219,8 +219,8 @@ def _checked(module: Any) -> Any:
 def _torchvision_resnet(block: str, layers: list[int], small: bool, **options):
     """torchvision's ResNet, whose parameter names are also timm's, with timm's interface.
 
-    small  for pictures of 32 to 96 pixels: the stem is one 3 x 3 convolution of stride 1, without pooling, where the
-           usual one leaves a quarter of the width and height
+    small  for pictures of 32 to 96 pixels: the stem is one 3 x 3 convolution of stride 1, without pooling. The usual
+           stem leaves a quarter of the width and height
     """
 
     def make(num_classes: int) -> nn.Module:

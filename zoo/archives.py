@@ -1,8 +1,8 @@
-"""Pictures in a zip, read one after another and never unpacked onto the disk.
+"""Read the pictures in a zip one after another, without unpacking it to the disk.
 
-What makes an archive dangerous refuses it as a whole, before anything of it is read: zip bombs, names that slip out of
-the folder, links, encryption, archives inside, too many entries. A member that is merely damaged, or no picture, is
-one bad picture among good ones.
+A dangerous archive is refused as a whole, before any file in it is read: zip bombs, names outside the folder, links,
+encryption, archives inside, too many entries. A file that is only damaged, or is not a picture, is one bad picture
+among good ones.
 """
 
 import os
@@ -22,9 +22,9 @@ from zoo.pixels import MAX_FILE_BYTES
 
 MAX_ENTRIES = 5_000
 MAX_UNPACKED_BYTES = 2_000_000_000
-MAX_RATIO = 100  # unpacked against packed, of a member over SMALL; pictures are packed already, and shrink little
+MAX_RATIO = 100  # unpacked size / packed size, of a file over SMALL; pictures are compressed already and shrink little
 SMALL = 1_000_000
-MAX_DIRECTORY_BYTES = 4_000_000  # the list of entries, which Python's zipfile reads whole: 800 bytes an entry
+MAX_DIRECTORY_BYTES = 4_000_000  # the list of entries, which Python's zipfile reads whole: 800 bytes per entry
 
 _ARCHIVES = (".zip", ".jar", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _END, _ZIP64_LOCATOR = b"PK\x05\x06", b"PK\x06\x07"
@@ -32,9 +32,9 @@ _END_SIZE, _LOCATOR_SIZE = 22, 20
 
 
 def is_zip(path: str | os.PathLike) -> bool:
-    """By its name, or by how it starts."""
+    """Whether a file is a zip, by its name or its first bytes."""
     try:
-        if not os.path.isfile(path):  # a pipe would keep us waiting
+        if not os.path.isfile(path):  # reading a pipe could block
             return False
         if Path(path).suffix.lower() == ".zip":
             return True
@@ -47,12 +47,12 @@ def is_zip(path: str | os.PathLike) -> bool:
 def open_zip(
     path: str | os.PathLike, name: str | None = None, passed_over: Counter[str] | None = None
 ) -> tuple[list[str], Iterator[NamedPicture]]:
-    """The names of the pictures in a zip, and the pictures themselves, read one at a time as they are asked for.
+    """The names of the pictures in a zip, and the pictures themselves, each read when it is needed.
 
-    name         what messages call the archive; its path by default
-    passed_over  counts the files that are no pictures by name, as zoo.files.walk does
-    A member that cannot be read comes with its PictureError. Raises PictureError where the archive as a whole is
-    refused, or holds no pictures.
+    name         the archive's name in messages; its path by default
+    passed_over  counts the files that are not pictures by name, as zoo.files.walk does
+    A picture that cannot be read comes with its PictureError. Raises PictureError if the archive is refused or holds
+    no pictures.
     """
     passed_over = Counter() if passed_over is None else passed_over
     name = name or os.fspath(path)
@@ -96,7 +96,7 @@ def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes | Pictu
 
 
 def _refuse_long_list(file, name: str) -> None:
-    """The list of entries has its length in the archive's last bytes: looked at before zipfile reads it whole."""
+    """Check the length of the list of entries, from the archive's last bytes, before zipfile reads the whole list."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _END_SIZE - _LOCATOR_SIZE - 65_536))
     tail = file.read()
@@ -105,8 +105,8 @@ def _refuse_long_list(file, name: str) -> None:
         raise PictureError(f"{name} is not a zip archive, or is cut off.")
     entries, directory = struct.unpack_from("<HI", tail, at + 10)
     if tail[max(0, at - _LOCATOR_SIZE) : at].startswith(_ZIP64_LOCATOR) or entries == 0xFFFF:
-        raise PictureError(f"{name} is of the zip64 kind, for archives that are too large here: "
-                           f"at most {MAX_ENTRIES:,} files.")
+        raise PictureError(f"{name} is a zip64 archive, for more or larger files than are read here: at most "
+                           f"{MAX_ENTRIES:,} files.")
     if entries > MAX_ENTRIES or directory > MAX_DIRECTORY_BYTES:
         raise PictureError(f"{name} has {entries:,} entries: at most {MAX_ENTRIES:,} are read. Split it, or unpack it "
                            "and name the folder.")

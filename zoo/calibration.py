@@ -1,6 +1,6 @@
-"""Honest answers: probabilities that are as often right as they say, sets with a promised coverage, and familiarity.
+"""Calibration: probabilities that match the accuracy, prediction sets with a guaranteed coverage, and familiarity.
 
-All three come from the logits of pictures that the model was not trained on, the calibration cut.
+All three come from the logits of the calibration cut: pictures that the model was not trained on.
 
 Shape suffixes: N pictures, C classes.
 """
@@ -15,19 +15,19 @@ import numpy as np
 
 from zoo.errors import ZooError
 
-# Numbers that are kept: of each class's misfits, of all of them together, and of energies.
+# How many numbers are kept: misfits of one class, misfits of all classes together, quantiles of energies.
 MOST_OF_A_CLASS, MOST_OF_ALL, LEVELS = 200, 40_000, 201
-UNFAMILIAR = 0.05  # a picture is called unlike anything in training if so few calibration pictures look stranger
+UNFAMILIAR = 0.05  # below this familiarity, a picture is called unlike anything in training
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What a calibration cut says about a model's answers. `config["metasaug"]["calibration"]` holds it.
+    """A model's calibration, fitted on a calibration cut and stored in `config["metasaug"]["calibration"]`.
 
     temperature  logits are divided by it before softmax (Guo et al. 2017)
     misfits      for each class, ascending: 1 - p of the true class, for the cut's pictures of the class
-    energies     ascending quantiles of log sum exp scores over the cut (Liu et al. 2020), each class weighing the
-                 same; scores are logits - log own prior
+    energies     ascending quantiles of log sum exp scores over the cut (Liu et al. 2020), with equal weight for each
+                 class; scores are logits - log own prior
     groups       head, medium or tail, for each class
     """
 
@@ -38,23 +38,23 @@ class Calibration:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Calibration | None":
-        """That of a model folder's config, if it has one."""
+        """The calibration in a model folder's config, or None."""
         found = config["metasaug"].get("calibration")
         return None if found is None else cls.fitted(found, config["metasaug"]["groups"])
 
     @classmethod
     def fitted(cls, found: Mapping[str, Any], groups: Sequence[str]) -> "Calibration":
-        """found   as `fit_calibration` gives it"""
+        """The calibration that `fit_calibration` returned as `found`."""
         return cls(found["temperature"], tuple(map(tuple, found["misfits"])), tuple(found["energies"]), tuple(groups))
 
     @functools.lru_cache(maxsize=8)  # noqa: B019  (a model has one calibration, as long as it lives)
     def thresholds(self, coverage: float) -> np.ndarray:
         """(C,) the largest misfit with which a class is in a prediction set (label-conditional conformal prediction).
 
-        With n pictures of a class it is the ceil((n + 1) coverage)-th smallest misfit: the true class is then in the
-        set with at least this probability, for each class, whatever the class frequencies. A class with too few
-        pictures for that shares those of its group, and the promise is one on average over the group; infinity where
-        even they are too few.
+        With n pictures of a class, it is the ceil((n + 1) coverage)-th smallest misfit. The set then holds the true
+        class with at least this probability, for each class, whatever the class frequencies. A class with too few
+        pictures uses those of its whole group; the guarantee then holds on average over the group. If even these are
+        too few, the threshold is infinite.
         """
         if not 0 < coverage < 1:
             raise ZooError(f"coverage {coverage}: a number between 0 and 1, such as 0.9.")
@@ -72,20 +72,20 @@ class Calibration:
         return np.array([np.inf if each is None else each for each in found])
 
     def familiarity(self, scores_NC: np.ndarray) -> np.ndarray:
-        """(N,) the share of the cut's pictures with less energy: near 0 for pictures unlike anything in training."""
+        """(N,) the share of the cut's pictures with lower energy: near 0 for pictures unlike anything in training."""
         return np.searchsorted(self.energies, log_sum_exp(scores_NC), "right") / len(self.energies)
 
 
 def fit_calibration(
     logits_NC: np.ndarray, labels_N: np.ndarray, own_prior_C: np.ndarray | None, data: str
 ) -> dict[str, Any]:
-    """`config["metasaug"]["calibration"]`, as JSON takes it.
+    """Fit a calibration: the value of `config["metasaug"]["calibration"]`, ready for JSON.
 
-    logits_NC    of the calibration cut, as the network gives them       labels_N  int64 in [0, C)
-    own_prior_C  the prior that the model assumes; None where not known  data      the cut, in words
+    logits_NC    the network's output for the calibration cut            labels_N  int64 in [0, C)
+    own_prior_C  the prior that the model assumes; None if not known     data      the cut, in words
 
     The temperature T minimises the mean cross entropy of softmax(logits / T + log cut's prior - log own prior).
-    Raises ZooError for a cut of one class or none.
+    Raises ZooError for a cut of fewer than 2 classes.
     """
     num_classes = logits_NC.shape[1]
     counts_C = np.bincount(labels_N, minlength=num_classes)
@@ -130,7 +130,7 @@ def probabilities(scores_NC: np.ndarray) -> np.ndarray:
 
 
 def prior_shift(counts_C: np.ndarray, own_prior_C: np.ndarray | None) -> np.ndarray | float:
-    """What moves logits from the prior that the model assumes to the class frequencies of a set."""
+    """The shift that moves logits from the prior that the model assumes to the class frequencies of a set."""
     if own_prior_C is None:
         return 0.0
     with np.errstate(divide="ignore"):
@@ -143,7 +143,7 @@ def estimate_prior(p_NC: np.ndarray, prior_C: np.ndarray) -> np.ndarray:
         r_nc = p_nc q_c / prior_c, divided by its sum over c;   q_c = mean over n of r_nc
 
     p_NC      the model's probabilities, which assume prior_C      q begins as prior_C
-    Right if the probabilities are, and if a class looks the same there as in training.
+    Correct if the probabilities are correct, and if a class looks the same there as in training.
     """
     q_C, ratio_NC = prior_C.astype(np.float64), p_NC / prior_C
     for _ in range(1000):
@@ -152,7 +152,7 @@ def estimate_prior(p_NC: np.ndarray, prior_C: np.ndarray) -> np.ndarray:
         moved, q_C = np.abs(new_C - q_C).max(), new_C
         if moved < 1e-6:
             break
-    return np.maximum(q_C, 1e-9)  # 0 would say that a class cannot be
+    return np.maximum(q_C, 1e-9)  # 0 would rule a class out
 
 
 def log_sum_exp(scores_NC: np.ndarray) -> np.ndarray:
@@ -160,7 +160,7 @@ def log_sum_exp(scores_NC: np.ndarray) -> np.ndarray:
 
 
 def _quantiles(values_N: np.ndarray, weights_N: np.ndarray) -> np.ndarray:
-    """LEVELS values with the same weight between each two neighbours."""
+    """LEVELS values with equal weight between neighbours."""
     order = np.argsort(values_N)
     reached = np.cumsum(weights_N[order]) / weights_N.sum()
     at = np.searchsorted(reached, (np.arange(LEVELS) + 0.5) / LEVELS)

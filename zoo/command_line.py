@@ -16,11 +16,11 @@ def list_table(
     every: Annotated[bool, tyro.conf.arg(name="all")] = False,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """The models of the zoo: data set, method, where the weights are, test error.
+    """List the models: data set, method, where the weights are, test error.
 
     Args:
         every: List the benchmark cells without published weights too; `metasaug train` and `release` make them.
-        as_json: One JSON array of all models instead of the table.
+        as_json: Print one JSON array of all models instead of the table.
     """
     rows: list[dict[str, Any]] = [
         {"name": e.name, "aliases": e.aliases, "dataset": e.dataset, "imbalance": e.imbalance, "method": e.method,
@@ -51,13 +51,13 @@ def list_table(
         if row["weights"] != "unpublished":
             print(f"{row['name']}: {row['summary']}")
     if owner:
-        print(f"{OWNER}={owner}: what is not bundled loads from hf:{owner}/NAME.")
+        print(f"{OWNER}={owner}: a model that is not bundled loads from hf:{owner}/NAME.")
     elif not every:
         print(f"\n{left_out} more models are benchmark cells without published weights: `metasaug list --all`.")
 
 
 def info(model: tyro.conf.Positional[str]) -> None:
-    """The card of a model: how it was trained, what it gets right per group and class, its limits.
+    """Show a model's card: how it was trained, its accuracy per group and class, its limits.
 
     Args:
         model: A name from `metasaug list`, hf:owner/repo[@revision] on the Hub, or a model folder.

@@ -1,8 +1,8 @@
-"""Sizes that a container hides: icons and AVIF files hold pictures that may be larger than their outer header says, and
-the tags of a TIFF or of EXIF data may point to the same bytes again and again.
+"""Find the sizes that a container hides, before anything is decoded.
 
-Without this, a file of 2 kB would be decoded to hundreds of megapixels, or read into gigabytes of tags, before anybody
-knew.
+Icons and AVIF files hold pictures that may be larger than their outer header says. The tags of a TIFF or of EXIF data
+may point to the same bytes many times. Without these checks, a file of 2 kB could be decoded to hundreds of megapixels
+or read into gigabytes of tags.
 """
 
 import io
@@ -14,11 +14,11 @@ from PIL import Image
 
 ICON, PNG = b"\0\0\1\0", b"\x89PNG\r\n\x1a\n"
 MOST_PARTS = 1000  # of AV1 data before its first picture; real files have a few
-MOST_PAGES = 1000  # of a TIFF; what follows is not looked at
+MOST_PAGES = 1000  # of a TIFF; later pages are ignored
 
 
 def largest_of_icon(content: bytes) -> bytes:
-    """An icon's largest picture, of equal ones that with most colours: as PNG, or as an icon of it alone."""
+    """An icon's largest picture, in a tie the one with most colours: as PNG, or as an icon of this picture alone."""
     entries = [content[at : at + 16] for at in range(6, 6 + 16 * int.from_bytes(content[4:6], "little"), 16)]
     best = max(entries, key=lambda entry: ((entry[0] or 256) * (entry[1] or 256), entry[6] + 256 * entry[7]))
     picture = content[int.from_bytes(best[12:16], "little") :]
@@ -26,13 +26,13 @@ def largest_of_icon(content: bytes) -> bytes:
 
 
 def bitmap_of_icon(content: bytes) -> tuple[int, int]:
-    """Width and height of the bitmap in an icon that holds one alone; its mask lies below it, as high again."""
+    """Width and height of the bitmap in an icon with one picture; its mask, of the same height, lies below it."""
     with Image.open(io.BytesIO(content[22:]), formats=("DIB",)) as bitmap:
         return bitmap.width, bitmap.height // 2
 
 
 def av1_sizes(content: bytes) -> list[tuple[int, int]]:
-    """Width and height in each AV1 sequence header of an AVIF file. Raises ValueError where there is none."""
+    """Width and height in each AV1 sequence header of an AVIF file. Raises ValueError if there is none."""
     sizes = [size for data in _av1_data(content) for size in _sequence_sizes(data)]
     if not sizes:
         raise ValueError("no AV1 picture in it")
@@ -44,19 +44,21 @@ def av1_sizes(content: bytes) -> list[tuple[int, int]]:
 _BYTES_OF_TYPE = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _KIND = 254  # of a page: bit 0, a smaller copy of another; bit 2, a mask
 TIFF = re.compile(rb"II[*+]\0|MM\0[*+]|MM[*+]\0|II\0[*+]")
-# Where Pillow reads EXIF data and the index of an MPO file when it opens a picture, or is asked how it is turned.
+# Where Pillow reads EXIF data and the index of an MPO file, when it opens a picture or reads its orientation.
 _INSIDE = re.compile(rb"(?:Exif\0\0|eXIf|EXIF....|MPF\0|\0\0\0\0)(?=II\*\0|MM\0\*)", re.DOTALL)
 
 
 def check_tags(content: bytes) -> None:
-    """Raises ValueError where the tags of EXIF data in a picture's file would take more bytes than the file has."""
+    """Raises ValueError if the EXIF tags in a picture's file would take more bytes than the file has."""
     for found in _INSIDE.finditer(content):
         tiff_pages(content[found.end() :], most=1)
 
 
 def tiff_pages(content: bytes, most: int = MOST_PAGES) -> list[int]:
-    """Numbers of a TIFF's pages, from 0, without smaller copies and masks of others. Raises ValueError where their tags
-    take more bytes than the file has."""
+    """Page numbers of a TIFF, from 0, without pages that are smaller copies or masks of others.
+
+    Raises ValueError if their tags take more bytes than the file has.
+    """
     order, big = "<" if content[:1] == b"I" else ">", b"+" in content[2:4]
     long, head, entry = ("Q", "Q", "HHQ") if big else ("I", "H", "HHI")
     head_size, entry_size, width = (8, 20, 8) if big else (2, 12, 4)
@@ -75,7 +77,7 @@ def tiff_pages(content: bytes, most: int = MOST_PAGES) -> list[int]:
             tag, type_, number = struct.unpack_from(order + entry, content, place)
             size, value_at = number * _BYTES_OF_TYPE.get(type_, 0), place + entry_size - width
             if size > width and struct.unpack_from(order + long, content, value_at)[0] + size > len(content):
-                break  # as Pillow does: such data is broken and not read on
+                break  # as Pillow does: it reads broken data no further
             left -= size if size > width else entry_size
             if left < 0:
                 raise ValueError("its tags are larger than the file")
@@ -90,7 +92,10 @@ def tiff_pages(content: bytes, most: int = MOST_PAGES) -> list[int]:
 
 
 def _av1_data(content: bytes) -> Iterator[bytes]:
-    """Of each AV1 item and of the first picture of each track; together at most twice the file, as alpha may share."""
+    """The data of each AV1 item and of each track's first picture.
+
+    In all at most twice the file, as alpha may share bytes.
+    """
     outer, left = _boxes(content), 2 * len(content)
 
     def cut(source: bytes, extents: list[tuple[int, int]]) -> bytes:
@@ -142,7 +147,7 @@ def _coded_items(info: bytes) -> Iterator[int]:
 
 
 def _places(data: bytes) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-    """Of each item: its id, whether it is in the file (0) or in idat (1), and offsets and lengths."""
+    """For each item: its id, whether it is in the file (0) or in idat (1), and offsets and lengths."""
     reader = io.BytesIO(data)
 
     def number(width: int) -> int:
@@ -166,7 +171,7 @@ def _places(data: bytes) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
 
 
 def _sequence_sizes(data: bytes) -> Iterator[tuple[int, int]]:
-    """Of each sequence header among the open bitstream units (AV1 specification, 5.3)."""
+    """The size in each sequence header among the open bitstream units (AV1 specification, 5.3)."""
     at = 0
     for _ in range(MOST_PARTS):
         if at >= len(data):

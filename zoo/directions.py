@@ -15,10 +15,10 @@ from zoo.model_folder import COVARIANCE, ModelFolder
 class Direction:
     """One direction d of variation of a class c.
 
-    share     of the class's whole variance            spread    standard deviation along d, in units of features
-    vector_A  d, of length 1; its sign is such that the classes it leans to lie ahead where any do
+    share     of the class's total variance            spread    standard deviation along d, in units of features
+    vector_A  d, of length 1; it points towards the class whose w_j - w_c has the largest component along it
     lean_C    cosine between d and w_j - w_c: 1 if a step along d is a step towards class j; 0 for c itself
-    shift_C   spread * (w_j - w_c) . d: by how much one standard deviation raises the logit of j over that of c
+    shift_C   spread * (w_j - w_c) . d: how much one standard deviation raises the logit of j over that of c
     """
 
     share: float
@@ -30,13 +30,13 @@ class Direction:
 
 @dataclass(frozen=True)
 class Variation:
-    """How a class varies: its largest directions, and what the method makes of all of them together.
+    """How a class varies: its largest directions, and the effect of all of them together in the method.
 
     kind           full (directions are eigenvectors) or diagonal (they are single features)
     features       A
-    learned_share  size of the learned correction beside the whole: |learned| / |running + learned|
-    pull_C         (w_j - w_c)' S_c (w_j - w_c), the square of the logits' spread: how hard the augmentation of
-                   this class trains against class j
+    learned_share  relative size of the learned correction: |learned| / |running + learned|
+    pull_C         (w_j - w_c)' S_c (w_j - w_c), the variance of the logits' difference: how hard the augmentation
+                   of this class trains against class j
     """
 
     kind: str
@@ -47,9 +47,9 @@ class Variation:
 
 
 def last_layer(folder: ModelFolder) -> np.ndarray:
-    """(C, A) weight of the last layer; rows of length 1 where the network compares by cosine.
+    """(C, A) weight of the last layer; rows of length 1 for a cosine classifier.
 
-    Raises ModelFolderError where the folder has none under the name that its config gives.
+    Raises ModelFolderError if the folder has no weight under the name in its config.
     """
     name = folder.config["pretrained_cfg"].get("classifier", "fc") + ".weight"
     weight_CA = folder.weights().get(name)
@@ -63,10 +63,9 @@ def last_layer(folder: ModelFolder) -> np.ndarray:
 
 
 def variation(folder: ModelFolder, index: int, count: int = 5) -> Variation:
-    """The `count` largest directions of variation of class `index`, from the folder's running covariances and what
-    was learned on top (S = running + learned).
+    """The `count` largest directions of variation of class `index`, from S = running + learned covariance.
 
-    Raises ZooError where the model has no covariances, ModelFolderError where they do not fit it.
+    Raises ZooError if the model has no covariances, ModelFolderError if they do not fit it.
     """
     if COVARIANCE not in folder:
         raise ZooError(f"{folder.config['metasaug']['name']} was trained without class covariances: it has no "

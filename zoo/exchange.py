@@ -1,7 +1,7 @@
-"""Rows of `metasaug predict` for other programs: Timelapse, and the Camtrap DP standard. `metasaug convert`.
+"""`metasaug convert`: rows of `metasaug predict` for other programs, Timelapse and the Camtrap DP standard.
 
 Timelapse reads the JSON of camera-trap classifiers: the MegaDetector output format, version 1.5. Each picture becomes
-one detection that covers it whole.
+one detection that covers the whole picture.
 
 Camtrap DP 1.0 is the exchange standard of camera-trap data. Its observations.csv and media.csv come from the rows;
 deployments.csv and datapackage.json describe the cameras and the project, and are yours to write.
@@ -51,17 +51,17 @@ def convert(
     names: Path | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Rows of `metasaug predict --out` for Timelapse or Camtrap DP. Exit code 1: some rows were left out.
+    """Convert rows of `metasaug predict --out` for Timelapse or Camtrap DP. Exit code 1: some rows were left out.
 
     Args:
         rows: A .csv, .jsonl or .parquet file of `metasaug predict`.
         out: timelapse: the JSON file to write; camtrap-dp: a folder for observations.csv and media.csv.
         to: The format.
-        root: The folder that paths are relative to: Timelapse's, or that of the data package. By default the one that
-            all pictures share.
+        root: The folder that paths are relative to: that of Timelapse or of the data package. By default the folder
+            that all pictures share.
         deployment: camtrap-dp: the deploymentID of every picture; by default its first folder below --root.
-        utc_offset: camtrap-dp: the time zone of the cameras' clocks, such as +02:00, where EXIF does not say it.
-        names: camtrap-dp: a CSV file with the columns label, scientificName and, if you like, observationType.
+        utc_offset: camtrap-dp: the time zone of the cameras' clocks, such as +02:00, if EXIF does not say it.
+        names: camtrap-dp: a CSV file with the columns label, scientificName and, optionally, observationType.
         overwrite: Replace older files.
     """
     about = about_rows(rows)
@@ -116,7 +116,7 @@ def write_camtrap_dp(
     observations: TextIO, media: TextIO, rows: Path, root: Path | None, about: dict[str, Any],
     deployment: str | None = None, utc_offset: str | None = None, names: Path | None = None,
 ) -> tuple[int, Counter[str]]:
-    """One line in each file for each picture; returns their number, and that of the rows left out, by reason.
+    """Write one line per picture to each file; return their number, and the number of rows left out, by reason.
 
     A row is left out if its picture could not be read, lies in a zip or outside `root`, has a path that the standard
     does not allow, or does not say when it was taken.
@@ -135,7 +135,7 @@ def write_camtrap_dp(
         elif re.match(r"[./~]", path) or ".." in path or os.path.isabs(path):
             reason = "outside --root, or with a path that Camtrap DP does not allow"
         elif path in seen:
-            reason = "there twice"
+            reason = "listed twice"
         elif (taken := date_taken(row["path"], zone)) is None:
             reason = "no date with a time zone in EXIF (--utc-offset gives the zone)"
         elif not place:
@@ -162,7 +162,7 @@ def write_camtrap_dp(
 
 
 def date_taken(path: str, zone: timezone | None) -> datetime | None:
-    """When a picture was taken, by its EXIF; in `zone` where EXIF names none. None if either is missing."""
+    """When a picture was taken, by its EXIF; in `zone` if EXIF has no time zone. None if date or zone is missing."""
     try:
         with Image.open(path) as picture:
             exif = picture.getexif().get_ifd(_EXIF)
@@ -212,7 +212,7 @@ def _ranked(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _root(rows: Path, root: Path | None) -> str:
-    """What paths are relative to: `root`, or the folder that all share."""
+    """The folder that paths are relative to: `root`, or the folder that all pictures share."""
     if root is not None:
         return os.path.abspath(root)
     shared: str | None = None

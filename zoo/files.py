@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, names as text, and the one walk that finds the pictures under a folder."""
+"""Write files whole or not at all, handle file names as text, and find the pictures under a folder."""
 
 import os
 import re
@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-# Pictures by their ending: those that zoo.images reads, and those that it refuses by name. Both are listed, so that a
-# phone's HEIC or a camera's raw file is an error with a reason and never missing without a word.
+# Endings of pictures: those that zoo.images reads, and those that it refuses. Both count as pictures, so that a phone's
+# HEIC or a camera's raw file gives an error with a reason and is never skipped silently.
 READ_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp",
                  ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".jpx", ".mpo", ".tga", ".pcx"}
 RAW_SUFFIXES = {".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".iiq", ".kdc", ".mef", ".mrw", ".nef",
@@ -16,15 +16,15 @@ RAW_SUFFIXES = {".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", 
 OTHER_SUFFIXES = {".heic", ".heif", ".hif", ".svg", ".jxl", ".psd", ".dcm", ".exr", ".czi", ".lif", ".nd2"}
 PICTURE_SUFFIXES = READ_SUFFIXES | RAW_SUFFIXES | OTHER_SUFFIXES
 
-# What operating systems and archivers leave in folders, beside files whose name starts with a dot.
+# What operating systems and archivers leave in folders, besides files whose name starts with a dot.
 LEFT_BEHIND = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "system volume information",
                "lost+found"}
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """All of `content` under `path`, or what was there before: temporary file, fsync, rename, fsync of the folder.
+    """Write `content` to `path`, or leave the old file: temporary file, fsync, rename, fsync of the folder.
 
-    Makes the folder. Raises OSError, with no temporary file left.
+    Creates the folder. Raises OSError and leaves no temporary file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -44,12 +44,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def printable(text: str) -> str:
-    """File names that are no text (Linux allows any bytes) with their odd bytes as \\udcXX."""
+    """A file name as text; invalid bytes (Linux allows any) become \\udcXX."""
     return text.encode("utf-8", errors="backslashreplace").decode()
 
 
 def same_text(text: str) -> str:
-    """One spelling of accents (NFC): macOS keeps another in file names than people type into tables."""
+    """The text with one spelling of accents (NFC): macOS file names have another than tables that people type."""
     return unicodedata.normalize("NFC", text)
 
 
@@ -58,12 +58,12 @@ def suffix(name: str) -> str:
 
 
 def left_behind(name: str) -> str | None:
-    """What no person put into a folder: "hidden", or the name itself; else None."""
+    """The kind of a file that no person put there: "hidden", or the name itself; else None."""
     return "hidden" if name.startswith(".") else name if name.casefold() in LEFT_BEHIND else None
 
 
 def no_picture(path: str) -> str | None:
-    """What a file is by its name, where that is not a picture's: "hidden", "Thumbs.db", ".csv"; else None."""
+    """The kind of a file that is not a picture by its name: "hidden", "Thumbs.db", ".csv"; None for a picture."""
     if kind := next(filter(None, map(left_behind, re.split(r"[/\\]", path))), None):
         return kind
     ending = suffix(path)
@@ -71,11 +71,11 @@ def no_picture(path: str) -> str | None:
 
 
 def walk(root: Path, passed_over: Counter[str] | None = None) -> Iterator[tuple[str, str | None]]:
-    """Every picture under `root`: its name relative to it, with "/", as the disk spells it; and None.
+    """Every picture under `root`, as (name, None); the name is relative to `root`, with "/", as the disk spells it.
 
-    passed_over  counts what is not a picture by its name
-    Links are followed, unless they lead back to a folder above. A folder that cannot be listed, or a link to nothing,
-    comes with the reason in place of None. In the order of the names, folder by folder.
+    passed_over  counts the files that are not pictures by name
+    Links are followed, unless they lead back to a folder above. A folder that cannot be listed, or a broken link, comes
+    with the reason in place of None. The order is by name, folder by folder.
     """
     passed_over = Counter() if passed_over is None else passed_over
     open_folders = [("", _entries(root, ""), frozenset({folder_identity(root)}))]
@@ -111,7 +111,7 @@ def _entries(root: Path, prefix: str) -> "Iterator[os.DirEntry[str] | OSError]":
 
 
 def folder_identity(path: "Path | os.DirEntry[str]") -> tuple[int, int] | None:
-    """Equal for the same folder under any name, links followed; None for what is not a folder."""
+    """Equal for the same folder under any name, links followed; None if the path is not a folder."""
     try:
         status = os.stat(path) if path.is_dir() else None
     except OSError:  # a link to itself, or gone meanwhile
@@ -120,7 +120,7 @@ def folder_identity(path: "Path | os.DirEntry[str]") -> tuple[int, int] | None:
 
 
 def passed_over_in_words(passed_over: Counter[str]) -> str:
-    """"Passed over, not pictures by their names: 2 .csv, 1 Thumbs.db."; nothing where there was none."""
+    """"Passed over, not pictures by their names: 2 .csv, 1 Thumbs.db."; empty if there were none."""
     kinds = [f"{n:,} {kind}" for kind, n in passed_over.most_common(8)]
     more = [f"{passed_over.total() - sum(n for _, n in passed_over.most_common(8)):,} others"] * (len(passed_over) > 8)
     return f"Passed over, not pictures by their names: {', '.join(kinds + more)}." if kinds else ""

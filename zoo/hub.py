@@ -1,8 +1,8 @@
-"""Models on the Hugging Face Hub: each file fetched when it is needed, of one commit, every byte checked.
+"""Models on the Hugging Face Hub: files of one commit, each fetched when it is needed, every byte checked.
 
-huggingface_hub does the cache (HF_HOME), resuming, tokens (HF_TOKEN, `hf auth login`), the endpoint (HF_ENDPOINT),
-HF_HUB_OFFLINE and the progress bar. What it does not do, and this does: check hashes, end in time, and say in one
-error what to do. A file of a pinned commit that is in the cache makes no request.
+huggingface_hub handles the cache (HF_HOME), resuming, tokens (HF_TOKEN, `hf auth login`), the endpoint (HF_ENDPOINT),
+HF_HUB_OFFLINE and the progress bar. This module adds checks of hashes, time limits, and one error that says what to
+do. A cached file of a pinned commit makes no request.
 """
 
 import errno
@@ -22,7 +22,7 @@ from zoo.model_folder import MANIFEST, ModelFolder
 T = TypeVar("T")
 
 PREFIX, OWNER = "hf:", "METASAUG_HUB_OWNER"
-PATIENCE = 45.0  # seconds that a load may wait, beside `_time_for` its bytes
+PATIENCE = 45.0  # seconds that a load may wait, plus `_time_for` its bytes
 SLOWEST, SMALL = 200_000, 3_000_000  # bytes a second, bytes
 PAUSES = (0.5, 2.0)  # seconds between tries
 
@@ -30,7 +30,7 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def parse(name: str) -> tuple[str, str | None]:
-    """"hf:owner/repo@revision" -> ("owner/repo", "revision"); without a revision None. Raises HubError."""
+    """"hf:owner/repo@revision" -> ("owner/repo", "revision"); ("owner/repo", None) without one. Raises HubError."""
     repo, at, revision = name.removeprefix(PREFIX).partition("@")
     if not _REPO.fullmatch(repo) or bool(at) != bool(revision.strip()):
         raise HubError(f"{name!r} is not the name of a model on the Hub: hf:owner/repo, or hf:owner/repo@revision with "
@@ -39,7 +39,7 @@ def parse(name: str) -> tuple[str, str | None]:
 
 
 def own_copies() -> str | None:
-    """The user or organisation whose repositories, by the registry's names, stand in for those that are not out."""
+    """The owner on the Hub (METASAUG_HUB_OWNER) whose repositories replace the registry's for models not bundled."""
     owner = os.environ.get(OWNER, "").strip()
     if owner and not _REPO.fullmatch(f"{owner}/x"):
         raise HubError(f"{OWNER}={owner!r} is not a user or organisation on the Hub, the part before a repository's /.")
@@ -47,14 +47,14 @@ def own_copies() -> str | None:
 
 
 class HubFolder(ModelFolder):
-    """A model folder on the Hub, at the commit that `revision` was when it was opened.
+    """A model folder on the Hub, at the commit that `revision` named when it was opened.
 
     repo              owner/name                revision  branch, tag or commit; None: the newest of main
-    manifest_sha256   where known (registry); without it the repository's own manifest vouches for its files
-    files             that will be read: fetched at once, and in time, together. Others come when they are read
-    local_files_only  nothing but the cache     token     of the Hub, instead of the one that is logged in
+    manifest_sha256   where the registry has it; without it, files are checked against the repository's own manifest
+    files             files to fetch at once, within a common time limit. Others are fetched when they are read
+    local_files_only  use only the cache        token     of the Hub, instead of the one that is logged in
     cache             folder of the cache, instead of the one in HF_HOME
-    Raises HubError. Wrong bytes are fetched once more, and thrown out of the cache where they stay wrong.
+    Raises HubError. Wrong bytes are fetched once more, and removed from the cache if they stay wrong.
     """
 
     def __init__(self, repo: str, revision: str | None = None, manifest_sha256: str | None = None,
@@ -77,7 +77,7 @@ class HubFolder(ModelFolder):
                 self._fetch(name, until)
 
     def _in_cache(self, error: HubError) -> Path:
-        """What a cache holds that cannot be written to, though the Hub may have a newer commit."""
+        """The manifest in a read-only cache; the Hub may have a newer commit."""
         self._local = True
         try:
             manifest = self._download(MANIFEST, time.monotonic() + PATIENCE)
@@ -93,7 +93,7 @@ class HubFolder(ModelFolder):
 
     def read(self, name: str) -> bytes:
         if name not in self.files:
-            return super().read(name)  # which says so
+            return super().read(name)  # raises the error
         self._fetch(name)
         return self._opened_twice(lambda: super(HubFolder, self).read(name), name)
 
@@ -105,7 +105,7 @@ class HubFolder(ModelFolder):
             self._download(name, until or time.monotonic() + PATIENCE + _time_for(self.files[name][0]))
 
     def _opened_twice(self, attempt: Callable[[], T], name: str) -> T:
-        """What `attempt` gives; where the bytes of the file are wrong, after fetching it once more."""
+        """The result of `attempt`; if the file's bytes are wrong, it is fetched again and tried once more."""
         try:
             return attempt()
         except ModelFolderError:
@@ -114,18 +114,19 @@ class HubFolder(ModelFolder):
         try:
             return attempt()
         except ModelFolderError as error:
-            for wrong in {Path(os.path.realpath(path)), path}:  # nobody else shall find them in the cache
+            for wrong in {Path(os.path.realpath(path)), path}:  # no other process should find them in the cache
                 with suppress(OSError):
                     wrong.unlink()
             raise HubError(f"{self.source}: {name} came with wrong bytes twice, and nothing of it was used. Try again "
-                           f"later, or another network; if it stays, the repository is damaged. ({error})") from error
+                           f"later, or on another network; if this persists, the repository is damaged. ({error})"
+                           ) from error
 
     def _download(self, name: str, until: float, again: bool = False) -> Path:
         from huggingface_hub import constants, hf_hub_download
 
         if again and (self._local or constants.is_offline_mode()):
-            raise HubError(f"{self.source}: {name} is damaged in the cache, and being offline forbids to fetch it "
-                           "again: load the model once with a connection.")
+            raise HubError(f"{self.source}: {name} is damaged in the cache, and being offline, it cannot be "
+                           "fetched again: load the model once with a connection.")
         try:
             return Path(within(until, lambda: _patiently(lambda: hf_hub_download(
                 self.repo, name, revision=self.revision, token=self._token, force_download=again,
@@ -137,12 +138,12 @@ class HubFolder(ModelFolder):
 
 
 def _time_for(size: int) -> float:
-    """Seconds: a small model comes in a minute or not at all, a large one may take what a slow line takes."""
+    """Seconds allowed: at most a minute in all for a small model, as long as a slow line needs for a large one."""
     return size / SLOWEST if size < SMALL else size * 8 / SLOWEST
 
 
 def _patiently(call: Callable[[], T]) -> T:
-    """`call`, tried again where the line broke or the server failed: what huggingface_hub does for some of these."""
+    """Retry `call` if the connection broke or the server failed; huggingface_hub does so in some cases only."""
     for pause in PAUSES:
         try:
             return call()
@@ -155,17 +156,17 @@ def _patiently(call: Callable[[], T]) -> T:
 
 
 def _broken_line(error: BaseException) -> bool:
-    """The connection failed or closed, or other than the announced number of bytes came."""
+    """Whether the connection failed or closed, or the number of bytes was not the announced one."""
     from huggingface_hub.errors import HTTPError
 
     return isinstance(error, (TimeoutError, HTTPError)) or "Consistency check failed" in str(error)
 
 
 def within(until: float, call: Callable[[], T]) -> T:
-    """What `call` returns or raises; TimeoutError where that takes longer than `until` (of time.monotonic).
+    """What `call` returns or raises; TimeoutError if that takes longer than `until` (a time.monotonic).
 
-    huggingface_hub waits up to 60 s for a silent server, six times, and for a dripping one without end. The thread
-    that is left behind writes to nothing but the cache, and there only whole files.
+    huggingface_hub waits six times up to 60 s for a silent server, and without limit for a server that sends slowly.
+    The thread that is left behind writes only to the cache, and there only whole files.
     """
     outcome: list[tuple[T | None, BaseException | None]] = []
 
@@ -187,14 +188,13 @@ def within(until: float, call: Callable[[], T]) -> T:
 
 
 def in_words(error: BaseException, repo: str, revision: str, name: str) -> str:
-    """What went wrong with a file of a repository, and what to do, in a message."""
+    """A message: what went wrong with a file of a repository, and what to do."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.LocalEntryNotFoundError):
         if error.__cause__ is None or isinstance(error.__cause__, errors.OfflineModeIsEnabled):
             return (f"{PREFIX}{repo}@{revision} is not in the cache ({constants.HF_HUB_CACHE}, {name} is missing), and "
-                    "being offline (HF_HUB_OFFLINE, local_files_only) forbids to fetch it: load it once with a "
-                    "connection.")
+                    "cannot be fetched offline (HF_HUB_OFFLINE, local_files_only): load it once with a connection.")
         error = error.__cause__  # why it could not be fetched
     where = f"{PREFIX}{repo}"
     if isinstance(error, errors.GatedRepoError):  # before its parent, RepositoryNotFoundError
@@ -212,19 +212,18 @@ def in_words(error: BaseException, repo: str, revision: str, name: str) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return (f"The Hub refuses {'the token' if status == 401 else 'access'} for {where} (HTTP {status}): log in "
-                "with an account that has the right (`hf auth login`, or HF_TOKEN), or remove an old token.")
+                "with an account that has access (`hf auth login`, or HF_TOKEN), or remove an old token.")
     endpoint = constants.ENDPOINT
     if status is not None:
         return (f"The Hub ({endpoint}) answered HTTP {status} for {name} of {where}: try again "
                 f"{'in some minutes' if status == 429 else 'later'}. What is in the cache loads meanwhile with "
                 "local_files_only=True.")
     if _broken_line(error):
-        return (f"{name} of {where} did not come through between here and {endpoint}: {_reason(error)}. Check the "
-                "connection, a proxy, HF_ENDPOINT, and try again; what is in the cache loads with "
-                "local_files_only=True.")
+        return (f"{name} of {where} did not come through from {endpoint}: {_reason(error)}. Check the connection, a "
+                "proxy, HF_ENDPOINT, and try again; what is in the cache loads with local_files_only=True.")
     if isinstance(error, OSError) and error.errno is not None:
         return (f"{name} of {where} cannot be written to the cache {constants.HF_HUB_CACHE}: "
-                f"{error.strerror or error}. Make room, or let HF_HOME name another place.")
+                f"{error.strerror or error}. Make room, or set HF_HOME to another folder.")
     return f"{name} of {where} did not come through: {_reason(error)}. Try again."
 
 

@@ -1,10 +1,12 @@
-"""From a file, bytes, a PIL image or an array to what a network takes: the only home of decoding, mean and std.
+"""Decode and normalise pictures: from a file, bytes, a PIL image or an array to a network's input.
 
-Decoding, by rule: the first frame of an animation; EXIF orientation applied, broken EXIF ignored; grey, palette, CMYK
-and other colour modes to RGB; transparency over white; 16-bit colour by its high byte. What a file leaves open (pages,
-the range of 16-bit grey, a missing end) is read as zoo.pixels.Reading says. Caps: 20 MB a file, 25 megapixels; baseline
-JPEG 4 times as many, decoded at a quarter of its size above 25; JPEG 2000, whose decoder takes 40 bytes a pixel, 0.4
-times. `Reading.max_megapixels` moves them all.
+Rules of decoding: the first frame of an animation; EXIF orientation applied, broken EXIF ignored; grey, palette, CMYK
+and other colour modes to RGB; transparency over white; the high byte of 16-bit colour. zoo.pixels.Reading decides what
+a file leaves open: pages, the range of 16-bit grey, a missing end.
+
+Caps: 20 MB and 25 megapixels. Baseline JPEG: 4 times as many pixels, with width and height reduced to a quarter above
+25 megapixels. JPEG 2000: 0.4 times as many, as its decoder takes 40 bytes a pixel. `Reading.max_megapixels` moves all
+caps.
 """
 
 import functools
@@ -30,27 +32,27 @@ Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 
 class NamedPicture(NamedTuple):
-    """A picture and what results call it, where it has no path of its own; or why it could not be had."""
+    """A picture, or the error that explains why there is none, with the name that results show."""
 
     name: str
     picture: Picture | PictureError
 
 
 JPEG, JPEG_2000 = 4, 0.4  # times the cap of other pictures
-WHOLE_PIXELS = 4_000_000  # up to here a picture is resized before it is cropped, as torchvision does, to the bit
+WHOLE_PIXELS = 4_000_000  # up to this size: resized before it is cropped, bit for bit as in torchvision
 
-# Formats that are decoded inside this process by code that takes hostile input. EPS, for one, would start Ghostscript.
+# Formats whose decoders run in this process and withstand hostile input. EPS, for example, would start Ghostscript.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000", "ICO", "PCX", "TGA")
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Those of FORMATS that this Pillow was built with; it knows a few only before `init`."""
+    """The FORMATS that this Pillow was built with; before `init` it knows only a few."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-# What brings a picture upright, by its EXIF orientation.
+# The transposition that turns a picture upright, by its EXIF orientation.
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -73,14 +75,14 @@ def decode(
 ) -> Image.Image:
     """The picture as 8-bit RGB, upright.
 
-    source  a path; the bytes of a file; a PIL image, which stays as it is; or an array: (H, W), (H, W, 1), (H, W, 3)
+    source  a path; the bytes of a file; a PIL image, which is not changed; or an array: (H, W), (H, W, 1), (H, W, 3)
             or (H, W, 4), of uint8, of uint16 (65535 is white), of bool, or of floats in [0, 1]
-    name    what messages call it; a path's own name by default
-    shrink  given the width and height of a file's upright picture: 1, 2, 4 or 8. A JPEG is decoded at that fraction of
-            its sides, rounded up, and in the decoder's quick way: about a level less exact, colour edges unsmoothed.
-            Pictures of other formats come whole.
-    reading   what files leave open, and the caps
-    Raises PictureError, and nothing else, for anything that does not come out as a picture.
+    name    its name in messages; by default a path's own name
+    shrink  takes the width and height of a file's upright picture, returns 1, 2, 4 or 8. A JPEG is decoded with sides
+            divided by that number, rounded up, in the decoder's fast mode: about one level less exact, with colour
+            edges unsmoothed. Other formats are decoded at full size.
+    reading   how to read what files leave open, and the caps
+    Raises PictureError, and nothing else, for anything that cannot be decoded to a picture.
     """
     return read(source, name, shrink, reading)[0]
 
@@ -88,7 +90,7 @@ def decode(
 def read(
     source: Picture, name: str | None = None, shrink: Shrink | None = None, reading: Reading = PUBLIC
 ) -> tuple[Image.Image, Facts]:
-    """As `decode`, and what was seen of the file."""
+    """The picture as from `decode`, and the facts about its file."""
     if isinstance(source, Image.Image):
         name = name or "the PIL image"
         _check_pixels(source.width, source.height, reading.most_pixels, name)
@@ -104,7 +106,7 @@ def read(
         raise PictureError(f"{type(source).__name__} is not a picture: give a path, bytes, a PIL image or an array.")
     try:
         return _to_rgb(source, reading)
-    except Exception as error:  # Pillow's decoders raise whatever they stumble over, assertions among it
+    except Exception as error:  # Pillow's decoders raise any exception, even AssertionError
         raise PictureError(f"{name} is damaged or cut off: {_first_line(error)}.") from error
 
 
@@ -119,7 +121,7 @@ def preprocess(picture: Image.Image, pretrained_cfg: Mapping[str, Any]) -> np.nd
 
 
 def fitted(picture: Image.Image, pretrained_cfg: Mapping[str, Any]) -> Image.Image:
-    """The picture in the network's size, by timm's rules.
+    """Fit the picture to the network's input size, by timm's rules.
 
     pretrained_cfg  input_size [3, H, W], interpolation, crop_pct, mean, and crop_mode:
                     center (or none): the shorter side to size / crop_pct, centre crop; squash: both sides, whatever
@@ -142,12 +144,12 @@ def fitted(picture: Image.Image, pretrained_cfg: Mapping[str, Any]) -> Image.Ima
 
 
 def _offset(frame: int, side: int) -> int:
-    """Where a side starts that is centred in a frame; halves are rounded as timm does, padding or cropping."""
+    """Where a side that is centred in a frame starts; halves are rounded as in timm, for padding or cropping."""
     return (frame - side) // 2 if side < frame else -round((side - frame) / 2)
 
 
 def _resize_and_crop(picture: Image.Image, height: int, width: int, interpolation: str, crop_pct: float):
-    """torchvision's Resize(floor(size / crop_pct)) and CenterCrop, whole pixels and rounding as there."""
+    """torchvision's Resize(floor(size / crop_pct)) and CenterCrop, with the same rounding to whole pixels."""
     full_height, full_width = math.floor(height / crop_pct), math.floor(width / crop_pct)
     if picture.width * full_height <= picture.height * full_width:
         size = (full_width, max(full_height, full_width * picture.height // picture.width))
@@ -157,8 +159,8 @@ def _resize_and_crop(picture: Image.Image, height: int, width: int, interpolatio
     if size[0] * size[1] <= WHOLE_PIXELS:
         whole = picture.resize(size, _INTERPOLATIONS[interpolation])
         return whole.crop((left, top, left + width, top + height))
-    # Cropping in the source first, where some weights round differently: a panorama of 200,000 x 10 pixels never
-    # becomes one of 640,000 x 32.
+    # Crop in the source, although some weights then round differently: a panorama of 200,000 x 10 pixels must not
+    # become one of 640,000 x 32.
     ratio_x, ratio_y = picture.width / size[0], picture.height / size[1]
     box = (left * ratio_x, top * ratio_y, (left + width) * ratio_x, (top + height) * ratio_y)
     box = (box[0], box[1], min(box[2], picture.width), min(box[3], picture.height))
@@ -200,7 +202,7 @@ def _from_file(content: bytes, name: str, shrink: Shrink | None, reading: Readin
 def _cut_off(
     content: bytes, name: str, shrink: Shrink | None, reading: Reading, error: Exception
 ) -> tuple[Image.Image, Facts]:
-    """What is there of a JPEG that lacks its end: with an end put to it, libjpeg leaves the rest in the middle grey."""
+    """What is there of a JPEG that lacks its end: with an end marker added, libjpeg fills the rest with mid-grey."""
     picture, _ = _open(content + b"\xff\xd9", name, shrink, reading)
     try:
         with _without_warnings():
@@ -217,7 +219,7 @@ def _cut_off(
 
 
 def _open(content: bytes, name: str, shrink: Shrink | None, reading: Reading) -> tuple[Image.Image, list[int]]:
-    """The picture, not decoded yet, at the page that is to be read; and the pages of a TIFF."""
+    """The picture, not decoded yet, at the requested page; and the page numbers of a TIFF."""
     if not content:
         raise PictureError(f"{name} is empty.")
     _check_size(len(content), name, reading)
@@ -268,17 +270,17 @@ def _all_pages(picture: Image.Image, pages: list[int], name: str, reading: Readi
 
 
 def _decode_smaller(picture: Image.Image, shrink: Shrink | None) -> None:
-    """Set the scale at which libjpeg decodes: a quarter of a huge picture, and of that what `shrink` says."""
+    """Set the scale at which libjpeg decodes: a quarter for a huge picture, reduced further as `shrink` says."""
     scale = 4 if picture.width * picture.height > MAX_PIXELS else 1
     if shrink is not None:
         sides = -(-picture.width // scale), -(-picture.height // scale)
         scale *= shrink(*(sides[::-1] if _turn(picture) in _ON_ITS_SIDE else sides))
     if scale == 1 and shrink is None:
         return
-    scale = min(scale, 8)  # Pillow takes the sides that are wanted, and halves as long as it stays above them
+    scale = min(scale, 8)  # `draft` takes the wanted sides, and halves as long as the result stays above them
     drafted = picture.draft(None, (max(1, picture.width // scale), max(1, picture.height // scale)))
     if drafted is not None and shrink is not None:
-        picture.decoderconfig = (picture.decoderconfig[0], 1)  # type: ignore[attr-defined]  # quick, colours unsmoothed
+        picture.decoderconfig = (picture.decoderconfig[0], 1)  # type: ignore[attr-defined]  # fast, colours unsmoothed
 
 
 def _check_size(size: int, name: str, reading: Reading) -> None:
@@ -300,13 +302,13 @@ def _cap(picture: Image.Image, content: bytes, most: int) -> int:
         return round(JPEG_2000 * most)
     if picture.format not in ("JPEG", "MPO") or picture.info.get("progressive"):
         return most
-    # Where not every colour is in the first scan, libjpeg holds the picture whole, as it does a progressive one.
+    # If the first scan lacks a colour, libjpeg holds the whole picture in memory, as it does a progressive one.
     scan = content.rfind(b"\xff\xda", 0, picture.fp.tell())  # type: ignore[attr-defined]
     return JPEG * most if content[scan + 4] == len(picture.getbands()) else most
 
 
 def _tile(picture: Image.Image) -> tuple[int, int]:
-    """Width and height of a TIFF's tiles, each of which is decoded whole, however small the picture."""
+    """Width and height of a TIFF's tiles. Each is decoded whole, however small the picture is."""
     tags = getattr(picture, "tag_v2", None) or {}
     return int(tags.get(322, 1)), int(tags.get(323, 1))
 
@@ -324,10 +326,10 @@ def _what_it_is(content: bytes) -> str:
     if content.startswith(b"MM\0+"):
         return "is a big-endian BigTIFF, which is not supported: save it as an ordinary TIFF or PNG"
     if content.startswith((b"MM\0*", b"II*\0", b"II+\0")):
-        return ("is a TIFF of a kind that is not read (colour as floats, for one), or damaged: save it with 8 bits, or "
-                "as grey with 16")
+        return ("is a TIFF of a kind that is not read (such as colour as floats), or damaged: save it with 8 bits, or "
+                "as 16-bit grey")
     if content.startswith(b"BM"):
-        return "is a BMP of a kind that is not read (colours in unusual fields, for one), or damaged: save it as PNG"
+        return "is a BMP of a kind that is not read (such as unusual colour fields), or damaged: save it as PNG"
     return "is not a picture in a supported format (JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF …), or its header is damaged"
 
 
@@ -374,8 +376,11 @@ _before: list = []
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Without Pillow's own, higher, bomb warning and its remarks on broken metadata. As warnings.catch_warnings, which
-    must not be left in another order than it was entered: here by the last thread that decodes."""
+    """Silence Pillow's own bomb warning (its limit is higher) and its warnings of broken metadata.
+
+    warnings.catch_warnings would not do: threads may leave it in another order than they entered it. Here the last
+    thread that decodes restores the filters.
+    """
     global _decoding, _before
     with _quiet:
         if _decoding == 0:
@@ -399,7 +404,7 @@ def _upright(picture: Image.Image, turn: Image.Transpose | None) -> Image.Image:
 def _turn(picture: Image.Image) -> Image.Transpose | None:
     try:
         return _UPRIGHT.get(picture.getexif().get(_ORIENTATION, 1))
-    except Exception:  # broken metadata of a picture that is whole
+    except Exception:  # broken metadata of an intact picture
         return None
 
 

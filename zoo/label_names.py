@@ -1,4 +1,4 @@
-"""Class names: those of the benchmarks, by official class index, for data that carries numbers only."""
+"""Class names of the benchmarks, by official class index, for data that has numbers only."""
 
 from functools import cache
 from pathlib import Path
@@ -20,25 +20,25 @@ def cifar100() -> tuple[str, ...]:
 
 @cache
 def inat18() -> tuple[str, ...]:
-    """The 8,142 species of iNaturalist 2018, which its first JSON files hid behind numbers."""
+    """The 8,142 species of iNaturalist 2018; its first JSON files have only numbers."""
     return tuple((_FOLDER / "inat18.txt").read_text(encoding="utf-8").splitlines())
 
 
 @cache
 def imagenet() -> tuple[str, ...]:
-    """The 1,000 classes of ImageNet, in the order of their WordNet ids; as torchvision calls them."""
+    """The 1,000 classes of ImageNet, in the order of their WordNet ids, named as in torchvision."""
     return tuple(name for _, _, name in _imagenet())
 
 
 @cache
 def imagenet_wnids() -> tuple[str, ...]:
-    """WordNet ids ("n01440764"), the names of ImageNet's class folders; class c is the c-th."""
+    """WordNet ids ("n01440764") by class index; ImageNet's class folders have these names."""
     return tuple(wnid for wnid, _, _ in _imagenet())
 
 
 @cache
 def imagenet_lt_counts() -> tuple[int, ...]:
-    """Training pictures a class in ImageNet-LT (Liu et al. 2019): 115,846 in all, 1,280 to 5."""
+    """Training pictures per class in ImageNet-LT (Liu et al. 2019): 115,846 in all, 1,280 to 5."""
     return tuple(int(count) for _, count, _ in _imagenet())
 
 

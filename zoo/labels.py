@@ -1,4 +1,4 @@
-"""From class counts to head, medium and tail."""
+"""Assign classes to head, medium and tail by their training counts."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ UNKNOWN = "unknown"
 
 # The field's many / medium / few shot (Liu et al. 2019): over 100 training pictures, 20 to 100, under 20.
 HEAD_ABOVE, TAIL_BELOW = 100, 20
-# Where that leaves a group empty: shares of the classes, by rank.
+# If that leaves a group empty: shares of the classes, by rank.
 HEAD_SHARE, MEDIUM_SHARE = 0.3, 0.4
 
 
@@ -17,7 +17,7 @@ _BY_RANK = {"head": f"the largest {HEAD_SHARE:.0%}", "medium": f"the next {MEDIU
 
 
 def meaning_of(group: str, groups_by: str, unit: str = " training pictures") -> str:
-    """In words, which classes a group has: "under 20 training pictures", or "the smallest 30%" by rank."""
+    """Which classes a group has, in words: "under 20 training pictures", or "the smallest 30%" by rank."""
     if group == UNKNOWN:
         return "training pictures not known"
     return _BY_RANK[group] if groups_by == "rank" else _BY_COUNT[group] + unit
@@ -31,12 +31,12 @@ def group_of_count(count: int) -> str:
 def assign_groups(class_counts: Sequence[int] | None, num_classes: int | None = None) -> tuple[tuple[str, ...], str]:
     """The group of each class, and how it was found: "count", "rank" or "unknown".
 
-    class_counts  training pictures of each class, after meta and test set are cut; None where they are not known,
-                  and then every class is "unknown" (num_classes of them): nothing is guessed
+    class_counts  training pictures of each class, without meta and test set; None if they are not known: then each of
+                  the num_classes classes is "unknown"
 
-    By count (head > 100, medium 20 to 100, tail < 20) where each group gets a class. Else by rank: the largest 30 %
-    of the classes are head, the next 40 % medium, the rest tail; equal counts keep the order of the classes. With
-    two classes the larger is head, the smaller tail. Stored in the model folder; read from there ever after.
+    By count (head > 100, medium 20 to 100, tail < 20) if each group gets a class. Else by rank: the largest 30 % of
+    the classes are head, the next 40 % medium, the rest tail; equal counts keep the order of the classes. With two
+    classes the larger is head, the smaller tail. The model folder stores the groups.
     """
     if class_counts is None:
         return (UNKNOWN,) * (num_classes or 0), UNKNOWN

@@ -1,4 +1,4 @@
-"""The pictures that a path stands for: one, those under a folder, in a zip, in a table, or of a pattern."""
+"""Find the pictures of a path: a single file, a folder, a zip, a table or a pattern."""
 
 import glob
 import itertools
@@ -17,11 +17,11 @@ from zoo.tables import SUFFIXES, USUAL, Columns, pictures_in_table
 def pictures_of(
     paths: Iterable[str | os.PathLike], passed_over: Counter[str] | None = None, columns: Columns = USUAL
 ) -> Iterator[str | os.PathLike | NamedPicture]:
-    """Path by path, lazily; a folder without pictures or a refused zip comes as its PictureError.
+    """The pictures of all paths, lazily. A folder without pictures or a refused zip gives its PictureError.
 
-    A path with *, ? or [ that does not exist is a pattern; ** stands for folders in folders.
+    A path with *, ? or [ that does not exist is a pattern; ** matches nested folders.
 
-    passed_over  counts what is not a picture by its name
+    passed_over  counts the files that are not pictures by name
     columns      how tables (zoo.tables.SUFFIXES) are read
     """
     for path in expanded(paths, passed_over):
@@ -41,7 +41,7 @@ def pictures_of(
 def pictures_under(
     folder: str | os.PathLike, passed_over: Counter[str] | None = None
 ) -> Iterator[Path | NamedPicture]:
-    """As zoo.files.walk finds them. Raises PictureError where there is none."""
+    """The pictures that zoo.files.walk finds. Raises PictureError if there are none."""
     root, passed_over = Path(folder), Counter() if passed_over is None else passed_over
     if not root.is_dir():
         raise PictureError(f"{root} is not a folder" + (": use predict for a single picture." if root.exists() else
@@ -55,13 +55,13 @@ def pictures_under(
 
 
 def pictures_inside(archive: str | os.PathLike, passed_over: Counter[str] | None = None) -> Iterator[NamedPicture]:
-    """Of a zip, under its path and the name inside. Raises PictureError as zoo.archives.open_zip does."""
+    """The pictures of a zip, named by its path and the name inside. Raises PictureError as zoo.archives.open_zip."""
     pictures = open_zip(archive, passed_over=passed_over)[1]
     return (NamedPicture(f"{os.fspath(archive)}/{name}", picture) for name, picture in pictures)
 
 
 def number_of_pictures(paths: Iterable[str | os.PathLike], columns: Columns = USUAL) -> int:
-    """How many `pictures_of` gives, without reading any of them."""
+    """Count the pictures that `pictures_of` gives, without reading any."""
     total = 0
     for path in expanded(paths):
         try:
@@ -80,7 +80,7 @@ def _is_table(path: str | os.PathLike) -> bool:
 def expanded(
     paths: Iterable[str | os.PathLike], passed_over: Counter[str] | None = None
 ) -> Iterator[str | os.PathLike]:
-    """The paths; in place of a pattern, what it stands for, by name: folders, zips and pictures, as a folder's are."""
+    """The paths, each pattern replaced by the folders, zips and pictures that match it, sorted by name."""
     for path in paths:
         name = os.fspath(path)
         if os.path.lexists(name) or not glob.has_magic(name):
@@ -88,7 +88,7 @@ def expanded(
             continue
         for found in sorted(glob.iglob(name, recursive=True)):
             if os.path.isdir(found):
-                if "**" not in name:  # else their pictures come by themselves
+                if "**" not in name:  # else their pictures match by themselves
                     yield found
             elif is_zip(found) or (kind := no_picture(os.path.basename(found))) is None:
                 yield found
@@ -97,7 +97,7 @@ def expanded(
 
 
 def paths_in_list(lines: Iterable[bytes]) -> Iterator[str]:
-    """The paths of a list: one a line, as `find` and `ls` print them; empty lines are passed over."""
+    """The paths of a list, one per line, as `find` and `ls` print them; empty lines are skipped."""
     for i, line in enumerate(lines):
         line = line.removeprefix(b"\xef\xbb\xbf") if i == 0 else line
         if name := line.rstrip(b"\r\n"):

@@ -21,18 +21,18 @@ def load(
     name: str | os.PathLike, backend: Backend = "onnx", device: Device = "auto", precision: Precision = "fp32", *,
     revision: str | None = None, local_files_only: bool = False, token: str | None = None,
 ) -> Predictor:
-    """A model of the zoo, of the Hub, or any model folder.
+    """Load a model of the zoo, from the Hub, or from a model folder.
 
     name              a name of `list_models`; hf:owner/repo or hf:owner/repo@revision on the Hub; or the path of a
-                      model folder (what `metasaug train` leaves in RUN/model)
+                      model folder (`metasaug train` writes it to RUN/model)
     backend           onnx: ONNX Runtime, no torch needed; torch: the module itself
-    device            auto: cuda where there is one; cuda: that or BackendError
-    precision         int8: the quantised ONNX file, where the model has one; a third of the size or less, on the CPU
-    revision          on the Hub: a branch, tag or commit. The registry's models are pinned to one
-    local_files_only  nothing but the Hub's cache, no request
+    device            auto: cuda if available; cuda: that or BackendError
+    precision         int8: the quantised ONNX file, if the model has one; a third of the size or less, on the CPU
+    revision          on the Hub: a branch, tag or commit. The registry's models are pinned to a commit
+    local_files_only  use only the Hub's cache, make no request
     token             of the Hub, instead of HF_TOKEN or the one of `hf auth login`
     Raises UnknownModelError, UnpublishedModelError, HubError, ModelFolderError or BackendError. Every file is read
-    once, and used only if its bytes have the manifest's sha256. Logs in one line, at level INFO, what was loaded.
+    once, and used only if its sha256 is the one in the manifest. Logs one line at level INFO.
     """
     network = WEIGHTS if backend == "torch" else ONNX_INT8 if precision == "int8" else ONNX
     folder = open_folder(name, (CONFIG, network), revision=revision, local_files_only=local_files_only, token=token)
@@ -46,7 +46,7 @@ def load(
 
 
 def predict(name: str | os.PathLike, picture: Picture, top_k: int = 5) -> Prediction:
-    """`load(name).predict(picture, top_k)`, for a single picture; load once and keep the model for more."""
+    """`load(name).predict(picture, top_k)`, for a single picture. For more pictures, load once and keep the model."""
     return load(name).predict(picture, top_k)
 
 
@@ -54,8 +54,9 @@ def open_folder(
     name: str | os.PathLike, files: Sequence[str] = (), *, revision: str | None = None, local_files_only: bool = False,
     token: str | None = None,
 ) -> ModelFolder:
-    """The model folder behind a name or a path, its manifest checked; `files` of it are fetched where it is on the Hub.
+    """The model folder behind a name or a path, with its manifest checked.
 
+    files  fetched at once if the folder is on the Hub
     Raises as `load`.
     """
     name = os.fspath(name)
@@ -68,7 +69,7 @@ def open_folder(
         if revision is not None and named not in (None, revision):
             raise ZooError(f"{name} with revision={revision!r}: two revisions. Name one.")
         return HubFolder(repo, **{**hub, "revision": named or revision}, files=files)
-    if not os.path.isdir(name):  # False, where Path may raise for a name too long
+    if not os.path.isdir(name):  # Path.is_dir may raise if the name is too long
         raise UnknownModelError(_unknown(name))
     if revision is not None:
         raise ZooError(f"{name} is a folder and has no revisions; hf:owner/repo@revision names a model on the Hub.")
@@ -76,9 +77,9 @@ def open_folder(
 
 
 def open_entry(entry: Entry, files: Sequence[str] = (), **hub: Any) -> ModelFolder:
-    """The model folder of a registry entry, its manifest checked.
+    """The model folder of a registry entry, with its manifest checked.
 
-    files  to fetch at once where they are on the Hub      hub  revision, local_files_only, token, cache: as HubFolder
+    files  fetched at once if they are on the Hub          hub  revision, local_files_only, token, cache: as HubFolder
     Raises UnpublishedModelError, HubError or ModelFolderError.
     """
     asked, owner = hub.get("revision"), own_copies()
@@ -88,13 +89,13 @@ def open_entry(entry: Entry, files: Sequence[str] = (), **hub: Any) -> ModelFold
                            "names a model on the Hub.")
         return ModelFolder(entry.folder, entry.manifest_sha256)
     if owner is not None:
-        # A copy of published weights must hold the same bytes; for unpublished ones the name is all there is to check.
+        # A copy of published weights must hold the same bytes; for unpublished ones only the name can be checked.
         folder = HubFolder(f"{owner}/{entry.name}", **hub, files=files,
                            manifest_sha256=None if asked else entry.manifest_sha256)
         name = folder.config["metasaug"]["name"]
         if name != entry.name:
-            raise ModelFolderError(f"{folder.source} holds the model {name!r}, not {entry.name!r}. To load it all the "
-                                   f"same: hf:{folder.repo}.")
+            raise ModelFolderError(f"{folder.source} holds the model {name!r}, not {entry.name!r}. To load it "
+                                   f"anyway: hf:{folder.repo}.")
         return folder
     if entry.hub is None:
         raise UnpublishedModelError(how_to_get(entry))

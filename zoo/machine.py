@@ -21,10 +21,10 @@ def memory() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Has the C library keep freed memory for the next step, where it is glibc.
+    """Make glibc keep freed memory for the next step; nothing changes with another C library.
 
-    It would return every large tensor to the system, which clears each page anew: a fifth of the time of a training
-    step of EfficientNet-Lite0 on a CPU.
+    By default it returns every large tensor to the system, which then clears each page again. This takes a fifth of
+    the time of a training step of EfficientNet-Lite0 on a CPU.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
@@ -47,9 +47,9 @@ def _memory_limits(root: Path = Path("/")) -> Iterator[int]:
 
 
 def _control_groups(root: Path, controller: str) -> Iterator[Path]:
-    """Folders of this process's control group and of all above it, in version 2 and version 1 of the hierarchy.
+    """Folders of this process's control group and of all groups above it, in versions 2 and 1 of the hierarchy.
 
-    A container often sees its own group as the top of the hierarchy: groups that are not there are passed over.
+    A container often sees its own group as the top of the hierarchy: missing folders are skipped.
     """
     mounts = root / "sys/fs/cgroup"
     for line in _lines(root / "proc/self/cgroup"):
@@ -69,5 +69,5 @@ def _lines(path: Path) -> list[str]:
 
 
 def _read(path: Path) -> list[str]:
-    """The words of a file, none where it is not there."""
+    """The words of a file; none if it does not exist."""
     return " ".join(_lines(path)).split()

@@ -3,7 +3,7 @@
 import html
 import re
 
-# Colours of groups and marks, as CSS variables: on a light page, on a dark one. The card's figure takes the light ones.
+# Colours of groups and marks, as CSS variables, for a light and a dark page. The card's figure uses the light ones.
 LIGHT = {"head": "#1d5fa8", "head-soft": "#e3eefa", "medium": "#8a5a00", "medium-soft": "#fbefd5",
          "tail": "#a3246b", "tail-soft": "#fbe4f0", "unknown": "#55504a", "unknown-soft": "#ecebe8",
          "accent": "#0f766e", "plain": "#7a736b"}

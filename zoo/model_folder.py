@@ -1,16 +1,16 @@
-"""The model folder: run output, Hub repository and bundled weights are all this. Reading and writing, and no torch.
+"""Read and write model folders, the format of runs, Hub repositories and bundled weights. Needs no torch.
 
-    config.json             timm's keys and, under "metasaug", how it was trained and what it got right
+    config.json             timm's keys and, under "metasaug", how it was trained and its test results
     model.safetensors       weights, by their names in zoo.architectures
-    covariance.safetensors  optional: running class covariances and what was learned on top
+    covariance.safetensors  optional: running class covariances and their learned corrections
     onnx/model.onnx         one file; outputs logits, features, feature_map
     onnx/model_int8.onnx    optional: the same, quantised
     README.md               the model card
-    accuracy.png            optional: its figure, accuracy per class
+    accuracy.png            optional: the card's figure, accuracy per class
     manifest.json           sha256 and size of every file above
 
-A file is read once, as bytes, and used only if those bytes have the manifest's sha256; the manifest vouches for
-itself by a digest, and the registry for the manifest. Nothing is ever unpickled.
+Each file is read once, as bytes, and used only if their sha256 is the one in the manifest. The manifest holds a digest
+of itself, and the registry holds the manifest's sha256. Nothing is ever unpickled.
 """
 
 import hashlib
@@ -30,27 +30,26 @@ from zoo.labels import GROUPS, UNKNOWN
 CONFIG, WEIGHTS, COVARIANCE = "config.json", "model.safetensors", "covariance.safetensors"
 ONNX, ONNX_INT8 = "onnx/model.onnx", "onnx/model_int8.onnx"
 CARD, FIGURE, MANIFEST = "README.md", "accuracy.png", "manifest.json"
-# An ONNX file is one protobuf message, which cannot be larger; the others are read whole as well.
+# An ONNX file is one protobuf message, which cannot be larger. The other files are read whole too.
 MOST_BYTES = {CONFIG: 100_000_000, CARD: 100_000_000, FIGURE: 100_000_000, ONNX: 2**31, ONNX_INT8: 2**31}
-MOST_BYTES_OF_ARRAYS = 2**35  # covariances of 1,000 classes and 2,048 features, and twice that
+MOST_BYTES_OF_ARRAYS = 2**35  # running and learned covariances of 1,000 classes and 2,048 features
 FILES = (CONFIG, WEIGHTS, COVARIANCE, ONNX, ONNX_INT8, CARD, FIGURE)
 
 
 class ModelFolder:
-    """A model folder that is whole: opening checks the manifest, reading checks each file.
+    """A verified model folder: opening checks the manifest, reading checks each file.
 
     path             of the folder
-    manifest_sha256  where known (registry): that of manifest.json itself
+    manifest_sha256  the sha256 of manifest.json, where the registry has it
     Raises ModelFolderError, naming the file, for anything missing, changed or not of this format.
     """
 
     def __init__(self, path: str | os.PathLike, manifest_sha256: str | None = None):
         self.path = Path(path)
-        self.known = manifest_sha256 is not None  # its bytes are those that the registry names
+        self.known = manifest_sha256 is not None  # its bytes are checked against the registry
         self._checked: set[str] = set()
         if not self.path.is_dir():
-            raise ModelFolderError(f"{self.path} is not a folder. A model folder is what `metasaug train` leaves in "
-                                   "RUN/model.")
+            raise ModelFolderError(f"{self.path} is not a folder. `metasaug train` writes a model folder to RUN/model.")
         self.files = self._read_manifest(manifest_sha256)
 
     def __repr__(self) -> str:
@@ -58,7 +57,7 @@ class ModelFolder:
 
     @property
     def source(self) -> str:
-        """Where it is from, in words."""
+        """Where the folder comes from, in words."""
         return str(self.path)
 
     def __contains__(self, name: str) -> bool:
@@ -80,13 +79,13 @@ class ModelFolder:
         return content
 
     def check(self) -> None:
-        """Every file that the manifest names and that was not read yet, against it."""
+        """Check every file of the manifest that was not read yet."""
         for name in self.files:
             if name not in self._checked and not self._may_lack(name):
                 self.read(name)
 
     def _may_lack(self, name: str) -> bool:
-        """Covariances may be left out: nothing but more training needs them."""
+        """Covariances may be missing: predictions do not need them."""
         return name == COVARIANCE and not (self.path / name).exists()
 
     @cached_property
@@ -97,7 +96,7 @@ class ModelFolder:
 
     @property
     def results(self) -> dict[str, Any] | None:
-        """What the model got right at the end of its training, or None where it was not measured."""
+        """Test results at the end of training, or None if they were not measured."""
         return self.config["metasaug"].get("results")
 
     @cached_property
@@ -117,17 +116,17 @@ class ModelFolder:
 
         try:
             return load(self.read(name))
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:  # the latter: types that numpy has not
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:  # also for types that numpy lacks
             raise ModelFolderError(f"{self.path / name} is not a safetensors file: {error}.") from error
 
     def _bytes(self, name: str, size: int) -> bytes:
-        """The file, or a little more than `size` bytes of it: a wrong one may be endless."""
+        """The file's bytes, at most one more than `size`: a wrong file may be endless."""
         path = self.path / name
         try:
             if path.exists() and not path.is_file():
                 raise ModelFolderError(f"{path} is not a regular file. Get the folder again.")
             with open(path, "rb") as file:
-                return file.read(min(size, os.fstat(file.fileno()).st_size) + 1)  # the claim may be out of all bounds
+                return file.read(min(size, os.fstat(file.fileno()).st_size) + 1)  # `size` may be absurd
         except FileNotFoundError:
             raise ModelFolderError(f"{path} is missing. Get the folder again.") from None
         except OSError as error:
@@ -138,8 +137,8 @@ class ModelFolder:
     def _read_manifest(self, expected: str | None) -> dict[str, tuple[int, str]]:
         path = self.path / MANIFEST
         if not path.exists():
-            raise ModelFolderError(f"{self.path} is not a model folder: it has no {MANIFEST}. A model folder is what "
-                                   "`metasaug train` leaves in RUN/model.")
+            raise ModelFolderError(f"{self.path} is not a model folder: it has no {MANIFEST}. `metasaug train` writes "
+                                   "a model folder to RUN/model.")
         content = self._bytes(MANIFEST, 100_000)
         if expected is not None and hashlib.sha256(content).hexdigest() != expected:
             raise ModelFolderError(f"{path} is not the one that the registry names. Get the folder again.")
@@ -153,9 +152,9 @@ class ModelFolder:
             files = {}
         too_large = [name for name, (size, _) in files.items() if size > MOST_BYTES.get(name, MOST_BYTES_OF_ARRAYS)]
         if too_large:
-            raise ModelFolderError(f"{path} names {too_large[0]} as larger than any model of the zoo. Get the folder "
-                                   "again.")
-        # Written anew from what was read, it must come out the same: one changed bit anywhere shows.
+            raise ModelFolderError(f"{path} says that {too_large[0]} is larger than any model of the zoo. Get the "
+                                   "folder again.")
+        # Writing what was read must give the same bytes, so that any changed bit shows.
         if not files or not set(files) <= set(FILES) or _manifest_bytes(files) != content:
             raise ModelFolderError(f"{path} is damaged or was changed. Get the folder again.")
         return files
@@ -167,9 +166,9 @@ def write_model_folder(
     weights: Mapping[str, np.ndarray],
     covariance: Mapping[str, np.ndarray] | None = None,
 ) -> ModelFolder:
-    """A new model folder, without ONNX and card: those are export's. An older one at the same place is replaced.
+    """Write a new model folder, without ONNX and card, which export adds. Replaces an older one at the same path.
 
-    config      as DESIGN says, checked here          weights, covariance   arrays by name
+    config      checked by `check_config`             weights, covariance   arrays by name
     """
     from safetensors.numpy import save
 
@@ -177,7 +176,7 @@ def write_model_folder(
     path = Path(path)
     try:
         for old in (*(path / name for name in (MANIFEST, *FILES)), *path.rglob(".*.tmp")):
-            old.unlink(missing_ok=True)  # the manifest first: from now until the end it is not a model folder
+            old.unlink(missing_ok=True)  # the manifest first: without it, this is no model folder
     except OSError as error:
         raise ModelFolderError(f"{path} cannot be written: {error.strerror or error}.") from error
     add_files(path, {CONFIG: json_bytes(config), WEIGHTS: save(dict(weights)),
@@ -186,8 +185,10 @@ def write_model_folder(
 
 
 def add_files(path: Path, contents: Mapping[str, bytes], present: Mapping[str, tuple[int, str]]) -> None:
-    """Write files and, last, the manifest that names them beside those `present`, replacing older ones; each
-    is whole or not there."""
+    """Write files and, last, the manifest that lists them and those `present`.
+
+    Replaces older files. Each file is written whole or not at all.
+    """
     for name, content in contents.items():
         _write(path / name, content)
     _write(path / MANIFEST, _manifest_bytes({**present, **_sizes_and_hashes(contents)}))
@@ -216,7 +217,7 @@ def _manifest_bytes(files: Mapping[str, tuple[int, str]]) -> bytes:
 
 
 def json_bytes(value: Any) -> bytes:
-    """As config.json and manifest.json are written."""
+    """JSON in the form of config.json and manifest.json."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
@@ -234,14 +235,14 @@ def _parse_json(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any], where: str | Path) -> None:
-    """Raises ModelFolderError naming the first key that is missing or makes no sense."""
+    """Raises ModelFolderError naming the first key that is missing or invalid."""
 
     def need(holds: bool, key: str, what: str) -> None:
         if not holds:
             raise ModelFolderError(f"{where}: {key} must be {what}.")
 
     def text(value) -> bool:
-        """A string that can be written: a folder name of odd bytes comes as one that cannot."""
+        """Whether it is a string that can be encoded: folder names with invalid bytes cannot."""
         return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
     def numbers(value, count: int) -> bool:

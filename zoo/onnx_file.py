@@ -1,8 +1,8 @@
-"""Checks on an ONNX file before ONNX Runtime sees it. Reads the bytes itself, without the onnx package.
+"""Check an ONNX file before ONNX Runtime opens it, byte by byte, without the onnx package.
 
-A model of the zoo is one file, of operators that classifiers use. ONNX Runtime would follow references to other files,
-run loops without end, and ask for as much memory as a tensor claims. What a check of the bytes cannot see, a trial
-run does (zoo.trial).
+A model of the zoo is one file, with operators that classifiers use. ONNX Runtime would follow references to other
+files, run endless loops, and request as much memory as a tensor claims. A trial run (zoo.trial) finds what a check of
+the bytes cannot.
 """
 
 from collections.abc import Iterator
@@ -26,10 +26,10 @@ _NAMES = """
     Split Sqrt Squeeze Sub Sum Swish Tanh Tile Transpose Trilu Unsqueeze Where
 """
 OPERATORS = frozenset(_NAMES.split())
-# Inputs (by position) that say how large an output is. They may depend on how many pictures come, not on the pictures.
+# Inputs (by position) that set the size of an output. They may depend on the number of pictures, not on their content.
 SIZES = {"ConstantOfShape": (0,), "Expand": (1,), "OneHot": (1,), "Pad": (1,), "Range": (0, 1, 2), "Resize": (2, 3),
          "Tile": (1,)}
-MOST_FIELDS = 2_000_000  # a large network has a tenth of them; each takes a microsecond
+MOST_FIELDS = 2_000_000  # a large network has a tenth of this; each takes a microsecond
 
 # Field numbers of onnx.proto.
 _MODEL_GRAPH, _MODEL_OPSETS, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 8, 20, 25

@@ -1,5 +1,4 @@
-"""What picture files leave open: the page, the value of 16-bit grey that is white, how much of the end may be missing.
-"""
+"""How to read what picture files leave open: the page, the white value of 16-bit grey, a missing end."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from zoo.errors import ZooError
 
 MAX_FILE_BYTES = 20_000_000
 MAX_PIXELS = 25_000_000
-MOST_MEGAPIXELS = 178  # beyond them Pillow opens nothing
+MOST_MEGAPIXELS = 178  # Pillow opens nothing larger
 RANGES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))  # of cameras, by their bits
 
 _BITS, _PHOTOMETRIC, _LARGEST, _FORMAT = 258, 262, 281, 339  # tags of TIFF
@@ -24,18 +23,18 @@ class Reading:
     """How to read what a file leaves open. The flags of `train`, `data check`, `evaluate` and `predict`."""
 
     page: int | Literal["max", "mean"] | None = None
-    """Page of a TIFF that has several, from 1; or max or mean over all of them, pixel by pixel (a focus series).
-    Without it what the model was trained on, else the first page."""
+    """Page of a TIFF with several pages, from 1; max or mean: over all pages, pixel by pixel (a focus series). By
+    default as in training, else the first."""
 
     white: int | None = None
-    """The value that is white in 16-bit and 32-bit grey: 4095 for a camera of 12 bits. Without it what the file says;
-    else the range found over the training pictures, which the model keeps; else 65535."""
+    """Value of white in 16-bit and 32-bit grey pictures, such as 4095 for a 12-bit camera. By default what the file
+    says; else the range over the training pictures, stored with the model; else 65535."""
 
     most_missing: float = 0.25
-    """Largest share of a JPEG that may be missing at its end. What is there is read, and its row says so."""
+    """Largest share of a JPEG that may be missing at its end. The rest is read, and its row says so."""
 
     max_megapixels: float | None = None
-    """Largest picture that is read, in megapixels, JPEGs four times as large; 178 at most. More needs more memory."""
+    """Largest picture to read, in megapixels (JPEGs: four times as large); at most 178. More takes more memory."""
 
     def __post_init__(self):
         if isinstance(self.page, int) and not 1 <= self.page <= MOST_PAGES:
@@ -53,29 +52,29 @@ class Reading:
 
     @property
     def most_bytes(self) -> int:
-        """Of a file. On one's own disk: what a picture of the largest size takes at 16 bits in four channels."""
+        """The largest file; with `max_megapixels`, the bytes of such a picture with four channels of 16 bits."""
         return MAX_FILE_BYTES if self.max_megapixels is None else max(MAX_FILE_BYTES, 8 * self.most_pixels)
 
     def to_dict(self) -> dict[str, Any]:
-        """What a model folder keeps: how its training pictures were read; empty where no file left anything open."""
+        """What a model folder keeps: how its training pictures were read; empty if no file left anything open."""
         return {key: value for key in ("page", "white") if (value := getattr(self, key)) is not None}
 
     def over(self, kept: Mapping[str, Any]) -> "Reading":
-        """The same; what it leaves open as a model folder has it."""
+        """The same reading, with `page` and `white` from a model folder if they are not set."""
         return replace(self, page=self.page or kept.get("page"), white=self.white or kept.get("white"))
 
 
 PUBLIC = Reading()  # the caps of a public demo
-LOCAL = Reading(max_megapixels=100)  # those of commands on one's own files
+LOCAL = Reading(max_megapixels=100)  # the caps of commands on your own files
 TO_TRAIN_ON = Reading(most_missing=0, max_megapixels=100)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What was seen of a file's picture.
+    """Facts about the picture in a file.
 
-    pages     of a TIFF        missing   the share of a JPEG's rows that its end lacks; None: it is whole
-    deepest   the largest value of 16-bit or 32-bit grey, where the file does not say which is white
+    pages     of a TIFF        missing   the share of a JPEG's rows that are missing at its end; None: it is whole
+    deepest   the largest value of 16-bit or 32-bit grey, if the file does not say which value is white
     """
 
     pages: int = 1
@@ -83,7 +82,7 @@ class Facts:
     deepest: int | None = None
 
     def note(self, reading: Reading) -> str:
-        """What a row says of them; nothing for an ordinary picture."""
+        """The facts in words, for a row; empty for an ordinary picture."""
         notes = []
         if self.missing is not None:
             notes.append(f"cut off: {share(self.missing)} of the picture is missing")
@@ -106,7 +105,7 @@ Row = TypeVar("Row", bound=HasFacts)
 
 
 class Remarks:
-    """What was seen of many pictures, as sentences."""
+    """Facts about many pictures, as sentences."""
 
     def __init__(self) -> None:
         self.several_pages = self.cut_off = 0
@@ -121,7 +120,7 @@ class Remarks:
             self.deepest = max(self.deepest or 0, facts.deepest)
 
     def noted(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """The same rows, each looked at in passing."""
+        """Pass the rows on, and add the facts of each."""
         for row in rows:
             self.add(row.facts)
             yield row
@@ -139,8 +138,8 @@ class Remarks:
             said.append(f"{what} is read of {self.several_pages:,} TIFFs that have several pages (--page N, max or "
                         "mean).")
         if self.cut_off:
-            said.append(f"{self.cut_off:,} JPEGs lack their end, up to {share(self.most_missing)} of the picture: what "
-                        "is there is read.")
+            said.append(f"{self.cut_off:,} JPEGs lack their end, up to {share(self.most_missing)} of the picture: the "
+                        "rest is read.")
         white = reading.white or max(RANGES[-1], self.deepest or 0)
         if self.deepest is not None and self.white != white:
             said.append(f"Warning: the largest value of the 16-bit pictures is {self.deepest:,}, and {white:,} is read "
@@ -151,10 +150,10 @@ class Remarks:
 
 
 def to_grey(picture: Image.Image, transparent: Any, reading: Reading) -> tuple[Image.Image, Facts]:
-    """8-bit grey of a loaded picture of more bits; the transparent value is white.
+    """8-bit grey of a loaded picture with more bits; the transparent value becomes white.
 
-    Integers: white is what the file says, else `reading.white`, else 65535 (where values are larger: the largest).
-    Floats: white is 1 where none is above, else 255, else the largest; what is not finite is black.
+    Integers: white is what the file says, else `reading.white`, else 65535 (or the largest value, if it is larger).
+    Floats: white is 1 if no value is above it, else 255, else the largest value; values that are not finite are black.
     """
     array, tags = np.asarray(picture), getattr(picture, "tag_v2", None) or {}
     facts = Facts()
@@ -176,8 +175,10 @@ def to_grey(picture: Image.Image, transparent: Any, reading: Reading) -> tuple[I
 
 
 def _white_by_tags(tags: Mapping[int, Any], kind: str | None) -> int | None:
-    """The range that a file states: its bits, where they are fewer than 16; or its largest value, where that is a
-    camera's range. PGM files come scaled to their own."""
+    """The white value that a file states: by its bits, if fewer than 16, or by its largest value, if one of RANGES.
+
+    PGM files come already scaled.
+    """
     if kind == "PPM":
         return RANGES[-1]
     bits, largest = (tags.get(tag, (0,)) for tag in (_BITS, _LARGEST))
@@ -187,7 +188,7 @@ def _white_by_tags(tags: Mapping[int, Any], kind: str | None) -> int | None:
 
 
 def scaled(array: np.ndarray, white: float) -> np.ndarray:
-    """round(255 x / white) as uint8, below 0 and not finite as 0; in pieces, for memory."""
+    """round(255 x / white) as uint8, with negative and non-finite values as 0; in pieces, to save memory."""
     flat, result = array.reshape(-1), np.empty(array.size, np.uint8)
     for start in range(0, flat.size, 1_000_000):
         with np.errstate(invalid="ignore"):  # NaN of the kind that signals

@@ -32,7 +32,7 @@ from zoo.rows_file import RowsFile, earlier_setting, refuse_out
 from zoo.signals import stop_signals
 from zoo.tables import USUAL, Columns, pictures_in_table
 
-ESTIMATED_FROM = 5_000  # pictures behind --prior estimate
+ESTIMATED_FROM = 5_000  # at most, for --prior estimate
 
 
 def predict(
@@ -63,36 +63,35 @@ def predict(
     """Classify pictures.
 
     Exit code 0: every picture was read; 1: some could not be read, and their rows say why; 2: an error ended the run;
-    130, 143 or 129: Ctrl-C, SIGTERM or SIGHUP ended it. Rows that --out already holds are kept, whatever ends the run.
+    130, 143 or 129: Ctrl-C, SIGTERM or SIGHUP ended it. The rows so far stay in --out.
 
     Args:
         model: A name from `metasaug list`, hf:owner/repo[@revision] on the Hub, or a model folder.
         paths: Pictures, folders (links are followed), zip files, quoted patterns such as "*/*.jpg", or tables (CSV,
-            COCO JSON) that name pictures by paths from the table's own folder; - reads a list of all these from
-            standard input.
-        out: Write rows to this .csv, .jsonl or .parquet file instead of printing; - prints CSV. With --out the run can
-            be continued.
-        paths_from: A file that lists pictures, folders and zip files, one a line.
-        resume: Continue --out where an earlier run ended; start it where there is none.
+            COCO JSON) with paths relative to the table's folder; - reads a list of all these from standard input.
+        out: Write rows to this .csv, .jsonl or .parquet file instead of printing; - prints CSV. With --out FILE the
+            run can be continued.
+        paths_from: A file that lists pictures, folders and zip files, one per line.
+        resume: Continue --out where an earlier run ended; start it if there is none.
         overwrite: Replace --out if it exists.
-        progress: The bar with rate and time left; auto shows it if standard error is a terminal.
-        copy_to: Copy each picture to COPY-TO/CLASS/PROBABILITY NAME, for review by hand: in each folder the least sure
-            answer comes first.
-        link_to: The same with links, which take no room.
+        progress: Show a bar with rate and time left; auto shows it if standard error is a terminal.
+        copy_to: Copy each picture to COPY-TO/CLASS/PROBABILITY NAME, for review by hand. In each folder the least sure
+            answers come first.
+        link_to: Like --copy-to, with links, which take no space.
         top_k: Classes shown for each picture.
-        threshold: Call an answer unsure if its probability is lower.
-        coverage: Give a set of classes for each picture that holds the true one with this probability, such as 0.9;
-            for a model with a calibration.
-        classes: A file with the classes that can occur, one a line. No other class is answered.
-        exclude: A class that cannot occur; give the flag once for each.
-        prior: How frequent the classes are where the pictures are from: equally (uniform), as in training (train), as a
-            CSV file of label and number says, or as estimated from the pictures themselves (estimate).
-        batch: Pictures that are computed together. Smaller needs less memory.
-        workers: Threads that decode while the network computes; by default one for each core.
+        threshold: Mark an answer as unsure if its probability is lower.
+        coverage: Give each picture a set of classes that holds the true one with this probability, such as 0.9. The
+            model needs a calibration.
+        classes: A file with the classes that can occur, one per line. Other classes are never answers.
+        exclude: A class that cannot occur; repeat the flag for more classes.
+        prior: How frequent the classes are in your pictures: equally (uniform), as in training (train), as in a CSV
+            file of label and number, or estimated from the pictures themselves (estimate).
+        batch: Pictures that are computed together. A smaller batch needs less memory.
+        workers: Threads that decode while the network computes; by default one per core.
         backend: ONNX Runtime, or torch.
-        device: auto takes CUDA where there is one.
-        precision: int8 is the quantised ONNX file, where the model has one; on the CPU.
-        table: A table, where the one PATH is the folder that its paths start from.
+        device: auto uses CUDA if available.
+        precision: int8 uses the quantised ONNX file, if the model has one; on the CPU.
+        table: A table. PATH is then the one folder that its paths start from.
     """
     special = out is not None and os.path.exists(out) and not os.path.isfile(out) and not os.path.isdir(out)
     to_file = not (out is None or special or str(out) == "-")
@@ -125,7 +124,7 @@ def predict(
     remarks = Remarks()
     frequencies: Any = prior
     if prior == "estimate":
-        next(predicted([], "uniform"), None)  # flags that make no sense are refused before anything is computed
+        next(predicted([], "uniform"), None)  # refuses invalid flags before anything is computed
         frequencies = earlier_setting(out, "prior") if resume and out is not None else None
         if frequencies is None:
             if not sources.again:
@@ -176,7 +175,7 @@ def predict(
 
 
 class _Sources:
-    """The paths that were named, on the command line or in a list: may be gone through again, unless one is -."""
+    """The paths from the command line or a list. They can be read again, unless one is -."""
 
     def __init__(self, paths: list[Path], paths_from: Path | None):
         self.paths, self.paths_from = [str(path) for path in paths], paths_from
@@ -207,14 +206,14 @@ class _Sources:
 def _bar(show: str, done: int, number: Callable[[], int] | None) -> tqdm:
     """A progress bar on standard error.
 
-    number   counts the pictures, beside the work; until it is done no time left is shown
+    number   counts the pictures in a thread of its own; the bar shows no time left until it is done
     """
     a_terminal = sys.stderr.isatty()
     bar = tqdm(initial=done, unit=" pictures", dynamic_ncols=True, mininterval=0.1 if a_terminal else 10,
                disable=show == "off" or (show == "auto" and not a_terminal))
 
     def count() -> None:
-        with suppress(ZooError):  # which the work itself comes upon
+        with suppress(ZooError):  # the run itself meets the same error
             bar.total = number() if number else None
 
     if not bar.disable:
@@ -223,7 +222,7 @@ def _bar(show: str, done: int, number: Callable[[], int] | None) -> tqdm:
 
 
 def _csv_rows(out: Path, layout: Layout, stack: ExitStack) -> Callable[[Prediction], None]:
-    """Rows to standard output, or to what is not a file: a pipe, a device."""
+    """Write rows to standard output, a pipe or a device."""
     try:
         stream = sys.stdout if str(out) == "-" else stack.enter_context(out.open("w", newline="", encoding="utf-8"))
     except OSError as error:
@@ -234,7 +233,7 @@ def _csv_rows(out: Path, layout: Layout, stack: ExitStack) -> Callable[[Predicti
 
 
 def _layout(predictor: Predictor, top_k: int, threshold: float | None, coverage: float | None) -> Layout:
-    """The columns; ZooError for flags that make no sense."""
+    """The columns. Raises ZooError for invalid flags."""
     if threshold is not None and not 0 < threshold <= 1:
         raise ZooError(f"--threshold {threshold}: a probability above 0, at most 1.")
     if coverage is not None:
@@ -256,7 +255,7 @@ def _printer(layout: Layout) -> Callable[[Prediction], None]:
 
 
 def _settings(predictor: Predictor, prior: Any) -> dict[str, Any]:
-    """What the rows depend on."""
+    """The settings that the rows depend on."""
     files = {name: predictor.folder.files[name][1] for name in (CONFIG, WEIGHTS) if name in predictor.folder.files}
     excluded = [predictor.labels[c] for c in np.flatnonzero(~predictor.classes.allowed_C)]
     return {"model": predictor.name, "model files": files, "precision": predictor.precision, "prior": prior,
@@ -275,7 +274,7 @@ def _prior_of_file(path: Path, predictor: Predictor) -> list[float]:
         except ValueError:
             if i:
                 raise ZooError(f"--prior {path}, line {i + 1}: expected a label and a number, as in fox,12.") from None
-    predictor.only(found)  # names that are no classes
+    predictor.only(found)  # raises for names that are not classes
     if missing := [label for label in predictor.labels if same_text(label) not in found]:
         raise ZooError(f"--prior {path} lacks {len(missing)} classes, the first is {missing[0]}: give each a number, "
                        "and 0 to those that cannot occur.")
@@ -289,7 +288,7 @@ def _some(listed_again: Callable[[], Iterable[Any]]) -> Iterator[Any]:
 
 
 def _estimated(predictor: Predictor, answers: Callable[[], Iterable[Prediction]]) -> np.ndarray:
-    """The prior, and on standard error what it is and why it may be wrong."""
+    """Estimate the prior; print it to standard error, and why it may be wrong."""
     used = [replace(answer, features=None, feature_map=None) for answer in answers() if answer.error is None]
     prior_C = predictor.estimate_prior(used)
     first = np.argsort(-prior_C, kind="stable")[:5]
@@ -307,7 +306,7 @@ def _estimated(predictor: Predictor, answers: Callable[[], Iterable[Prediction]]
 
 
 def _lines(path: Path) -> list[str]:
-    """A text file's lines without the empty ones."""
+    """The lines of a text file that are not empty."""
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

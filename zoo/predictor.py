@@ -1,4 +1,4 @@
-"""A loaded model: pictures in, predictions with their head, medium and tail out. ONNX Runtime or torch behind it.
+"""A loaded model: pictures in, predictions with head, medium and tail groups out. Runs in ONNX Runtime or torch.
 
 Shape suffixes: N pictures, C classes, A features.
 """
@@ -33,27 +33,27 @@ Backend = Literal["onnx", "torch"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "int8"]
 Prior = Literal["uniform", "train"] | Sequence[float] | np.ndarray
-_Shown = tuple[np.ndarray, Facts]  # what the network takes, and what was seen of the file
+_Shown = tuple[np.ndarray, Facts]  # the network's input, and the facts about the file
 
 
 @dataclass(frozen=True)
 class TopClass:
-    """One of the classes that a picture most likely shows."""
+    """One of a picture's likeliest classes."""
 
     label: str
     probability: float
-    group: str  # head, medium, tail; unknown where the training counts are
-    train_images: int | None  # pictures of this class in training; None where not known
+    group: str  # head, medium, tail; unknown if the training counts are
+    train_images: int | None  # pictures of this class in training; None if not known
     index: int
 
 
 @dataclass(frozen=True)
 class Classes:
-    """What a model knows of its classes, in the order of its outputs.
+    """What a model knows about its classes, in the order of its outputs.
 
-    allowed_C    which of them can be answered (`Predictor.only`)
-    prior_C      the class frequencies that its probabilities assume; None where not known
-    calibration  None where the model has none
+    allowed_C    which of them are possible answers (`Predictor.only`)
+    prior_C      the class frequencies that its probabilities assume; None if not known
+    calibration  None if the model has none
     """
 
     labels: tuple[str, ...]
@@ -68,11 +68,11 @@ class Classes:
                         None if self.counts is None else self.counts[c], int(c))
 
     def fair(self, logits_NC: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-        """Scores whose softmax assumes equally frequent classes, where the model's prior is known."""
+        """Scores whose softmax assumes equally frequent classes, if the model's prior is known."""
         return logits_NC / temperature - (0 if self.prior_C is None else np.log(self.prior_C))
 
     def inside(self, logits_NC: np.ndarray, coverage: float) -> np.ndarray:
-        """bool (N, C), whether a class is in the prediction set. The likeliest class always is."""
+        """bool (N, C): whether a class is in the prediction set. The likeliest class always is."""
         if self.calibration is None:
             raise ZooError("This model has no calibration, which prediction sets need: `metasaug calibrate FOLDER "
                            "--data DIR` adds one.")
@@ -84,16 +84,16 @@ class Classes:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says about one picture; or, in a batch, why it could not (`error`, all else empty).
+    """A model's answer for one picture; or, in a batch, why there is none (`error`, all else empty).
 
     top            the likeliest classes, likeliest first
     groups         probability mass of head, medium and tail, in that order
     probabilities  (C,) float32, in the order of the model's labels; softmax of logits and prior
-    logits         (C,) as the network gives them, before any prior
-    features       (A,) what enters the last layer          feature_map   (A, H, W) whose mean they are, or None
-    facts, note    what was seen of the file, and in words where it was not read whole: pages, a missing end
+    logits         (C,) the network's output, before any prior
+    features       (A,) the last layer's input              feature_map   (A, H, W), whose mean they are, or None
+    facts, note    facts about the file, and in words what was not read of it: other pages, a missing end
     familiarity    the share of calibration pictures that look stranger to the model; under zoo.calibration.UNFAMILIAR
-                   the picture is unlike anything in training. None where the model has no calibration
+                   the picture is unlike anything in training. None if the model has no calibration
     classes        of the model
     """
 
@@ -114,8 +114,8 @@ class Prediction:
         """The classes that the picture may show, likeliest first: one class if the model is sure, more if it is not.
 
         For each class, the set holds the true class of at least this share of its pictures (label-conditional
-        conformal prediction), however frequent the classes are where the pictures are from. Raises ZooError where the
-        model has no calibration. Empty where there is an error.
+        conformal prediction), whatever the class frequencies. Raises ZooError if the model has no calibration. Empty
+        if the prediction has an error.
         """
         if self.error is not None:
             return ()
@@ -123,17 +123,17 @@ class Prediction:
             raise ZooError("This prediction no longer has its logits: ask for the set before they are dropped.")
         (inside_C,) = self.classes.inside(self.logits[None], coverage)
         order = np.argsort(-self.probabilities, kind="stable")
-        inside_C[order[0]] = True  # the first answer, where a prior makes it another one
+        inside_C[order[0]] = True  # the first answer, which a prior may have changed
         return tuple(self.classes.named(c, self.probabilities[c]) for c in order if inside_C[c])
 
     @property
     def unfamiliar(self) -> bool:
-        """Whether the picture is unlike anything in training, as far as the model can say."""
+        """Whether the picture is unlike anything in training, as far as the model can tell."""
         return self.familiarity is not None and self.familiarity < UNFAMILIAR
 
     @property
     def margin(self) -> float:
-        """How far the likeliest class is ahead of the next one, in probability; nan where there is an error."""
+        """The probability of the likeliest class minus that of the next one; nan if there is an error."""
         if self.probabilities is not None and len(self.probabilities) > 1:
             second, first = np.sort(np.partition(self.probabilities, -2)[-2:])
             return float(first) - float(second)
@@ -158,9 +158,9 @@ class Predictor:
 
     name, labels, class_counts, groups, groups_by    of its classes, in the order of its outputs
     folder      the ModelFolder, with its config, results and card
-    device      "cpu" or "cuda", where it really runs
+    device      "cpu" or "cuda", where it runs in fact
     precision   "fp32", or "int8": the quantised ONNX file, on the CPU
-    reading     what picture files leave open, as in training; replace it to read them otherwise, or larger ones
+    reading     how picture files are read, as in training; replace it to read them differently, or larger ones
     """
 
     def __init__(
@@ -206,15 +206,15 @@ class Predictor:
         return OnnxNetwork(content, self.folder.config, name, device)
 
     def only(self, labels: Iterable[str]) -> "Predictor":
-        """This model with an answer among these classes alone: what can occur where the pictures are from.
+        """This model restricted to these classes: those that can occur in your pictures.
 
-        The probabilities are those given that one of these classes is shown. Raises ZooError for a name that is no
-        label, with near misses.
+        The probabilities are conditional on one of these classes. Raises ZooError for an unknown label, with similar
+        names.
         """
         return self._narrowed(self._are(labels))
 
     def without(self, labels: Iterable[str]) -> "Predictor":
-        """This model with an answer that is none of these classes. Raises as `only`."""
+        """This model without these classes. Raises as `only`."""
         return self._narrowed(~self._are(labels))
 
     def _are(self, labels: Iterable[str]) -> np.ndarray:
@@ -238,13 +238,13 @@ class Predictor:
 
     @property
     def module(self):
-        """The torch module, in eval mode, with these weights; takes what `preprocess` gives."""
+        """The torch module with these weights, in eval mode. Its input is what `preprocess` returns."""
         if self._module is None:
             self._module = torch_module(self.folder)
         return self._module
 
     def preprocess(self, picture: Picture, name: str | None = None) -> np.ndarray:
-        """What the network takes: float32 (3, H, W). Raises PictureError."""
+        """The network's input: float32 (3, H, W). Raises PictureError."""
         return self._shown(picture, name)[0]
 
     def _shown(self, picture: Picture, name: str | None = None) -> tuple[np.ndarray, Facts]:
@@ -252,14 +252,14 @@ class Predictor:
         return preprocess(decoded, self.folder.config["pretrained_cfg"]), facts
 
     def predict(self, picture: Picture, top_k: int = 5, prior: Prior | None = None, tau: float = 1.0) -> Prediction:
-        """The likeliest classes of one picture. Raises PictureError where it is none.
+        """The likeliest classes of one picture. Raises PictureError if it cannot be read.
 
         picture  a path, the bytes of a file, a PIL image, or an array (zoo.images.decode)
         top_k    how many classes `top` holds, at most all
-        prior    how often the classes occur where the picture is from: "uniform", "train" (as in training), or C
-                 numbers, 0 for what cannot be there; None takes the network's answer as it is. Logits move by
-                 tau (log prior - log own prior), the own one being what the training had the network assume (Menon et
-                 al. 2021)
+        prior    class frequencies where the picture is from: "uniform", "train" (as in training), or C numbers, 0 for
+                 classes that cannot occur; None keeps the network's answer. Logits move by
+                 tau (log prior - log own prior); the own prior is the one that training made the network assume
+                 (Menon et al. 2021)
         """
         _at_least_one(top_k=top_k)
         shift_C = self.prior_shift(prior, tau)
@@ -273,9 +273,9 @@ class Predictor:
         self, pictures: Iterable[Picture | NamedPicture], top_k: int = 5, prior: Prior | None = None, tau: float = 1.0,
         batch_size: int = 64, feature_maps: bool = False,
     ) -> list[Prediction]:
-        """One prediction a picture, in order; a bad picture is one with `error` and never ends the batch.
+        """One prediction per picture, in order. A bad picture gets one with `error` and never ends the batch.
 
-        feature_maps   keep them: 0.4 MB a picture for a ResNet-50
+        feature_maps   keep them: 0.4 MB per picture for a ResNet-50
         """
         return list(self.predict_each(pictures, top_k, prior, tau, batch_size, feature_maps))
 
@@ -283,24 +283,27 @@ class Predictor:
         self, folder: str | os.PathLike, top_k: int = 5, prior: Prior | None = None, tau: float = 1.0,
         batch_size: int = 64,
     ) -> Iterator[Prediction]:
-        """Every picture under `folder`, as zoo.files.walk finds them; `source` is the path. A folder in it that cannot
-        be listed is a row with its reason. Raises PictureError where there is none."""
+        """Predict every picture under `folder`, as zoo.files.walk finds them; `source` is the path.
+
+        A subfolder that cannot be listed gives a prediction with the reason. Raises PictureError if there are no
+        pictures.
+        """
         return self.predict_each(pictures_under(folder), top_k, prior, tau, batch_size)
 
     def predict_archive(
         self, archive: str | os.PathLike, top_k: int = 5, prior: Prior | None = None, tau: float = 1.0,
         batch_size: int = 64,
     ) -> Iterator[Prediction]:
-        """Every picture of a zip, which is never unpacked; `source` is its path and the name inside.
+        """Predict every picture of a zip, which is never unpacked; `source` is its path and the name inside.
 
-        Raises PictureError where the archive is refused (zoo.archives says which are).
+        Raises PictureError if the archive is refused (zoo.archives says why).
         """
         return self.predict_each(pictures_inside(archive), top_k, prior, tau, batch_size)
 
     def reweigh(
         self, answer: Prediction, prior: Prior | None = None, tau: float = 1.0, top_k: int = 5
     ) -> Prediction:
-        """The same answer for another prior, from its logits: what `predict` would say, without the network."""
+        """The same answer for another prior, from its logits: what `predict` would return, without the network."""
         _at_least_one(top_k=top_k)
         if answer.logits is None:
             return answer
@@ -313,11 +316,11 @@ class Predictor:
         self, pictures: Iterable[Picture | NamedPicture], top_k: int = 5, prior: Prior | None = None, tau: float = 1.0,
         batch_size: int = 64, feature_maps: bool = False, workers: int | None = None,
     ) -> Iterator[Prediction]:
-        """As `predict_batch`, one after another: endless input, constant memory.
+        """Like `predict_batch`, but one after another: the input may be endless, memory stays constant.
 
         feature_maps  as in `predict_batch`
-        workers       threads that read and decode the next batch while the network computes; by default one for each
-                      core. 0: none, no picture is taken before it is its turn. No digit depends on it
+        workers       threads that read and decode the next batch while the network computes; by default one per core.
+                      0: no threads, and each picture is read only when its turn comes. Results do not depend on it
         """
         _at_least_one(top_k=top_k, batch_size=batch_size)
         workers = cores() if workers is None else workers
@@ -327,7 +330,7 @@ class Predictor:
         shift_C = self.prior_shift(prior, tau)
         rows: list[str | Prediction] = []  # the name of a good picture, or the row of a bad one
         ready: list[np.ndarray] = []
-        seen: list[Facts] = []  # of each that is ready
+        seen: list[Facts] = []  # of each picture in `ready`
 
         def flush() -> Iterator[Prediction]:
             names = [row for row in rows if isinstance(row, str)]
@@ -336,8 +339,8 @@ class Predictor:
             for each in (rows, ready, seen):
                 each.clear()
 
-        # A batch is full when it has batch_size good pictures: bad ones between never change who is computed with
-        # whom, and so never a digit of the others' scores.
+        # A batch is full when it has batch_size good pictures: bad ones never change which pictures are computed
+        # together, and so never a digit of their scores.
         for name, shown in self._prepared(pictures, batch_size, workers):
             if isinstance(shown, PictureError):
                 rows.append(Prediction(name, error=str(shown)))
@@ -352,9 +355,9 @@ class Predictor:
     def _prepared(
         self, pictures: Iterable[Picture | NamedPicture], ahead: int, workers: int
     ) -> Iterator[tuple[str, "_Shown | PictureError"]]:
-        """The name of each picture, with what the network takes or why there is nothing, in order.
+        """The name of each picture with the network's input or an error, in order.
 
-        ahead  pictures that the threads may have decoded before they are asked for
+        ahead  how many pictures the threads may decode in advance
         """
         def prepare(picture: Picture | PictureError, name: str | None) -> _Shown | PictureError:
             try:
@@ -401,24 +404,24 @@ class Predictor:
         ]
 
     def scores(self, logits_NC: np.ndarray, shift_C: np.ndarray | None = None) -> np.ndarray:
-        """What softmax makes probabilities of: logits / temperature + shift, in float64."""
+        """The input of softmax: logits / temperature + shift, in float64."""
         scores_NC = logits_NC.astype(np.float64)
         scores_NC = scores_NC if self.calibration is None else scores_NC / self.calibration.temperature
         return scores_NC if shift_C is None else scores_NC + shift_C
 
     def _probabilities(self, logits_NC: np.ndarray, shift_C: np.ndarray | None) -> np.ndarray:
-        with np.errstate(invalid="ignore"):  # infinity less infinity: nan, which `_answers` reports
+        with np.errstate(invalid="ignore"):  # infinity minus infinity: nan, which `_answers` reports
             return probabilities(self.scores(logits_NC, shift_C))
 
     def _known_prior(self, prior: Prior) -> np.ndarray | None:
-        """As numbers; None where it is that of training and the counts are not known, or hold a 0."""
+        """The prior as numbers; None if it is "train" and the counts are not known or contain a 0."""
         if isinstance(prior, str) and prior == "train" and self.class_counts is None:
             return None
         prior_C = np.exp(self._log_prior(prior))
         return prior_C if prior_C.all() else None
 
     def _top(self, p_C: np.ndarray, top_k: int, shift_C: np.ndarray | None) -> tuple[TopClass, ...]:
-        """The likeliest classes, without those that cannot be."""
+        """The likeliest classes, without impossible ones."""
         best = np.argsort(-p_C, kind="stable")
         best = (best if shift_C is None else best[shift_C[best] > -np.inf])[:top_k]
         return tuple(self.classes.named(c, p_C[c]) for c in best)
@@ -430,8 +433,8 @@ class Predictor:
     def estimate_prior(self, answers: Iterable[Prediction]) -> np.ndarray:
         """(C,) class frequencies of the pictures behind these answers, for `prior=`: zoo.calibration.estimate_prior.
 
-        Trust it only if the pictures show these classes, as they look in training, and the model is calibrated. A class
-        that cannot be has 0. Raises ZooError where the model's own prior is not known, or no answer is left.
+        Trust it only if the pictures show these classes, as they look in training, and the model is calibrated. An
+        impossible class has 0. Raises ZooError if the model's own prior is not known, or no picture was read.
         """
         if self.classes.prior_C is None:
             raise ZooError(f"{self.name} does not say which prior its training assumed: none can be estimated.")
@@ -446,7 +449,7 @@ class Predictor:
         return prior_C
 
     def prior_shift(self, prior: Prior | None, tau: float = 1.0) -> np.ndarray | None:
-        """What `predict` adds to the logits (C,) for this prior: -inf where a class cannot be; None for nothing.
+        """The shift (C,) that `predict` adds to the logits for this prior: -inf for impossible classes; None: no shift.
 
         Raises ZooError.
         """
@@ -473,7 +476,7 @@ class Predictor:
         return np.where(possible_C, shift_C, -np.inf)
 
     def _log_prior(self, prior: Prior) -> np.ndarray:
-        """-inf where it is 0."""
+        """The logarithm of the normalised prior (C,); -inf where it is 0."""
         num_classes = len(self.labels)
         if isinstance(prior, str):
             if prior == "uniform":
@@ -504,7 +507,7 @@ def _at_least_one(**numbers: int) -> None:
 
 
 def _refuse_single(pictures: Any) -> None:
-    """One picture in place of several would be taken for its letters, or its rows of pixels."""
+    """Raises PictureError for one picture: iterating it would give its letters, or its rows of pixels."""
     if isinstance(pictures, np.ndarray):
         single = pictures.ndim < 3 or (pictures.ndim == 3 and pictures.shape[2] <= 4)
     else:
@@ -542,15 +545,15 @@ class OnnxNetwork:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors come as exceptions
-        # Its threads wait asleep, not in a loop that takes the cores from those that decode.
+        # Idle threads sleep; by default they spin, and take the cores from the threads that decode.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # ONNX Runtime's own choice is one for each core of the machine, whatever this job was given.
+        # ONNX Runtime's default is a thread for each core of the machine, even if this job may use fewer.
         options.intra_op_num_threads = threads or (cores() if cores() < (os.cpu_count() or 1) else 0)
         providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
         if device == "cuda" or (device == "auto" and _has_nvidia_driver()):
             if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-                onnxruntime.preload_dlls()  # CUDA's libraries from pip packages, where they are there
-                # Without TF32, which changes the third digit; kernels by rule, not by a search for each batch size.
+                onnxruntime.preload_dlls()  # CUDA's libraries from pip packages, if installed
+                # No TF32, which changes the third digit. Kernels by heuristic, not by a search for each batch size.
                 options_of_cuda = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
                 providers.insert(0, ("CUDAExecutionProvider", options_of_cuda))
             elif device == "cuda":
@@ -560,7 +563,7 @@ class OnnxNetwork:
             self.session = onnxruntime.InferenceSession(content, options, providers=providers)
         except Exception as error:  # ONNX Runtime has no common base class of its own
             raise ModelFolderError(f"{name} does not run in ONNX Runtime: {_reason(error)}") from error
-        # Without CUDA's libraries the runtime falls back to the CPU without a word.
+        # Without CUDA's libraries the runtime silently falls back to the CPU.
         self.device = "cuda" if self.session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
         if device == "cuda" and self.device != "cuda":
             raise BackendError("ONNX Runtime could not start CUDA here (a driver or CUDA libraries are missing): "
@@ -617,7 +620,7 @@ class _TorchNetwork:
     def __call__(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         import torch
 
-        if self._process != os.getpid():  # a fork, which torch's threads did not follow: it would wait for them forever
+        if self._process != os.getpid():  # forked: torch's threads are not here, and it would wait for them forever
             if self.device == "cuda":
                 raise BackendError("A forked process cannot use a model that its parent put on CUDA: load it in the "
                                    "new process, or start that one with multiprocessing's spawn.")

@@ -1,4 +1,4 @@
-"""The models of the zoo as a table: what each is trained on, the paper's error, ours, and where its weights are.
+"""The table of the zoo's models: training data, the paper's error, our error, and where the weights are.
 
 Nothing is opened or fetched here; `zoo.loading` does that. Errors are fractions.
 """
@@ -30,7 +30,7 @@ class OnHub:
     repo: str  # owner/name
     revision: str  # the commit, 40 hex digits
     manifest_sha256: str
-    error: float | None  # test error of the last epoch; None where it was not measured
+    error: float | None  # test error of the last epoch; None if not measured
     summary: str
 
 
@@ -40,7 +40,7 @@ class Entry:
 
     name: str
     dataset: str
-    imbalance: float | None  # None where the data set comes in one imbalance only
+    imbalance: float | None  # None if the data set has only one imbalance
     method: str
     loss: str
     command: str
@@ -63,13 +63,13 @@ class Entry:
 
     @property
     def manifest_sha256(self) -> str | None:
-        """sha256 of the weights' manifest.json; None where they are unpublished."""
+        """sha256 of the weights' manifest.json; None if they are unpublished."""
         found = self.bundled or self.hub
         return found.manifest_sha256 if found else None
 
     @property
     def measured_error(self) -> float | None:
-        """Our test error, on the data that `summary` names; None where nothing was measured."""
+        """Our test error, on the data that `summary` names; None if not measured."""
         found = self.bundled or self.hub
         return found.error if found else None
 
@@ -91,7 +91,7 @@ class Entry:
 
     @property
     def authors_file(self) -> bool:
-        """Whether the authors released weights of this cell: all of MetaSAug, and plain training on the large sets."""
+        """Whether the authors released weights of this cell: MetaSAug everywhere, plain training on large sets."""
         return self.dataset != "plankton" and (
             self.method == "metasaug" or (self.method == "ce" and self.imbalance is None))
 
@@ -127,7 +127,7 @@ BUNDLED = {
 # `metasaug publish` prints what to add here.
 ON_HUB: dict[str, OnHub] = {}
 
-# Test errors of MetaSAug in the paper, in %: (data set, loss), by imbalance. We do not know its focal cells.
+# Test errors of MetaSAug in the paper, in %: (data set, loss), by imbalance. We do not know the cells with focal loss.
 PUBLISHED = {
     ("cifar10-lt", "ce"): {200: 23.11, 100: 19.46, 50: 15.97, 20: 12.36, 10: 10.56},
     ("cifar10-lt", "ldam"): {200: 22.65, 100: 19.34, 50: 15.66, 20: 11.90, 10: 10.32},
@@ -153,7 +153,7 @@ def _cifar(dataset: str, method: str, loss: str, imbalance: int) -> Entry:
 
 
 def _large(dataset: str, percent: float, source: str, *aliases: str) -> tuple[Entry, ...]:
-    """The cells of a large benchmark, which comes in one imbalance."""
+    """The cells of a large benchmark, which has only one imbalance."""
     train = f"metasaug train {dataset}"
     return (Entry(f"metasaug-{dataset}", dataset, None, "metasaug", "ce", f"{train} --data DIR",
                   round(percent / 100, 4), source, tuple(f"metasaug-{alias}" for alias in aliases)),

@@ -1,4 +1,4 @@
-"""Pictures sorted into folders by the class they were given, for review by hand."""
+"""Sort pictures into folders by their predicted class, for review by hand."""
 
 import os
 import re
@@ -12,11 +12,11 @@ from zoo.predictor import Prediction
 
 
 class Review:
-    """FOLDER/CLASS/0.412 NAME: sorted by name, the least sure answers come first. Bad pictures are left out.
+    """FOLDER/CLASS/0.4120 NAME: sorted by name, the least sure answers come first. Bad pictures are left out.
 
-    link   a link in place of a copy
-    again  `folder` may hold pictures of an earlier part of the run; else it must be empty or new
-    Raises ZooError where it cannot be written, or the pictures of a zip cannot be linked to.
+    link   link instead of copying
+    again  `folder` may hold pictures of an earlier part of the run; otherwise it must be empty or new
+    Raises ZooError if it cannot be written, or if a picture to link to is in a zip.
     """
 
     def __init__(self, folder: Path, link: bool = False, again: bool = False):
@@ -29,8 +29,10 @@ class Review:
             raise ZooError(f"{self.flag} {folder} cannot be written: {error.strerror or error}.") from error
 
     def add(self, row: Prediction, picture: Picture | NamedPicture, threshold: float | None = None) -> None:
-        """Put one picture into the folder of its likeliest class, or into unsure where that has a probability under the
-        threshold. Doing it twice is as doing it once."""
+        """Put one picture into the folder of its likeliest class, or into "unsure" below the threshold.
+
+        Adding it again changes nothing.
+        """
         if not row.top:
             return
         content = picture.picture if isinstance(picture, NamedPicture) else picture
@@ -53,6 +55,6 @@ class Review:
 
 
 def file_name(text: str) -> str:
-    """The name of a file in its folder, on any system: slashes and other signs become _, the start goes if too long."""
+    """A file name that is valid on any system: slashes and other signs become _, a long name loses its start."""
     name = re.sub(r'[<>:"/\\|?*\x00-\x1f]+', "_", printable(text)).strip(" ").rstrip(".")
     return name.encode()[-200:].decode(errors="ignore") if name.strip(".") else "_"

@@ -11,12 +11,12 @@ from zoo.predictor import Prediction
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns a table of predictions has, and what is in them.
+    """The columns of a table of predictions, and their values.
 
     top_k        classes in each row
     threshold    adds the column unsure: yes where the likeliest class has a lower probability
     coverage     adds the columns set and set_size: the prediction set of this coverage, its labels joined by " | "
-    familiarity  adds the column familiarity, which a model with a calibration has
+    familiarity  adds the column familiarity; for a model with a calibration
     """
 
     top_k: int = 5
@@ -69,13 +69,13 @@ def as_cells(found: dict[str, Any], types: dict[str, type]) -> list[str]:
 
 
 def safe(text: str) -> str:
-    """A cell that no spreadsheet runs as a formula: ' before a text that begins with one of = + - @ tab, return or '.
+    """A cell that no spreadsheet runs as a formula: ' before a text that starts with = + - @ tab, return or '.
 
-    `plain` takes it off again.
+    `plain` removes it again.
     """
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "'")) else text
 
 
 def plain(cell: str) -> str:
-    """The text that `safe` made a cell of."""
+    """The text from which `safe` made the cell."""
     return cell.removeprefix("'")

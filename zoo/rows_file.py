@@ -1,11 +1,11 @@
-"""A file of predictions that stays whole whatever ends the run, and that a later run continues.
+"""A file of predictions that stays whole if the run is interrupted, and that a later run can continue.
 
     rows.csv, rows.jsonl    each row is appended as soon as it is known
     rows.parquet            written at the end, from rows.parquet.part, which holds its rows as JSON lines until then
     rows.csv.run.json       the model and settings behind the rows, and whether all rows are there
 
-A run is continued at the end of a batch, so that the file becomes what one uninterrupted run writes: which pictures are
-computed together can move a last digit.
+A run continues from the end of a batch: which pictures are computed together can change a last digit. The file thus
+becomes exactly what an uninterrupted run writes.
 """
 
 import csv
@@ -34,17 +34,17 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
-PARQUET_ROWS = 50_000  # rows held in memory when a Parquet file is written: one of its row groups
+PARQUET_ROWS = 50_000  # in a row group, which is held in memory when a Parquet file is written
 
 
 class RowsFile:
-    """The file behind `--out`; a context manager. Raises ZooError where it cannot be written.
+    """The file behind `--out`; a context manager. Raises ZooError if it cannot be written.
 
-    path       its ending says the format: .csv, .jsonl or .parquet      layout   the columns
-    settings   what the rows depend on, by name; a run is only continued with the same
+    path       its ending gives the format: .csv, .jsonl or .parquet     layout   the columns
+    settings   what the rows depend on, by name; a run continues only with the same settings
     resume     continue an older file; without it and without `overwrite`, an older file is an error
     batch      pictures that are computed together
-    rows, bad  rows in the file, and those of them with an error
+    rows, bad  number of rows in the file, and of those with an error
     """
 
     def __init__(self, path: Path, layout: Layout, settings: Mapping[str, Any], resume: bool = False,
@@ -68,7 +68,7 @@ class RowsFile:
         self.file.close()
 
     def new(self, pictures: Iterable[Any]) -> Iterator[Any]:
-        """The pictures that have no row yet. One that is named twice has two rows."""
+        """The pictures that have no row yet. A picture that is listed twice gets two rows."""
         taken = np.zeros(len(self.done), bool)
         for picture in pictures:
             if len(taken):
@@ -82,7 +82,7 @@ class RowsFile:
             yield picture
 
     def add(self, prediction: Prediction) -> None:
-        """One more row, in the file when this returns. Where the disk is full, the file keeps its whole rows."""
+        """Append one row; it is in the file when this returns. If the disk is full, the file keeps its whole rows."""
         try:
             self._append(self._encoded(self.layout.values(prediction)))
         except OSError as error:
@@ -93,7 +93,7 @@ class RowsFile:
         self.bad += prediction.error is not None
 
     def finish(self) -> None:
-        """All rows are there."""
+        """Mark the file as finished; write the Parquet file."""
         try:
             os.fsync(self.file.fileno())
             if self.kind == ".parquet":
@@ -130,7 +130,7 @@ class RowsFile:
             raise
 
     def _same_settings(self) -> bool:
-        """Whether the older run finished. Raises ZooError where its rows mean something else."""
+        """Whether the older run finished. Raises ZooError if its settings were different."""
         try:
             about = json.loads(self.about.read_text(encoding="utf-8"))
             older, finished = about["settings"], bool(about["finished"])
@@ -144,7 +144,7 @@ class RowsFile:
         return finished
 
     def _keep(self, finished: bool) -> None:
-        """Read the older rows; cut off what is no whole row, and the rows of a batch that was not finished."""
+        """Read the older rows; cut off an incomplete row and the rows of an unfinished batch."""
         digests, good = array("Q"), 0
         kept = kept_bad = kept_size = bad = size = 0
         with open(self.rows_path, "rb") as file:
@@ -185,7 +185,7 @@ class RowsFile:
         return (json.dumps({name: found.get(name) for name in self.columns}, ensure_ascii=False) + "\n").encode()
 
     def _decoded(self, record: bytes) -> dict[str, Any] | None:
-        """The row's path, and its error if any; None for what is no row."""
+        """The row's values; None if the record is not a row."""
         try:
             if self.kind == ".csv":
                 (cells,) = csv.reader(io.StringIO(record.decode(), newline=""))
@@ -251,7 +251,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def about_rows(path: Path) -> dict[str, Any]:
-    """The settings behind the rows. Raises ZooError where the run is not finished, or the file of another program."""
+    """The settings behind the rows. Raises ZooError if the run is unfinished or another program wrote the file."""
     about = path.with_name(f"{path.name}.run.json")
     try:
         found = json.loads(about.read_text(encoding="utf-8"))
@@ -265,7 +265,7 @@ def about_rows(path: Path) -> dict[str, Any]:
 
 
 def earlier_setting(path: Path, name: str) -> Any:
-    """A setting of an earlier part of the run; None where there is none."""
+    """A setting of an earlier part of the run; None if there is none."""
     try:
         return json.loads(path.with_name(f"{path.name}.run.json").read_text(encoding="utf-8"))["settings"].get(name)
     except (OSError, ValueError, KeyError, AttributeError):
@@ -273,7 +273,7 @@ def earlier_setting(path: Path, name: str) -> Any:
 
 
 def refuse_out(path: Path, resume: bool, overwrite: bool) -> str:
-    """The format of `--out`. Raises ZooError for one that no run may write."""
+    """The format of `--out`. Raises ZooError if the run may not write this file."""
     kind = path.suffix.lower()
     if os.path.isdir(path):
         raise ZooError(f"--out {path} cannot be written: it is a folder. Name a file in it.")
@@ -281,7 +281,7 @@ def refuse_out(path: Path, resume: bool, overwrite: bool) -> str:
         raise ZooError(f"--out {path}: the ending says the format; it must be {', '.join(ENDINGS[:-1])} or "
                        f"{ENDINGS[-1]}.")
     if kind == ".parquet":
-        import pyarrow.parquet  # noqa: F401  (missing, it is named before anything is computed)
+        import pyarrow.parquet  # noqa: F401  (if missing, it fails here, before anything is computed)
     if not (resume or overwrite) and _has_content(path):
         raise ZooError(f"--out {path} exists. --resume continues it, --overwrite replaces it.")
     return kind
@@ -292,7 +292,7 @@ def _has_content(path: Path) -> bool:
 
 
 def parquet_schema(types: Mapping[str, type]):
-    """As pyarrow has it."""
+    """The columns as a pyarrow schema."""
     import pyarrow
 
     kinds = {str: pyarrow.string(), float: pyarrow.float64(), int: pyarrow.int64()}
@@ -306,7 +306,7 @@ def _csv_line(cells: Iterable[str]) -> bytes:
 
 
 def _records(file: Iterable[bytes], quotes: bool) -> Iterator[bytes]:
-    """Lines; with `quotes`, those of a CSV file, whose cells may hold line breaks. An unfinished one is left out."""
+    """Lines; with `quotes`, CSV records, whose cells may hold line breaks. An unfinished record is left out."""
     record = b""
     for line in file:
         record += line
@@ -316,5 +316,5 @@ def _records(file: Iterable[bytes], quotes: bool) -> Iterator[bytes]:
 
 
 def _digest(path: str) -> int:
-    """64 bits: of a hundred million paths, two share theirs with odds of 1 in 3,700."""
+    """A 64-bit hash: among a hundred million paths, two share one with a chance of 1 in 3,700."""
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "big")

@@ -1,4 +1,4 @@
-"""Signals that end a run after the step that it is in, not in the middle of one."""
+"""Let signals end a run after its current step, not in the middle of it."""
 
 import signal
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from typing import Any
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that receives the first SIGINT, SIGTERM or SIGHUP; the second signal has its usual effect at once.
+    """A list that receives the first SIGINT, SIGTERM or SIGHUP; a second signal has its usual effect at once.
 
-    A signal that is ignored stays ignored: nohup's SIGHUP, SIGINT in the background of a script.
+    A signal that is ignored stays ignored: SIGHUP under nohup, SIGINT in a background job of a script.
     """
     received: list[int] = []
     previous: dict[signal.Signals, Any] = {}
@@ -24,7 +24,7 @@ def stop_signals() -> Iterator[list[int]]:
         for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
             if signal.getsignal(number) != signal.SIG_IGN:
                 previous[number] = signal.signal(number, note)
-    except ValueError:  # not in the main thread: there is nobody to press Ctrl-C
+    except ValueError:  # only the main thread can set handlers
         pass
     try:
         yield received

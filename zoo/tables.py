@@ -1,5 +1,4 @@
-"""Tables of pictures as people share them: CSV, COCO JSON, a benchmark's list of paths and numbers. And the files that
-they name."""
+"""Read tables of pictures (CSV, COCO JSON, a benchmark's list of paths and numbers) and find the files they name."""
 
 import codecs
 import csv
@@ -16,14 +15,14 @@ from zoo.images import NamedPicture
 
 SUFFIXES = {".csv", ".tsv", ".tab", ".txt", ".json"}
 
-# What a column is called in the tables that people have; the first of each is ours.
+# Usual names of each column; the first is ours.
 COLUMN_NAMES = {
     "path": ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img_path"),
     "label": ("label", "class", "class_name", "species", "category", "category_name"),
     "split": ("split", "set", "subset", "partition"),
     "group": ("group", "group_id", "animal", "animal_id", "individual", "track", "track_id", "camera", "sequence"),
 }
-NOTHING = {"", "NA", "N/A", "nan", "NaN", "NULL", "null"}  # what R, pandas and databases write for no value
+NOTHING = {"", "NA", "N/A", "nan", "NaN", "NULL", "null"}  # how R, pandas and databases write a missing value
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ USUAL = Columns()
 
 @dataclass(frozen=True)
 class Table:
-    """rows: where each stands, as messages say it ("line 3"), and its cells, as many as `header` where it is whole."""
+    """A table. Each of `rows`: its place as messages name it ("line 3"), and its cells, one per column if complete."""
 
     path: Path
     header: list[str]
@@ -59,7 +58,7 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def column(self, meaning: str, asked: str | None, needed: bool) -> int | None:
-        """The place of the path, label, split or group. Raises DataError: no such column, or several."""
+        """The index of the path, label, split or group column. Raises DataError: no such column, or several."""
         has = f"{self.path} has the columns {', '.join(self.header)}"
         if asked is not None:
             if asked not in self.header:
@@ -79,12 +78,12 @@ class Table:
 
 
 def value(cell: str) -> str | None:
-    """The cell's text; None where it says that there is none."""
+    """The cell's text; None if it stands for a missing value."""
     return None if (text := same_text(cell.strip())) in NOTHING else text
 
 
 def read_table(path: Path, columns: Columns = USUAL) -> Table:
-    """Raises DataError where the file is no table, or cannot be read."""
+    """Read a table. Raises DataError if the file is not a table, or cannot be read."""
     try:
         content = path.expanduser().read_bytes()
     except OSError as error:
@@ -110,7 +109,7 @@ def read_table(path: Path, columns: Columns = USUAL) -> Table:
         notes.append(f"{path.name} has no header: it was read as path and label.")
         first, rows = ["path", "label"], [(0, first), *rows]
     if len(rows) < 2:
-        raise DataError(f"{path} holds no rows: expected a header with path and label, and a row a picture.")
+        raise DataError(f"{path} holds no rows: expected a header with path and label, and a row per picture.")
     return Table(path, first, [(f"line {line}", row) for line, row in rows[1:]], notes)
 
 
@@ -135,9 +134,9 @@ def _text(path: Path, content: bytes, encoding: str | None) -> tuple[str, list[s
 
 
 def _coco(path: Path, text: str, notes: list[str], group: str | None) -> Table:
-    """A row for each class that a picture has an annotation of; one without a label for a picture without any.
+    """A row for each annotated class of a picture; a picture without annotations gets one row without a label.
 
-    group   the key of images that names what must not be parted; without it location, else seq_id
+    group   the key of images that names groups, which splits keep together; by default location, else seq_id
     """
     try:
         parsed = json.loads(text)
@@ -166,7 +165,7 @@ def _coco(path: Path, text: str, notes: list[str], group: str | None) -> Table:
     if not rows:
         raise DataError(f"{path} holds no images.")
     if lost:
-        notes.append(f"{path.name}: {lost:,} annotations are of images or categories that it does not list.")
+        notes.append(f"{path.name}: {lost:,} annotations refer to images or categories that it does not list.")
     if keys and group is None:
         notes.append(f"{path.name}: pictures are grouped by {keys[0]} (--group-column for another).")
     return Table(path, ["path", "label", *[group or "group"] * len(keys)], rows, notes)
@@ -176,14 +175,14 @@ def _coco(path: Path, text: str, notes: list[str], group: str | None) -> Table:
 
 
 class OnDisk:
-    """Finds files by what tables call them: with other accents or backslashes, or without their ending."""
+    """Find files by their names in tables: with other accents, with backslashes, or without the ending."""
 
     def __init__(self, root: Path):
         self.root, self.without_ending = root, 0
         self._folders: dict[str, dict[str, str]] = {}
 
     def find(self, path: str) -> str:
-        """The name relative to root, as the disk spells it; normalised where there is no such file."""
+        """The name relative to root, as the disk spells it; only normalised if there is no such file."""
         if "\\" in path and not os.path.lexists(self.root / path):
             path = path.replace("\\", "/")
         path = os.path.normpath(path)
@@ -198,7 +197,7 @@ class OnDisk:
         return os.path.join(folder, whole) if whole else path
 
     def _inside(self, folder: str) -> dict[str, str]:
-        """Names of its files by their text; under "stem/" what has that stem alone."""
+        """The folder's file names by normalised text; under "stem/", the only picture with that stem."""
         if folder not in self._folders:
             try:
                 names = os.listdir(self.root / folder)
@@ -214,9 +213,9 @@ class OnDisk:
 
 
 def pictures_in_table(path: Path, root: Path | None = None, columns: Columns = USUAL) -> Iterator[Any]:
-    """Paths of the pictures that a table names, each once; a row without one comes with its PictureError.
+    """The paths in a table, each once; a row without a path gives a PictureError.
 
-    root   folder that the paths start from; without it the table's own
+    root   folder that the paths start from; by default the table's own
     """
     table = read_table(path, columns)
     at = table.column("path", columns.path_column, needed=True)

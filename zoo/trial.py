@@ -1,7 +1,7 @@
-"""A trial run of an ONNX file from an unknown source, in a process of its own with limits on memory and time.
+"""Run an ONNX file from an unknown source for trial, in a separate process with limits on memory and time.
 
-A check of the bytes (zoo.onnx_file) cannot tell how much memory a graph takes, how long it runs and what comes out.
-The trial finds out where nothing can be harmed: a graph that is too much ends that process, and not this one.
+A check of the bytes (zoo.onnx_file) cannot tell how much memory a graph takes, how long it runs or what it returns.
+The trial finds out without harm: a graph that takes too much ends that process, not this one.
 """
 
 import json
@@ -17,17 +17,18 @@ import numpy as np
 from zoo.errors import ModelFolderError
 
 SECONDS = 30.0  # for start, session and four pictures
-MEMORY = 1_500_000_000  # bytes, beside SHARE of the file and of what enters the network
+MEMORY = 1_500_000_000  # bytes, plus SHARE_OF_FILE times the file and SHARE_OF_PICTURES times the network's input
 SHARE_OF_FILE, SHARE_OF_PICTURES = 5, 300
 _TOO_MUCH = 3  # exit code
 _PASSED: set[tuple[bytes, str]] = set()  # files that passed in this process
 
 
 def require_harmless(content: bytes, config: Mapping[str, Any], name: str) -> None:
-    """Runs an ONNX file on made-up pictures in another process. Raises ModelFolderError where it does not pass.
+    """Run an ONNX file on made-up pictures in another process. Raises ModelFolderError if it does not pass.
 
     content  bytes that zoo.onnx_file has checked        config  the model folder's        name  for messages
-    It passes if within limits of memory (on Linux) and time every output is finite and of the config's shape.
+    It passes if it stays within the limits of memory (on Linux) and time, and every output is finite and has the
+    config's shape.
     """
     import hashlib
 
@@ -45,7 +46,7 @@ def require_harmless(content: bytes, config: Mapping[str, Any], name: str) -> No
         raise ModelFolderError(f"{name} gave no answer for a test picture in {SECONDS:.0f} seconds: it was not loaded."
                                ) from None
     except OSError as error:
-        raise ModelFolderError(f"{name} could not be tried out in a process of its own: {error}.") from error
+        raise ModelFolderError(f"{name} could not be tried out in a separate process: {error}.") from error
     if done.returncode == 0:
         _PASSED.add(key)
         return
@@ -58,7 +59,7 @@ def require_harmless(content: bytes, config: Mapping[str, Any], name: str) -> No
 
 
 def try_out(network, config: Mapping[str, Any]) -> None:
-    """Runs pictures of noise and of one colour through a network. Raises ModelFolderError for odd outputs."""
+    """Run pictures of noise and of one colour through a network. Raises ModelFolderError for invalid outputs."""
     from PIL import Image
 
     from zoo.images import preprocess
@@ -87,7 +88,7 @@ def check_outputs(outputs: tuple[np.ndarray, np.ndarray, np.ndarray | None], pic
 
 
 def main() -> int:
-    """The other process: config and ONNX file on standard input; on standard output why it did not pass."""
+    """The other process: reads config and ONNX file from standard input, prints why the file did not pass."""
     from zoo.predictor import OnnxNetwork
 
     config = json.loads(sys.stdin.buffer.readline())
@@ -106,7 +107,7 @@ def main() -> int:
 
 
 def _limit_memory(limit: int) -> None:
-    """Further memory of this process, in bytes. Only Linux keeps to it."""
+    """Limit the further memory of this process, in bytes. Only works on Linux."""
     try:
         import resource
 

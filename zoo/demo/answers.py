@@ -32,13 +32,13 @@ from zoo.demo.models import HOW_TRAINED, Model
 
 EXAMPLES = Path(zoo.__file__).parent / "examples"
 EXAMPLE_NAMES = ("airplane", "automobile", "bird", "cat", "horse", "ship", "truck", "coffee")
-COVERAGE, NAMED = 0.9, 6  # of the prediction sets that are shown, and the classes of them that are named
+COVERAGE, NAMED = 0.9, 6  # of the prediction sets shown; and how many of a set's classes are named
 WORLDS = {"own": None, "train": 1.0, "uniform": 0.0, "inverted": -1.0}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer, and what its network saw of the picture: (H, W, 3) uint8. Kept, for the prior slider."""
+    """A model's answer, and its network's input as (H, W, 3) uint8. Kept for the prior slider."""
 
     name: str
     prediction: zoo.Prediction
@@ -51,7 +51,7 @@ class Answer:
 def compare(
     picture: dict[str, Any] | None, names: list[str] | None, adjust: bool = False, world: float = 0.0
 ) -> Iterator[tuple[str, list[Answer]]]:
-    """The cards, one filled after another, and the answers on them; or one plain sentence on why there are none."""
+    """The cards, filled one after another, and their answers; or one plain sentence on why there are none."""
     names = chosen(names)
     if picture is None:
         yield cards(names, {}), []
@@ -71,7 +71,7 @@ def compare(
         try:
             model = models.model(name)
             reading, shown_to, its_facts = model.predictor.reading, decoded, facts
-            if reading.to_dict():  # trained on pictures that files leave open: other pages, another white
+            if reading.to_dict():  # trained with other pages, or another white
                 shown_to, its_facts = images.read(path, name="This file", reading=reading)
             answer = replace(model.predictor.predict(shown_to), note=its_facts.note(reading))
             answers = [*answers, Answer(name, answer, sees(model, shown_to))]
@@ -86,9 +86,11 @@ def again(answers: list[Answer], names: list[str] | None, adjust: bool, world: f
 
 
 def predict(picture: dict[str, Any], model: str, prior: str = "own") -> dict[str, Any]:
-    """The five likeliest classes of a picture, each with its probability, group (head, medium or tail) and number of
-    training pictures; and the probability mass of each group. `prior`: how common the classes are where the picture is
-    from: own (as the model assumes), train (as in its training), uniform, or inverted (rare classes are common)."""
+    """The five likeliest classes of a picture, and the probability of each group.
+
+    Each class has its probability, group (head, medium or tail) and number of training pictures. `prior` is how common
+    the classes are where the picture is from: own (as the model assumes), train (as in its training), uniform, or
+    inverted (rare classes are common)."""
     offer = models.find(model)
     if offer is None or not offer.ready:
         what = offer.what_to_do if offer else f"Unknown model: one of {', '.join(models.ready_names())}."
@@ -119,16 +121,16 @@ def choose_example(event: gr.EventData) -> str:
 
 
 def chosen(names: Any) -> list[str]:
-    """What a request may name: up to four of the models on offer; those of the first set if none."""
+    """The models on offer that a request names, at most four; the first set if there are none."""
     known = [name for name in (names if isinstance(names, list) else []) if models.find(name)]
     return list(dict.fromkeys(known))[: models.AT_ONCE] or models.first_set()
 
 
-# ---- the arithmetic of it ----
+# ---- arithmetic ----
 
 
 def reweighed(model: Model, answer: zoo.Prediction, world: float | None) -> zoo.Prediction:
-    """The answer where classes are as common as training counts to the power of `world`; None leaves it."""
+    """The answer if classes are as common as training counts to the power of `world`; None: unchanged."""
     prior = None if world is None else model.prior_of_world(world)
     return answer if prior is None else model.predictor.reweigh(answer, prior=prior)
 
@@ -139,17 +141,17 @@ def shown(answers: Sequence[Answer], adjust: bool, world: Any) -> dict[str, Answ
 
 
 def sees(model: Model, picture: Image.Image) -> np.ndarray:
-    """What the network takes in, as (H, W, 3) uint8: the picture, cropped and made small."""
+    """The network's input as (H, W, 3) uint8: the picture, cropped and reduced."""
     cfg = model.config["pretrained_cfg"]
     array = model.predictor.preprocess(picture).transpose(1, 2, 0) * np.asarray(cfg["std"]) + np.asarray(cfg["mean"])
     return np.rint(array * 255).clip(0, 255).astype(np.uint8)
 
 
 def heat(model: Model, answer: zoo.Prediction) -> np.ndarray | None:
-    """Class activation map of the first answer (Zhou et al. 2016) as (h, w, 4) uint8, opaque where it speaks for it.
+    """Class activation map of the first answer (Zhou et al. 2016) as (h, w, 4) uint8, opaque where it supports it.
 
-    Exact here: after the feature map come only the mean over positions and the last layer, so that the logit is the
-    mean of this map plus the class's bias.
+    Exact here: only the mean over positions and the last layer follow the feature map. The logit is therefore the mean
+    of this map, before negative values are cut, plus the class's bias.
     """
     if model.weight_CA is None or model.ours.get("cosine_scale") or answer.feature_map is None:
         return None
@@ -219,8 +221,10 @@ def answered(model: Model, answer: Answer) -> str:
 
 
 def honest(prediction: zoo.Prediction) -> str:
-    """The prediction set in place of one answer that is too sure, and a warning of pictures unlike those of training.
-    Nothing for a model without a calibration."""
+    """The prediction set, and a warning for pictures unlike those in training.
+
+    Empty for a model without a calibration.
+    """
     if prediction.familiarity is None:
         return ""
     labels = [name_of(each.label) for each in prediction.set(COVERAGE)]
@@ -232,11 +236,11 @@ def honest(prediction: zoo.Prediction) -> str:
 
 
 def trust(model: Model, best: zoo.TopClass) -> str:
-    """How often the model is right on classes of this group, in words, from the model folder's results."""
+    """The model's accuracy on classes of this group, in words, from the model folder's results."""
     seen = "" if best.train_images is None else f"Seen in training {best.train_images:,} times. "
     figures = measured(model, best.group)
     if figures is None:
-        return seen + "Its accuracy on such classes was not measured."
+        return seen + "Its accuracy on classes of this group was not measured."
     correct, tested, low, high = figures
     return (f"{seen}On {SUCH.get(best.group, 'its classes')} this model classified <b>{correct:,} of "
             f"{tested:,}</b> test pictures correctly ({low * 100:.0f}–{high:.0%}).")
@@ -252,7 +256,7 @@ def trained(model: Model) -> str:
 
 
 def world_in_words(names: list[str] | None, adjust: bool, world: float) -> str:
-    """What the prior slider says, by the example of the commonest and the rarest class."""
+    """The prior slider in words, with the commonest and the rarest class as an example."""
     opened = models.opened(chosen(names))
     lead = next((m for m in opened if m.prior_of_world(1) is not None), None)
     if lead is None or lead.class_counts is None:

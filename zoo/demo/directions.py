@@ -16,18 +16,18 @@ from zoo.demo.models import Model
 from zoo.directions import Direction, Variation, variation
 
 YOURS = "your picture"
-LEANS = 0.1  # cosine from which a direction is said to lean towards a class
+LEANS = 0.1  # cosine from which a direction counts as leaning towards a class
 
 
 def offered() -> list[str]:
-    """Models that may have directions: those of methods that learn them; bundled and own ones are looked into."""
+    """Models that may have directions: on the Hub, by their method; bundled and own models are opened to check."""
     return [o.name for o in models.offers() if o.ready and (
         o.method in ("metasaug", "isda", "heldout") if o.weights == "hub"
         else (found := models.quietly(models.model, o.name)) is not None and found.has_directions)]
 
 
 def classes(name: str) -> dict[str, Any]:
-    """The choices of the class list: the rarest first, and chosen."""
+    """The choices of the class list, the rarest class first and chosen."""
     model = models.quietly(models.model, name)
     if model is None:
         return gr.update(choices=[], value=None)
@@ -38,7 +38,7 @@ def classes(name: str) -> dict[str, Any]:
 
 
 def page(name: str, index: Any, answers: list[Answer] | None) -> str:
-    """What a class varies by."""
+    """The page of a class: its directions."""
     if not offered():
         return "<p>No model here has learned class covariances. MetaSAug models have.</p>"
     try:
@@ -62,7 +62,7 @@ def _variation(model: Model, index: int) -> Variation:
 
 @lru_cache(maxsize=8)
 def examples(model: Model) -> list[tuple[str, str, np.ndarray]]:
-    """The free example pictures: name, small picture, and features (A,) in this model."""
+    """The example pictures: name, thumbnail, and features (A,) in this model."""
     paths = [EXAMPLES / f"{name}.jpg" for name in EXAMPLE_NAMES]
     return [(name, thumbnail(Image.open(path)), row.features) for name, path, row in
             zip(EXAMPLE_NAMES, paths, model.predictor.predict_each(paths), strict=True) if row.features is not None]
@@ -74,7 +74,7 @@ def examples(model: Model) -> list[tuple[str, str, np.ndarray]]:
 def lead(model: Model, index: int, found: Variation) -> str:
     label = name_of(model.labels[index])
     if not found.directions:
-        return f"<h2>{label}</h2><p>This class has no variation on record: it was hardly seen.</p>"
+        return f"<h2>{label}</h2><p>No variation of this class is known: it was hardly seen.</p>"
     first = sum(d.share for d in found.directions)
     what = "directions" if found.kind == "full" else "features"
     pulls = np.argsort(-found.pull_C)[:5]
@@ -83,28 +83,29 @@ def lead(model: Model, index: int, found: Variation) -> str:
                    f'style="width:{found.pull_C[j] / top:.2%}"></i></span></li>' for j in pulls if found.pull_C[j] > 0)
     largest = f"the {len(found.directions)} largest {what} hold <b>{percent(first)}</b> of it"
     if model.ours.get("augment") == "heldout":
-        found_by = "measures this scatter on pictures that were kept out of training, in part over all classes together"
+        found_by = "measures this scatter on pictures held out of training, in part over all classes together"
     else:
         seen = f" from {counted(model.class_counts[index], 'training picture')}" if model.class_counts else ""
         found_by = f"estimates this scatter{seen}"
         learned = "none of it" if not found.learned_share else f"{percent(found.learned_share)} of it"
-        largest += f", and {learned} is what the balanced set\ncorrected"
+        largest += f", and {learned} is the\ncorrection learned on the balanced set"
     return f"""
 <h2>How “{label}” varies {badge(model.groups[index])}</h2>
-<div class="lead"><p>To the network a picture is {found.features} numbers. Pictures of one class scatter around a
-middle, further in some directions than in others; {escape(model.title)} {found_by}. While training,
-it moves every picture of the class along it, as if there were more of them: that is what a rare class gains. Here
-{largest}.</p><div><h3 class="small">Trained hardest against</h3><ul class="pull">{bars}</ul></div></div>"""
+<div class="lead"><p>The network turns a picture into {found.features} numbers. Pictures of one class scatter around a
+centre, further in some directions than in others. {escape(model.title)} {found_by}. In training,
+it moves every picture of the class along this scatter, as if there were more pictures. A rare class gains variety
+in this way. Here {largest}.</p><div><h3 class="small">Trained hardest against</h3><ul class="pull">{bars}</ul></div>
+</div>"""
 
 
 def direction(model: Model, index: int, number: int, d: Direction, along: Sequence) -> str:
     ahead = [int(j) for j in np.argsort(-d.lean_C) if d.lean_C[j] > LEANS][:3]
     behind = [int(j) for j in np.argsort(d.lean_C) if d.lean_C[j] < -LEANS][:3]
     leans = "".join(lean(model.labels[j], float(d.lean_C[j]), model.groups[j]) for j in [*ahead, *reversed(behind)])
-    itself = f"more plainly “{name_of(model.labels[index])}”"
+    itself = f"more clearly “{name_of(model.labels[index])}”"
     one, other = names(model, ahead), names(model, behind)
     if not ahead and not behind:
-        words = "It leans towards no other class: pictures along it differ and stay what they are."
+        words = "It leans towards no other class: pictures along it differ, but their class stays."
     else:
         words = (f"One way it becomes {f'more like {one}' if one else itself}; "
                  f"the other way, {f'more like {other}' if other else itself}.")
@@ -116,7 +117,7 @@ def direction(model: Model, index: int, number: int, d: Direction, along: Sequen
 <span><b>{percent(d.share)}</b> of the scatter</span>
 <span class="track" aria-hidden="true"><i style="width:{d.share:.2%}"></i></span></header>
 <div><p>{words}</p><ul class="leans">{leans}</ul></div>
-<div><h4>Pictures in the order they come along it</h4><ol class="along">{strip}</ol></div></li>"""
+<div><h4>Pictures in their order along it</h4><ol class="along">{strip}</ol></div></li>"""
 
 
 def names(model: Model, indices: Sequence[int]) -> str:

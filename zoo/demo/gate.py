@@ -1,7 +1,7 @@
-"""What the demo answers: a layer before Gradio that checks each request before anything is read or computed.
+"""A layer before Gradio that checks each request to the demo before anything is read or computed.
 
-Host names and origins, a password, routes, sizes and speed of bodies, and the form of JSON bodies are checked here.
-What passes can be trusted to be for this page, small, and well formed; what it says is checked by the functions.
+It checks host names and origins, a password, routes, the size and speed of bodies, and the form of JSON bodies.
+A request that passes is for this page, small and well formed; the page's functions check its content.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-# What the page, gradio_client and the two endpoints need of Gradio's routes; everything else is not there.
+# The routes of Gradio that the page, gradio_client and the two endpoints need; all others are refused.
 GET = re.compile(
     r"/|/config/?|/theme\.css|/favicon\.ico|/robots\.txt|/(assets|static|svelte)/[^:]+|"
     r"/gradio_api/(info/?|openapi\.json|startup-events|theme\.css|app_id/?|queue/(data|status)|upload_progress|"
@@ -40,14 +40,14 @@ STREAM = re.compile(r"/gradio_api/(?:queue/data|call/\w+/(\w+))/?$")
 CALL = re.compile(r"/gradio_api/call/(\w+)/?")
 BYTES = {"/gradio_api/queue/join": 4_000_000, "/gradio_api/run/predict": 4_000_000}  # names of 5,000 uploads
 BYTES_ELSE = 100_000
-SECONDS = 20.0  # for a JSON body; and between two pieces of an upload
+SECONDS = 20.0  # for a JSON body, and between two pieces of an upload
 SLOWEST = 20_000  # bytes a second, of an upload that takes longer than SECONDS
-BODIES, OF_ONE_ADDRESS = 64, 16  # under way at a time, in all and of one visitor
-UNREAD = 16  # events of one session whose answers nobody has fetched
+BODIES, OF_ONE_ADDRESS = 64, 16  # under way at a time: in all, and from one address
+UNREAD = 16  # events of one session whose answers were not fetched
 
 
 class Refused(HTTPException):
-    """An answer other than 200; FastAPI too turns it into JSON with `detail`."""
+    """A refusal, answered as JSON with `detail`; FastAPI does so too."""
 
     def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None):
         super().__init__(status, detail, {"connection": "close", **(headers or {})})
@@ -55,13 +55,13 @@ class Refused(HTTPException):
 
 @dataclass(frozen=True)
 class Rules:
-    """Who may ask.
+    """Who may send requests.
 
     listens      the address that the demo listens on
     hosts        further names that the Host header may hold
-    trust_proxy  believe X-Forwarded-* headers, and any host name: a reverse proxy sets them
-    auth         user:password that each request must bring; None for none
-    framed_by    other sites that may show the page in a frame, as Content-Security-Policy writes them
+    trust_proxy  trust X-Forwarded-* headers and any host name: a reverse proxy sets them
+    auth         user:password that each request must bring; None: no password
+    framed_by    other sites that may show the page in a frame, in the syntax of Content-Security-Policy
     """
 
     listens: str = "127.0.0.1"
@@ -73,7 +73,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Event:
-    """What a request for an event of the page must bring: inputs of these kinds, and whether what was clicked."""
+    """What a request for an event of the page must bring: inputs of these kinds, and for a click its event_data."""
 
     kinds: Sequence[TypeAdapter]
     clicked: bool = False
@@ -84,8 +84,8 @@ class Gate:
 
     fns      the page's events by number
     names    the public endpoints by name
-    uploads  where uploads lie, and their quota
-    forget   ends what a session (session_hash=) or a call (event_id=) still has under way
+    uploads  the folder of uploads, and its quota
+    forget   ends the running jobs of a session (session_hash=) or a call (event_id=)
     """
 
     def __init__(self, app, rules: Rules, fns: dict[int, Event], names: dict[str, Event], uploads: Uploads,
@@ -127,8 +127,8 @@ class Gate:
         if self.rules.trust_proxy:
             host = headers.get("x-forwarded-host", host).split(",")[0].strip()
         if not self.rules.trust_proxy and not self._known(_host_and_port(host, "http")[0]):
-            raise Refused(421, f"The demo does not answer under the host name {host[:100]!r}. Whoever runs it can "
-                               "allow it: metasaug demo --allowed-host NAME, or --trust-proxy behind a proxy.")
+            raise Refused(421, f"The demo does not answer under the host name {host[:100]!r}. The person who runs it "
+                               "can allow it: metasaug demo --allowed-host NAME, or --trust-proxy behind a proxy.")
         method, path = scope["method"], scope["path"]
         origin = headers.get("origin")
         if origin is not None and method not in ("GET", "HEAD"):
@@ -154,14 +154,14 @@ class Gate:
             is_loopback = ipaddress.ip_address(host).is_loopback
         except ValueError:
             return not _loopback(self.rules.listens) and host == socket.gethostname().lower()
-        # An address in place of a name cannot be made to point elsewhere.
+        # An IP address, unlike a name, cannot be made to point elsewhere.
         return is_loopback or not _loopback(self.rules.listens)
 
     async def _authorised(self, given: str | None) -> None:
         expected = "Basic " + base64.b64encode((self.rules.auth or "").encode()).decode()
         if given is None or not secrets.compare_digest(given.encode(), expected.encode()):
             if given is not None:
-                await asyncio.sleep(1)  # nobody tries many
+                await asyncio.sleep(1)  # slows down guessing
             raise Refused(401, "A user and a password are needed.",
                           {"www-authenticate": 'Basic realm="MetaSAug demo", charset="UTF-8"'})
 
@@ -169,7 +169,7 @@ class Gate:
 
     @contextmanager
     def _body(self, scope: Scope) -> Iterator[None]:
-        """The time in which a body comes."""
+        """Count a body while it arrives. Raises Refused if too many do."""
         address = str((scope.get("client") or ("",))[0])
         if self.coming.total() >= BODIES or self.coming[address] >= OF_ONE_ADDRESS:
             raise Refused(503, "The demo is busy: try again in a moment.", {"retry-after": "2"})
@@ -206,7 +206,7 @@ class Gate:
         await self.app(scope, _replayed(content, receive), send)
 
     async def _read(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The stream of a session's answers, which are counted as they go. Whoever leaves it wants no more of them."""
+        """Send the stream of a session's answers and count them. When the visitor leaves it, the session's jobs end."""
         found = re.search(rb"session_hash=([\w-]+)", scope["query_string"])
         session = found[1].decode() if found else ""
 
@@ -225,7 +225,7 @@ class Gate:
                 await (self.forget(event_id=called[1]) if called and called[1] else self.forget(session_hash=session))
 
     def _check_json(self, content: bytes, path: str) -> str:
-        """Raises Refused for a body that Gradio would stumble over. Returns the session that it names."""
+        """The session that a JSON body names. Raises Refused for a body that Gradio could not handle."""
         try:
             body = json.loads(content or b"{}")
         except (ValueError, RecursionError):
@@ -266,8 +266,8 @@ class Gate:
     # ---- answers ----
 
     def _sends(self, send: Send) -> Send:
-        """`send`, with the headers of every answer, without Gradio's permissions for other origins, and with uploads
-        named by a relative path."""
+        """`send` that adds our headers, removes Gradio's permissions for other origins, and makes paths of uploads
+        relative."""
         added = [
             (b"content-security-policy", f"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src "
              f"'none'; frame-ancestors {self.rules.framed_by}".encode()),
@@ -336,7 +336,7 @@ async def _whole(receive: Receive, most: int) -> bytes:
 
 
 def _replayed(content: bytes, receive: Receive) -> Receive:
-    """`receive` where the body was read already."""
+    """`receive` that gives the body, which was already read, again."""
     waiting: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
 
     async def again() -> Message:
@@ -346,7 +346,7 @@ def _replayed(content: bytes, receive: Receive) -> Receive:
 
 
 def _slow_or_long(receive: Receive, most: int) -> Receive:
-    """`receive` of an upload that must go on, and end before `most` bytes."""
+    """`receive` of an upload that must keep a minimum speed and have at most `most` bytes."""
     began, came = time.monotonic(), 0
 
     async def piece() -> Message:

@@ -1,4 +1,4 @@
-"""Pieces that every part of the page uses: uploads, and HTML with every text from a model or a file escaped."""
+"""Pieces that all parts of the page share: uploads, and HTML in which text from models and files is escaped."""
 
 import base64
 import io
@@ -16,14 +16,14 @@ from zoo.labels import GROUPS, UNKNOWN, meaning_of
 from zoo.markup import badge, breakable
 from zoo.markup import escaped as escape
 
-SUCH = {"head": "such common classes", "medium": "such mid-sized classes", "tail": "such rare classes"}
+SUCH = {"head": "classes this common", "medium": "mid-sized classes", "tail": "classes this rare"}
 
 
 def uploaded(file: Any) -> str:
     """The path of an upload (Gradio's file data). Raises PictureError, in words that name no path.
 
-    Gradio checks the place of files that are marked as such, so a request without the mark could name any file of
-    this computer: only what lies in the folder of uploads is opened.
+    Gradio checks only the paths of files that are marked as such; a request without the mark could name any file of
+    this computer. So only files in the folder of uploads are opened.
     """
     path = file.get("path") if isinstance(file, dict) else None
     if not isinstance(path, str) or not path:
@@ -66,7 +66,7 @@ def png(array: np.ndarray) -> str:
 
 
 def thumbnail(picture: Image.Image, side: int = 72) -> str:
-    """A square of the picture's middle, as a small JPEG."""
+    """The central square of the picture, as a small JPEG."""
     buffer = io.BytesIO()
     ImageOps.fit(picture.convert("RGB"), (side, side)).save(buffer, "JPEG", quality=75)
     return data_uri(buffer.getvalue(), "jpeg")
@@ -103,7 +103,7 @@ def mass_bar(shares: dict[str, float]) -> str:
 
 
 def ways(text: str) -> str:
-    """A text of lines, of which indented ones are "what: command", as the registry writes them."""
+    """The lines of a text as HTML; indented lines are "what: command", as zoo.loading.how_to_get writes them."""
     lines = ""
     for line in text.splitlines():
         what, colon, command = line.strip().partition(": ")
@@ -115,7 +115,7 @@ def ways(text: str) -> str:
 
 
 def closed(name: str, error: zoo.ZooError) -> tuple[str, str]:
-    """Why a model has nothing to show: a title and a sentence, without any path of this computer."""
+    """Why a model cannot be shown: a title and a sentence, without any path of this computer."""
     from zoo.demo.models import find
 
     offer = find(name)
@@ -123,8 +123,8 @@ def closed(name: str, error: zoo.ZooError) -> tuple[str, str]:
         return "Not published yet", offer.what_to_do
     if isinstance(error, zoo.HubError):
         print(f"{name}: {error}", flush=True)
-        return "This model could not be fetched", "The Hub was not reached, or has no such model: try again later."
+        return "This model could not be fetched", "The Hub cannot be reached, or has no such model: try again later."
     if offer is None:
         return "Unknown model", str(error)
     print(f"{name}: {error}", flush=True)
-    return "This model cannot be opened", "The demo's output on its own computer says why. The other models work."
+    return "This model cannot be opened", "The demo's output in the terminal says why. The other models work."

@@ -10,8 +10,8 @@ from zoo.demo.answers import Answer, chosen
 from zoo.demo.html import badge, counted, escape, groups_of, legend, meaning, measured, name_of, percent
 from zoo.demo.models import Model
 
-BARS = 40  # classes, up to which each gets a bar with its name
-ROWS = 150  # classes, up to which all are listed and dotted
+BARS = 40  # up to this many classes, each gets a bar with its name
+ROWS = 150  # up to this many classes, all are listed and have a dot
 
 
 def introduction(names: list[str] | None) -> str:
@@ -44,14 +44,14 @@ def strip(model: Model) -> str:
 
 
 def page(names: list[str] | None, answers: list[Answer] | None) -> str:
-    """The whole tab: the curve, with the answers marked on it, and accuracy against class size."""
+    """The whole tab: the curve with the answers marked on it, and accuracy against class size."""
     opened = models.opened(chosen(names))
     if not opened:
         return "<p>None of the chosen models is published yet.</p>"
     first = opened[0]
     alike = [m for m in opened if m.labels == first.labels]
     others = [m.name for m in opened if m.labels != first.labels]
-    note = f'<p class="aside">Left out, with other classes: {escape(", ".join(others))}.</p>' if others else ""
+    note = f'<p class="aside">Left out, as their classes differ: {escape(", ".join(others))}.</p>' if others else ""
     return f'<section class="longtail">{sizes(first, alike, answers or [])}{accuracies(alike)}{note}</section>'
 
 
@@ -102,7 +102,7 @@ def curve(model: Model, marks: Sequence[tuple[int, Model, int]], height: int) ->
 
 
 def area(counts: Sequence[int], groups: Sequence[str], group: str, top: int) -> str:
-    """The steps of one group's classes as a path; of very many classes, every few hundredth of the width."""
+    """The steps of one group's classes as an SVG path; from 1,000 classes on, a step is a mean over several."""
     members = [r for r, g in enumerate(groups) if g == group]
     every = max(1, len(counts) // 500)
     width = 1000 / len(counts)
@@ -149,13 +149,13 @@ def group_row(group: str, alike: Sequence[Model]) -> str:
 
 
 def rights(model: Model) -> list[float | None]:
-    """The accuracy on each class; None if it has no test pictures."""
+    """The accuracy on each class; None if the class has no test pictures."""
     return [row.get("correct", 0) / row["test_images"] if row.get("test_images") else None
             for row in model.results["per_class"]]
 
 
 def against_size(alike: Sequence[Model], names: Sequence[str]) -> str:
-    """A dot a class (of up to ROWS) and a line through the means of classes of about one size; sizes on a log axis."""
+    """A dot per class (for up to ROWS) and a line through the means of classes of similar size, on a log axis."""
     counts = alike[0].class_counts
     if not counts or max(counts) <= max(min(counts), 1):
         return ""
@@ -189,7 +189,7 @@ the numbers.</p>
 
 
 def means(counts: Sequence[int], right: Sequence[float | None], bins: int = 6) -> list[tuple[float, float]]:
-    """(size, share right) of classes of about one size, equal steps of log size; the largest first."""
+    """(size, accuracy) of classes of similar size, in equal steps of log size, the largest first."""
     known = [(max(n, 1), r) for n, r in zip(counts, right, strict=True) if r is not None]
     if not known:
         return []

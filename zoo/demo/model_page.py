@@ -1,4 +1,4 @@
-"""A page for each model: what it is, its accuracy, three lines that load it, and the paper to cite."""
+"""A page for each model: what it is, its accuracy, three lines of Python that load it, and its card."""
 
 import re
 from typing import Any
@@ -7,11 +7,11 @@ import zoo
 from zoo.demo import models
 from zoo.demo.html import closed, escape, percent, ways
 
-LONG_CARD = 60_000  # characters, from which the list of all classes is left out
+LONG_CARD = 60_000  # characters; a longer card is shown without its table of all classes
 
 
 def page(name: str | None) -> tuple[str, str, str]:
-    """What stands above the code, the code, and the card as Markdown."""
+    """The facts above the code, the code, and the card as Markdown."""
     if not isinstance(name, str):
         return "<p>Choose a model.</p>", "", ""
     return facts(name), how_to_load(name), card(name)
@@ -48,7 +48,7 @@ def facts(name: str) -> str:
 
 
 def card(name: str) -> str:
-    """The card without its YAML header, pictures (the page loads nothing from elsewhere) and endless tables."""
+    """The card without its YAML header, pictures (the page loads nothing from elsewhere) and very long tables."""
     try:
         text = models.model(name).folder.card
     except zoo.ZooError:
@@ -64,8 +64,9 @@ def card(name: str) -> str:
 
 
 def list_models() -> list[dict]:
-    """Every model on offer: name, data set, method, and whether its weights are bundled, on the Hub, yours, or not
-    published yet, and then what to do."""
+    """Every model on offer: name, data set, method, and where its weights are.
+
+    `weights` is bundled, hub, yours or unpublished; what_to_do says how to get weights that are unpublished."""
     rows = []
     for o in models.offers():
         e = o.entry

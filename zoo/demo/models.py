@@ -20,7 +20,7 @@ TITLES = {"metasaug": "MetaSAug", "isda": "ISDA", "heldout": "Held-out augmentat
           "ldam": "LDAM", "focal": "Focal loss", "drw": "Re-weighted late", "logit-adjustment": "Logit adjustment",
           "balanced-softmax": "Balanced softmax"}
 HOW_TRAINED = {"metasaug": "Rare classes count more and vary more", "isda": "Features vary, by class",
-               "heldout": "Rare classes count more, and vary as pictures held out do",
+               "heldout": "Rare classes count more, and vary like held-out pictures",
                "ce": "Training as usual", **dict.fromkeys(("logit-adjustment", "balanced-softmax"),
                                                           "Rare classes are not outweighed")}
 AT_ONCE = 4  # models side by side
@@ -28,7 +28,7 @@ FILES = (CONFIG, ONNX, CARD)  # of a model on the Hub, fetched together
 
 
 class Model:
-    """What the page says about a model, from its folder; the network behind it is loaded when it is first needed."""
+    """What the page says about a model, from its folder; the network is loaded when it is first needed."""
 
     def __init__(self, name: str, folder: ModelFolder, source: str):
         self.name, self.folder, self._source = name, folder, source
@@ -50,7 +50,7 @@ class Model:
 
     @property
     def predictor(self) -> zoo.Predictor:
-        with self._lock:  # two people who ask at once wait for the same one
+        with self._lock:  # two visitors at the same time wait for one load
             if self._predictor is None:
                 self._predictor = zoo.load(self._source)
             return self._predictor
@@ -60,7 +60,7 @@ class Model:
         """The weight of the last layer, if it is in the folder."""
         try:
             return last_layer(self.folder)
-        except zoo.ZooError:  # not there, or not to be fetched now: no map of where it looks
+        except zoo.ZooError:  # missing, or cannot be fetched now: no activation map
             return None
 
     @cached_property
@@ -74,7 +74,7 @@ class Model:
         return COVARIANCE in self.folder
 
     def prior_of_world(self, world: float) -> np.ndarray | None:
-        """How common the classes are where 1 is as in training, 0 all alike, -1 turned round; None if not known."""
+        """How common the classes are: 1 as in training, 0 all equal, -1 inverted; None if not known."""
         if not self.class_counts or self.ours.get("prior") is None:
             return None
         return np.maximum(np.asarray(self.class_counts, np.float64), 1) ** world
@@ -112,10 +112,10 @@ _lock = threading.Lock()
 
 
 def offer(own: Iterable[str] = ()) -> list[str]:
-    """Sets what is offered: the zoo's models, and before them `own`: folders, or whatever zoo.load takes. Returns
-    the names to begin with: `own`, else those of the first bundled set.
+    """Set the models on offer: `own` (folders, or any name for zoo.load), then the zoo's models.
 
-    Raises ZooError for a name of `own` that cannot be opened.
+    Returns the names to begin with: `own`, else the first bundled set. Raises ZooError if one of `own` cannot be
+    opened.
     """
     own = list(own)
     with _lock:
@@ -126,7 +126,7 @@ def offer(own: Iterable[str] = ()) -> list[str]:
         for source in own:
             if (entry := zoo_find(source)) is not None:
                 if entry.weights == "unpublished":
-                    open_folder(source)  # raises, with what to do, unless copies of one's own stand in
+                    open_folder(source)  # raises, and says what to do, unless METASAUG_HUB_OWNER has it
                 begin.append(entry.name)
                 continue
             model = _open(source)
@@ -144,7 +144,7 @@ def offer(own: Iterable[str] = ()) -> list[str]:
 
 def _open(source: str) -> Model:
     if os.path.isdir(source):
-        source = os.path.abspath(source)  # the demo works in a folder of its own
+        source = os.path.abspath(source)  # the demo changes the working directory
     folder = open_folder(source, FILES)
     return Model(folder.config["metasaug"]["name"] or os.path.basename(source), folder, source)
 
@@ -169,20 +169,23 @@ def find(name: Any) -> Offer | None:
 
 
 def model(name: str) -> Model:
-    """What is known of an offered model. Raises ZooError where it cannot be opened, or fetched, or is not out."""
+    """A model on offer, opened once. Raises ZooError if it cannot be opened or fetched, or is not published."""
     found = find(name)
     if found is None:
         raise zoo.UnknownModelError(f"Unknown model: one of {', '.join(ready_names())}.")
     if name not in _models:
         fresh = Model(name, open_folder(found.source, FILES), found.source)
-        with _lock:  # whoever came second takes the first one's
+        with _lock:  # a second thread takes the first one's model
             _models.setdefault(name, fresh)
     return _models[name]
 
 
 def sets() -> dict[str, list[str]]:
-    """The models at hand by what they were trained on: those of one set are worth comparing, MetaSAug first. Of the
-    bundled ones MetaSAug, training as usual and what began from a pretrained network; the others are for choosing."""
+    """Sets of models to compare, by the data that they were trained on, MetaSAug first.
+
+    A set has your own models and three of the bundled ones: MetaSAug, cross entropy and logit adjustment. Visitors can
+    choose the others.
+    """
     found: dict[str, list[str]] = {}
     for o in sorted(offers(), key=lambda o: o.method != "metasaug"):
         if o.weights == "yours" or (o.weights == "bundled" and o.method in ("metasaug", "ce", "logit-adjustment")):
@@ -199,7 +202,7 @@ def first_set() -> list[str]:
 
 
 def opened(names: Iterable[str]) -> list[Model]:
-    """Those of the names that can be opened; the others have their say on their own cards."""
+    """The models that can be opened; the cards of the others say why they cannot."""
     return list(filter(None, (quietly(model, name) for name in names)))
 
 

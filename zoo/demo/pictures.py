@@ -1,4 +1,4 @@
-"""Many pictures, or zips of them: classified one after another, then shown as a table and a gallery."""
+"""Classify many pictures, or zips of them, one after another; show them as a table and a gallery."""
 
 import csv
 import itertools
@@ -40,7 +40,7 @@ from zoo.rows import Layout
 A_PAGE = 60
 MOST = archives.MAX_ENTRIES
 LAYOUT = Layout()
-MAX_PIXELS, MAX_SECONDS = 20_000_000_000, 300.0  # of one job, as decoded
+MAX_PIXELS, MAX_SECONDS = 20_000_000_000, 300.0  # of one job: pixels decoded, time to decode them
 LIMITS = f"{MAX_PIXELS // 10**9} gigapixels or {MAX_SECONDS / 60:.0f} minutes"
 UNREAD = "not read"
 SORTS = {"name": "File", "label": "Class", "sure": "Sure", "group": "Group", "seen": "Seen in training"}
@@ -48,7 +48,7 @@ SORTS = {"name": "File", "label": "Class", "sure": "Sure", "group": "Group", "se
 
 @dataclass(frozen=True)
 class Row:
-    """One picture: what the model said, without its arrays, and a small copy of it."""
+    """One picture: its prediction, without arrays, and a thumbnail."""
 
     prediction: zoo.Prediction
     small: str = ""
@@ -59,7 +59,7 @@ class Row:
 
     @property
     def note(self) -> str:
-        """Behind the name, where the picture was not read whole."""
+        """The text after the name, if the picture was not read whole."""
         return f" ({escape(self.prediction.note)})" if self.prediction.note else ""
 
     @property
@@ -69,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True)
 class View:
-    """What of the rows is shown, and how."""
+    """Which rows are shown, and how."""
 
     layout: str = "gallery"
     group: str = "all"
@@ -82,7 +82,7 @@ class View:
 
 
 def run(files: Any, name: str) -> Iterator[tuple[str, list[Row], View, dict[str, Any]]]:
-    """Page, rows, view and download; again and again while it goes on, so that a visitor who leaves ends it."""
+    """Page, rows, view and download, repeatedly during the job: a visitor who leaves ends it at the next yield."""
     rows: list[Row] = []
     no_file = gr.update(value=None, interactive=False)
     try:
@@ -92,7 +92,7 @@ def run(files: Any, name: str) -> Iterator[tuple[str, list[Row], View, dict[str,
         yield progress(0, total, "Loading the model …" if not model.loaded else ""), rows, View(), no_file
         seen: list[tuple[str, str]] = []
         budget, told = Budget(), time.monotonic()
-        # One picture at a time: between two the job can end, and others have their turn.
+        # One picture at a time: between two pictures, the job can end and others have their turn.
         for prediction in model.predictor.predict_each(each(sources, seen, budget, model.predictor.reading),
                                                        batch_size=1):
             small, note = seen[len(rows)]
@@ -137,7 +137,7 @@ def turn(rows: list[Row] | None, view: View | None, event: gr.EventData) -> tupl
 
 
 class Budget:
-    """What one job may take: pixels and seconds of decoding."""
+    """The limits of one job: pixels and seconds of decoding."""
 
     def __init__(self) -> None:
         self.pixels, self.seconds = MAX_PIXELS, MAX_SECONDS
@@ -148,14 +148,14 @@ class Budget:
 
 
 class Turns:
-    """A lock that is given in the order of asking: several jobs then go on picture by picture."""
+    """A lock that is granted in the order of requests, so that several jobs alternate picture by picture."""
 
     def __init__(self) -> None:
         self._lock, self._waiting = threading.Lock(), deque[threading.Event]()
 
     @property
     def shared(self) -> bool:
-        """Whether others have a turn or wait for one, for somebody who does not."""
+        """Whether others have a turn or wait for one; ask only outside a turn of your own."""
         return bool(self._waiting)
 
     @contextmanager
@@ -179,9 +179,9 @@ _turns = Turns()
 
 
 def opened(files: Any) -> tuple[Iterator[NamedPicture], list[str], list[tuple[str, str]]]:
-    """The pictures among uploads and inside zips, their names, and the zips that are refused with their reasons.
+    """The pictures among uploads and inside zips, their names, and the refused zips with the reasons.
 
-    Raises PictureError where there is nothing to classify, or too much.
+    Raises PictureError if there is nothing to classify, or too much.
     """
     sources, refused, names = [], [], []
     for file in files if isinstance(files, list) else []:
@@ -209,8 +209,10 @@ def opened(files: Any) -> tuple[Iterator[NamedPicture], list[str], list[tuple[st
 def each(
     sources: Iterator[NamedPicture], seen: list[tuple[str, str]], budget: Budget, reading: Reading = PUBLIC
 ) -> Iterator[NamedPicture]:
-    """Every picture decoded once, for the model and for its small copy, which is left in `seen` with the note on how it
-    was read; until the budget is used up."""
+    """Decode each picture once, for the model and for its thumbnail, until the budget is used up.
+
+    `seen` gets each thumbnail, with the note on how the picture was read.
+    """
     while budget.left:
         with _turns.turn():
             began = time.monotonic()
@@ -230,7 +232,7 @@ def each(
             budget.seconds -= time.monotonic() - began
         seen.append((small, note))
         yield NamedPicture(name, decoded)
-        del decoded, picture, named  # a large one is not kept while waiting for the next turn
+        del decoded, picture, named  # keep no large picture while waiting for the next turn
 
 
 def light(prediction: zoo.Prediction) -> zoo.Prediction:
@@ -278,7 +280,7 @@ def show(rows: Sequence[Row], view: View) -> str:
 
 def key(sort: str, row: Row) -> Any:
     top = row.prediction.top[0] if row.prediction.top else None
-    # What could not be read comes last in every order but its own.
+    # Unread pictures come last in every order except that by file.
     return {
         "name": lambda: row.prediction.source, "sure": lambda: row.sure if top else 2.0,
         "label": lambda: top.label if top else "\U0010ffff",
@@ -362,5 +364,5 @@ def short(source: str) -> str:
 
 
 def reason(row: Row) -> str:
-    """The error without the name that is beside it already."""
+    """The error without the file name, which is shown beside it."""
     return (row.prediction.error or "").removeprefix(row.prediction.source).strip()

@@ -26,12 +26,13 @@ from zoo.demo.uploads import Uploads
 MAX_FILE = "20mb"  # as zoo.images reads
 CONNECTIONS = 600
 HEADER_SECONDS = 15.0
-# Gradio keeps 110 kB for an hour of every session, and each call of the API is one: by default of 10,000, over a GB.
+# Gradio keeps 110 kB of each session for an hour, and each call of the API is a session. Its default limit of 10,000
+# sessions would take over a GB.
 SESSIONS = 300
 
 
 class PunctualProtocol(H11Protocol):
-    """HTTP whose request headers are there in time, or the connection is closed."""
+    """HTTP that closes a connection whose request headers do not arrive in time."""
 
     _deadline: asyncio.TimerHandle | None = None
 
@@ -62,7 +63,7 @@ class PunctualProtocol(H11Protocol):
 def application(page: gr.Blocks, rules: Rules, uploads: Uploads, root_path: str = "") -> Gate:
     """The whole demo as an ASGI application. GRADIO_TEMP_DIR names the folder of `uploads`."""
     outer = fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    outer.add_middleware(CORSMiddleware, allow_origins=[])  # with one of ours Gradio leaves out its own
+    outer.add_middleware(CORSMiddleware, allow_origins=[])  # with this one, Gradio leaves out its own
     page.state_session_capacity = SESSIONS
     gr.mount_gradio_app(
         outer, page, "/", root_path=root_path, allowed_paths=[str(EXAMPLES)], max_file_size=MAX_FILE, show_error=False,
@@ -73,12 +74,12 @@ def application(page: gr.Blocks, rules: Rules, uploads: Uploads, root_path: str 
            for number, fn in page.fns.items() if fn.fn is not None}
     names = {fn.api_name: fns[number] for number, fn in page.fns.items() if number in fns
              if isinstance(fn.api_name, str) and fn.api_visibility == "public"}
-    # Gradio goes on with a job whose visitor has left; its queue can end it.
+    # Gradio continues the job of a visitor who has left; its queue can end it.
     return Gate(outer, rules, fns, names, uploads, page._queue.clean_events)
 
 
 def kind_of(component: Any) -> TypeAdapter:
-    """The values that a request may give for a component; its functions get them as they are (preprocess=False)."""
+    """The type of the values that a request may give for a component; functions get them raw (preprocess=False)."""
     if isinstance(component, gr.Dropdown):
         return TypeAdapter(list[str] | None if component.multiselect else str | int | None)
     if isinstance(component, gr.Checkbox):
@@ -91,7 +92,7 @@ def kind_of(component: Any) -> TypeAdapter:
 
 @contextmanager
 def served(app: Gate, host: str, port: int, root_path: str = "") -> Iterator[str]:
-    """The address of `app`, which is served in a thread until the end. Raises ZooError for a port that is in use."""
+    """Serve `app` in a thread; yields its address. Raises ZooError if the port cannot be used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -120,7 +121,7 @@ def served(app: Gate, host: str, port: int, root_path: str = "") -> Iterator[str
 
 
 def _many_files() -> None:
-    """A file for each connection, where the system's default is fewer."""
+    """Allow enough open files for all connections, if the system's default is lower."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -131,15 +132,17 @@ def _many_files() -> None:
 
 
 def _give_memory_back() -> None:
-    """Has the C library return every freed block over 1 MB (decoded pictures) to the system, where it is glibc."""
+    """Make glibc return every freed block over 1 MB (decoded pictures) to the system."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(-3, 1_000_000)  # M_MMAP_THRESHOLD
 
 
 @contextmanager
 def uploads_in(folder: str) -> Iterator[Uploads]:
-    """Uploads below `folder`, which becomes the working directory: requests and answers then name them by a relative
-    path, and tell nothing of this computer."""
+    """Uploads below `folder`, which becomes the working directory.
+
+    Requests and answers then name uploads by relative paths, which reveal nothing about this computer.
+    """
     before = os.getcwd()
     os.chdir(folder)
     os.makedirs("uploads", exist_ok=True)

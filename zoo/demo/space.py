@@ -1,6 +1,6 @@
 """The folder of a Hugging Face Space: `python -m zoo.demo.space FOLDER` (or `make space`).
 
-A Space installs requirements.txt, reads the header of README.md, and runs app.py; what is pushed is this folder.
+A Space installs requirements.txt, reads the header of README.md, and runs app.py. Push this folder to it.
 """
 
 import re
@@ -24,19 +24,19 @@ sdk_version: {gradio}
 app_file: app.py
 python_version: "{python}"
 license: mit
-short_description: What image models do to rare classes, and what mends it
+short_description: How well do image models recognise rare classes?
 {models}---
 
 # MetaSAug: the long tail, side by side
 
-A demo of [MetaSAug](https://arxiv.org/abs/2103.12579) (CVPR 2021): show several models the same picture, and see what
-each makes of it, how rare its answer was in training, and how often it is right on classes so rare. Uploads are
-deleted within two hours. This folder was built by `make space` of metasaug {version}; it needs no torch.
+A demo of [MetaSAug](https://arxiv.org/abs/2103.12579) (CVPR 2021). Show several models the same picture. Each card
+has a model's answer, how rare that class was in training, and the model's accuracy on classes this rare. Uploads are
+deleted within two hours. `make space` of metasaug {version} built this folder; it needs no torch.
 """
 
 
 def build(folder: Path) -> Path:
-    """Writes the Space into `folder`, which must be empty or an older Space. Raises ZooError."""
+    """Write the Space into `folder`, which must be empty or an older Space. Raises ZooError."""
     app = HERE.parent / "app.py"
     if not app.is_file():
         raise zoo.ZooError(f"{app} is missing: build the Space from a checkout, or an installed metasaug.")
@@ -53,8 +53,10 @@ def build(folder: Path) -> Path:
 
 
 def requirements() -> list[str]:
-    """What the demo needs, at the versions that are installed here. A Space has no GPU: the CPU build of ONNX Runtime,
-    and no torch."""
+    """The libraries that the demo needs, at the versions installed here.
+
+    A Space has no GPU: the CPU build of ONNX Runtime, and no torch.
+    """
     names = {"onnxruntime"}
     for requirement in metadata.requires("metasaug") or []:
         name, marker = re.match(r"[A-Za-z0-9_.-]+", requirement), requirement.partition(";")[2]
@@ -76,7 +78,7 @@ def _version(name: str) -> str:
             return metadata.version(installed)
         except metadata.PackageNotFoundError:
             continue
-    raise zoo.ZooError(f"{name} is not installed here, so that its version is not known: pip install 'metasaug[demo]'")
+    raise zoo.ZooError(f"{name} is not installed here, so its version is not known: pip install 'metasaug[demo]'")
 
 
 def main() -> int:

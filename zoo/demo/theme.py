@@ -1,4 +1,4 @@
-"""The style of the page, and the few lines that run in the browser."""
+"""The style of the page, and the JavaScript that runs in the browser."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ addEventListener('paste', (event) => {
 });
 </script>"""
 
-# Read out by screen readers; and on a phone, where the answer is below the picture, brought into view.
+# Screen readers read the answer out. On a phone it is below the picture, so the page scrolls to it.
 ANNOUNCE = """
 element.setAttribute('aria-live', 'polite');
 let answered = false;
@@ -52,7 +52,7 @@ element.addEventListener('click', (event) => {
 });
 """
 
-# Buttons inside the table of many pictures; the one that was used keeps the focus when the page is drawn anew.
+# Buttons inside the table of many pictures; the last one used keeps the focus when the page is drawn again.
 ACT = """
 let last = null;
 element.addEventListener('click', (event) => {

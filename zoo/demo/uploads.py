@@ -1,4 +1,4 @@
-"""The folder of uploads and its quota, for all visitors together. The longest unused file is deleted first."""
+"""The folder of uploads with a quota for all visitors together. The longest unused file is deleted first."""
 
 import os
 import threading
@@ -8,10 +8,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-QUOTA = 2_000_000_000  # bytes, of all uploads and what the demo made of them
-MOST_AT_ONCE = 500_000_000  # bytes of one request
+QUOTA = 2_000_000_000  # bytes, of all uploads and the files that the demo made from them
+MOST_AT_ONCE = 500_000_000  # bytes, of one request
 UNFINISHED = 120.0  # seconds after which an upload that broke off is deleted
-UNUSED = 3600.0  # seconds after which a file is deleted that nobody used
+UNUSED = 3600.0  # seconds after which an unused file is deleted
 
 
 class Uploads:
@@ -23,7 +23,7 @@ class Uploads:
         self._lock = threading.Lock()
 
     def holds(self, path: Any) -> bool:
-        """Whether a path, as requests name it, is a file in the folder."""
+        """Whether the path in a request is a file in the folder."""
         if not isinstance(path, str) or not path or "\0" in path or len(path) > 4096:
             return False
         real = os.path.realpath(path)
@@ -31,7 +31,7 @@ class Uploads:
 
     @contextmanager
     def room_for(self, size: int | None) -> Iterator[int | None]:
-        """Room for an upload of `size` bytes (None: not announced), in bytes; None where there is none now."""
+        """Reserve room for an upload of `size` bytes (None: not announced). Yields the bytes; None: no room now."""
         wanted = MOST_AT_ONCE if size is None else size
         with self._lock:
             room = wanted <= MOST_AT_ONCE and self._coming + wanted <= self.quota
@@ -46,12 +46,11 @@ class Uploads:
 
     def full(self, size: int | None) -> str:
         if (size or 0) > MOST_AT_ONCE:
-            return f"The upload has {(size or 0) / 1e6:,.0f} MB; at most {MOST_AT_ONCE / 1e6:,.0f} MB come at a time."
-        return "Others are uploading much at this moment: try again in a minute."
+            return f"The upload has {(size or 0) / 1e6:,.0f} MB; at most {MOST_AT_ONCE / 1e6:,.0f} MB at a time."
+        return "Other visitors are uploading a lot at the moment: try again in a minute."
 
     def tidy(self) -> None:
-        """Deletes what is left of broken uploads, what nobody used for an hour, and, over the quota, the longest
-        unused."""
+        """Delete broken uploads, files unused for an hour and, over the quota, the longest unused files."""
         now, files = time.time(), []
         for at, _, names in os.walk(self.folder):
             for name in names:
@@ -71,6 +70,6 @@ class Uploads:
 
 
 def used(path: str) -> None:
-    """Marks a file as used now."""
+    """Mark a file as used now."""
     with suppress(OSError):
         os.utime(path)

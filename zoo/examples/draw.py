@@ -1,6 +1,6 @@
-"""Draws the example pictures that are drawings: `python zoo/examples/draw.py`. The same bytes each time.
+"""Draw the example pictures that are drawings: `python zoo/examples/draw.py`. The bytes are the same each time.
 
-Each scene is painted at 768 x 768 on a canvas of 256 units a side, then made 256 x 256, so that edges are smooth.
+Each scene is painted at 768 x 768 on a canvas of 256 units a side, then reduced to 256 x 256 for smooth edges.
 """
 
 from collections.abc import Sequence
