@@ -211,7 +211,7 @@ def test_what_flags_say_stands_and_what_they_leave_open_is_the_backbones(tiny_mo
 
 @pytest.mark.parametrize(("flags", "message"), [
     ({"backbone": "torchvision:resnet5"}, "no classifier 'resnet5'"),
-    ({"backbone": "torchvision:inception_v3"}, "another form"),
+    ({"backbone": "torchvision:inception_v3"}, "input format"),
     ({"backbone": "timm:resnet5000"}, "Unknown architecture"),
     ({"backbone": "nowhere.pth"}, "no such file"),
     ({"backbone": "no-such-model"}, "No model is called"),
@@ -236,7 +236,7 @@ def test_a_file_of_another_network_is_refused_and_says_why(tmp_path):
     with pytest.raises(TrainingError, match=r"1 left over \(fc_add.weight\)"):
         load_backbone(create("resnet10", 3), find_backbone(str(tmp_path / "more.pth")), False)
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(TrainingError, match=r"text\.pth is no checkpoint"):
+    with pytest.raises(TrainingError, match=r"text\.pth is not a torch checkpoint"):
         find_backbone(str(tmp_path / "text.pth"))
     # and own pictures need to be told the network of a file.
     with pytest.raises(TrainingError, match="--architecture NAME"):

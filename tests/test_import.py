@@ -438,8 +438,8 @@ def large(**changes) -> bytes:
 
 
 REFUSED = {
-    "empty": (lambda: b"", "no checkpoint of torch, or cut off"),
-    "text": (lambda: b"<html>Not found</html>", "no checkpoint of torch"),
+    "empty": (lambda: b"", "not a torch checkpoint, or cut off"),
+    "text": (lambda: b"<html>Not found</html>", "not a torch checkpoint"),
     "cut zip": (lambda: truncated(0.5), "damaged or cut off"),
     "cut at the end": (lambda: truncated(0.999), "damaged or cut off"),
     "cut old file": (legacy_truncated, "cut off"),

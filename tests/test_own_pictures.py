@@ -386,7 +386,7 @@ def test_splits_of_a_table_are_taken_and_torn_groups_refused(sea):
     (["a.png,x"], "path,kind", "label column is missing"), (["a.png,x"], "bild,label", "path column is missing"),
     ([], "path,label", "no rows"), (["a.png,x", "a.png,y"], "path,label", "line 2 as x and in line 3 as y"),
     (["a.png"], "path,label", "line 2: 1 field"), (["a.png,"], "path,label", "line 2: no label"),
-    ([",x"], "path,label", "line 2: no path"), (["a.png,x", "b.png,X"], "path,label", "but for case"),
+    ([",x"], "path,label", "line 2: no path"), (["a.png,x", "b.png,X"], "path,label", "differ only in case"),
     (["a.png,x", "b.png,x"], "path,label", "one class only, x"),
     (['a.png,"x', "b.png,y"], "path,label", "quotation mark"),
     (["a.png,x,y"], "path,class,species", "class and species could each be the label"),
@@ -398,7 +398,7 @@ def test_a_bad_table_is_one_clear_error(tmp_path, rows, header, words):
 
 
 def test_files_that_are_no_table_are_told(tmp_path):
-    for content, words in ((b"PK\x03\x04xx", "spreadsheet"), (b"", "no rows"), (b"a\0b,c\n", "no text")):
+    for content, words in ((b"PK\x03\x04xx", "spreadsheet"), (b"", "no rows"), (b"a\0b,c\n", "not text")):
         (tmp_path / "t.csv").write_bytes(content)
         with pytest.raises(DataError, match=words):
             load_table(tmp_path / "t.csv")
@@ -481,7 +481,7 @@ def test_a_single_picture_trains_where_a_test_set_is_given(tmp_path):
     (lambda root: [paint_classes(root / "train", {"a": 9, "b": 9}), paint_classes(root / "test", {"a": 2, "c": 2})],
      "class c has no usable pictures to train on"),
     (lambda root: [paint_classes(root / "train", {"a": 9, "b": 9}), paint_classes(root / "val", {"a": 2}),
-                   paint_classes(root / "valid", {"a": 2})], "one meaning"),
+                   paint_classes(root / "valid", {"a": 2})], "merge them"),
     (lambda root: [paint_classes(root, {"a": 9}), os.mkdir(os.fsencode(root) + b"/\xff")], "not UTF-8"),
 ])
 def test_folders_that_make_no_data_set_are_one_clear_error(tmp_path, make, words):
@@ -491,7 +491,7 @@ def test_folders_that_make_no_data_set_are_one_clear_error(tmp_path, make, words
 
 
 def test_a_missing_folder_is_told(tmp_path):
-    with pytest.raises(DataError, match="no folder"):
+    with pytest.raises(DataError, match="not a folder"):
         load_folder(tmp_path / "nowhere")
 
 
