@@ -282,6 +282,31 @@ def test_the_hubs_own_readers_read_the_card(logged_in, tiny_model_folder, tmp_pa
         assert told.lower() in text.lower(), told
 
 
+BUNDLED = Path(zoo.__file__).parent / "weights" / "metasaug-cifar10-lt"
+
+
+def test_a_card_begins_with_what_the_model_knows_how_well_and_what_its_probabilities_mean(tiny_model_folder):
+    from export.card import card
+
+    config = json.loads(json.dumps(ModelFolder(tiny_model_folder).config))
+    ours = config["metasaug"]
+    results, ours["calibration"] = ours["results"], None
+    results["ece"] = 0.123
+
+    def in_short():
+        return card(config).split("## In short")[1].split("\n## ")[0]
+
+    # Given a model without a calibration, then its card says so, and with which accuracy it knows how many classes;
+    for fact in (f"{config['num_classes']} classes", f"{1 - results['macro_error']:.1%}", "12.3%", "Not calibrated"):
+        assert fact in in_short()
+    # with one, how far probabilities hold; not measured, nothing of how good it is.
+    ours["calibration"] = ModelFolder(BUNDLED).config["metasaug"]["calibration"]
+    held = ours["calibration"]["measured"]["ece"]["after"]["all"]
+    assert f"{held:.1%}" in in_short() and "Not calibrated" not in in_short() and "`familiarity`" in in_short()
+    ours["results"] = ours["calibration"] = None
+    assert "%" not in in_short()
+
+
 def test_the_figure_is_a_picture_of_its_numbers(tiny_model_folder):
     """Another accuracy is another picture; the same config is the same bytes, whatever the number of classes."""
     import io
