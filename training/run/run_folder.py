@@ -123,18 +123,17 @@ def schedule_in_words(recipe: Recipe) -> str:
         second = (f"MetaSAug ({recipe.covariance} covariances, look-ahead through the {recipe.lookahead}"
                   + (", quirks of the authors' code" if recipe.fidelity == "reference" else "") + ")")
     epochs = f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''}"
-    if recipe.sampling == "square-root":
-        epochs += " with square-root sampling"
     if recipe.backbone is not None:
         epochs += f" of a last layer on {without_place(recipe.backbone)}"
+    sampling = " with square-root sampling" if recipe.sampling == "square-root" else ""
     last, meta = recipe.epochs - recipe.stage2_epoch, recipe.meta_in_training == "stage2"
     if second == first and not weights:
         also = f"; the last {'epoch also trains' if last == 1 else f'{last} also train'} on the meta pictures"
-        return f"{epochs} of plain {first}{also if meta else ''}"
+        return f"{epochs} of plain {first}{sampling}{also if meta else ''}"
     before = f"{recipe.stage2_epoch} of plain {first}, then " if recipe.stage2_epoch else ""
     some = "most of the" if recipe.augment == "heldout" else "the"
     return (f"{epochs}: {before}{last} of {'the same' if second == first else second}{weights}"
-            + (f", {some} meta pictures among those trained on" if meta else ""))
+            + (f", {some} meta pictures among those trained on" if meta else "") + sampling)
 
 
 def code_version() -> str:
