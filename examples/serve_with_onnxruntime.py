@@ -21,13 +21,14 @@ class Model:
         self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         config = json.loads(self.session.get_modelmeta().custom_metadata_map["config.json"])
         self.labels, self.shown = config["label_names"], config["pretrained_cfg"]
+        self.temperature = (config["metasaug"].get("calibration") or {"temperature": 1})["temperature"]
 
     def predict(self, content: bytes) -> dict[str, float]:
         """The five likeliest classes and their probabilities."""
         picture = self.fitted(Image.open(io.BytesIO(content)).convert("RGB"))
         x = (np.asarray(picture) / 255 - self.shown["mean"]) / self.shown["std"]
         pictures = x.transpose(2, 0, 1)[None].astype(np.float32)  # (1, 3, height, width)
-        logits = self.session.run(["logits"], {"pictures": pictures})[0][0]
+        logits = self.session.run(["logits"], {"pictures": pictures})[0][0] / self.temperature
         exponents = np.exp(logits - logits.max())
         probabilities = exponents / exponents.sum()
         return {self.labels[c]: round(float(probabilities[c]), 4) for c in np.argsort(-probabilities)[:5]}

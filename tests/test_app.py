@@ -286,7 +286,7 @@ def test_a_zip_becomes_a_gallery_a_table_and_a_csv(page, tmp_path):
     assert shown == [name.rpartition("/")[2] for name in ordered]
     # what could not be read says why,
     unread = page.locator(".gallery .unread").all_inner_texts()
-    assert any("notes.jpg" in t and "no picture" in t for t in unread)
+    assert any("notes.jpg" in t and "not a picture" in t for t in unread)
     assert any("bomb.zip" in t and "zip bomb" in t for t in unread)
     # one group can be looked at alone, the table is sorted by its headings,
     tail = [name for name in ordered if expected[name].group == "tail"]
@@ -657,7 +657,7 @@ def test_the_space_starts_from_its_folder_alone(tmp_path):
     (tmp_path / "thesis" / "chapter.txt").write_text("mine")
     done = subprocess.run([sys.executable, "-m", "zoo.demo.space", str(tmp_path / "thesis")], cwd=ROOT,
                           capture_output=True, text=True)
-    assert done.returncode == 2 and "something else" in done.stderr
+    assert done.returncode == 2 and "other than a Space" in done.stderr
 
 
 def free_port() -> int:

@@ -59,7 +59,7 @@ def test_the_command_line_takes_a_zip(tiny_model_folder, tmp_path, capsys):
     assert main(["predict", str(tiny_model_folder), str(archive), "--out", str(out)]) == 1
     rows = list(csv.DictReader(out.open(encoding="utf-8")))
     assert [row["path"] for row in rows] == [f"{archive}/a.png", f"{archive}/b.jpg"]
-    assert rows[0]["label"] and "no picture" in rows[1]["error"]
+    assert rows[0]["label"] and "not a picture" in rows[1]["error"]
     said = capsys.readouterr().err
     assert "1 .txt" in said and "1 of 2" in said
 
@@ -112,9 +112,9 @@ DANGERS = {
     "bzip2": (lambda p: zipped(p, {"a.png": png()}, zipfile.ZIP_BZIP2), "unusual method"),
     "empty": (lambda p: zipped(p, {}), "no pictures"),
     "only hidden": (lambda p: zipped(p, {".DS_Store": b"x"}), "no pictures"),
-    "no zip": (lambda p: p.write_bytes(png()) and p, "no zip archive"),
-    "cut off": (lambda p: p.write_bytes(zipped(p, {"a.png": png()}).read_bytes()[:-30]) and p, "no zip archive"),
-    "nothing": (lambda p: p.write_bytes(b"") or p, "no zip archive"),
+    "no zip": (lambda p: p.write_bytes(png()) and p, "not a zip archive"),
+    "cut off": (lambda p: p.write_bytes(zipped(p, {"a.png": png()}).read_bytes()[:-30]) and p, "not a zip archive"),
+    "nothing": (lambda p: p.write_bytes(b"") or p, "not a zip archive"),
 }
 
 

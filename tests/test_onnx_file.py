@@ -265,7 +265,7 @@ def test_what_goes_wrong_after_the_trial_is_one_error_too():
     # an operator's domain as a number, for which bytes(number) would ask for that much memory
     b"\x3a\x09\x0a\x07\x38\xff\xff\xff\xff\xff\x3f", struct.pack("<BBB", 0x3A, 2, 0x28) + b"\xff"])
 def test_bytes_that_are_no_protobuf_are_refused(content):
-    with pytest.raises(ModelFolderError, match="no ONNX file"):
+    with pytest.raises(ModelFolderError, match="not an ONNX file"):
         refuse_unsafe(content, "model.onnx")
 
 

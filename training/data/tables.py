@@ -186,8 +186,8 @@ def class_folders(root: Path) -> list[str]:
     except NotADirectoryError:
         raise DataError(f"{root} is not a folder: name one that holds a folder of pictures for each class.") from None
     except OSError as error:
-        raise DataError(f"{root} cannot be listed ({error.strerror}): name one that holds a folder of "
-                        "pictures for each class.") from error
+        raise DataError(f"{root} is not a folder that can be listed ({error.strerror}): name one that holds a "
+                        "folder of pictures for each class.") from error
     if not names:
         raise DataError(f"{root} holds no class folders: expected {root}/CLASS/picture.jpg.")
     return names
