@@ -311,7 +311,7 @@ class Batches:
 
     def __init__(self, pictures: Split | PictureFiles, view: View, seed: int, batch_size: int, device: torch.device,
                  workers: int = 0, processes: Processes = ALONE, first: int | None = None,
-                 each_C: Sequence[int] | None = None):
+                 each_C: Sequence[int] | np.ndarray | None = None):
         self.pictures, self.view, self.workers = pictures, view, workers
         self.labels = pictures.labels[:first]
         self.seed, self.device, self.processes = seed, device, processes

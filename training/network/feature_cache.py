@@ -79,7 +79,7 @@ class CachedBatches(Batches):
 
     def __init__(self, pictures: Split | PictureFiles, features_KNA: np.ndarray, view: View, seed: int,
                  batch_size: int, device: torch.device, dtype: torch.dtype = torch.float32,
-                 processes: Processes = ALONE, each_C: Sequence[int] | None = None):
+                 processes: Processes = ALONE, each_C: Sequence[int] | np.ndarray | None = None):
         super().__init__(pictures, view, seed, batch_size, device, processes=processes, each_C=each_C)
         self.features_KNA, self.dtype = features_KNA, dtype
 

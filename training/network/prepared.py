@@ -24,6 +24,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and self.weight.requires_grad and x.shape[-1] < self.kernel_size[1]:
+            assert not isinstance(self.padding, str)
             height, width = self.padding
             return F.conv2d(F.pad(x, (width, width, height, height)), self.weight, self.bias, groups=self.groups)
         return super().forward(x)
