@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from training.data.datasets import PictureFiles, Split
+from training.data.splits import rank_in_class
 from training.errors import DataError
 from training.network.distributed import ALONE, Processes
 from training.recipes import CropMode, Crops, Flips
@@ -360,15 +361,6 @@ class Batches:
 
     def _shown(self, at: np.ndarray, drawn: np.ndarray, parts: list[slice]) -> Iterator[Tensor]:
         return shown(self.pictures, self.view, at, drawn, parts, self.device, self.workers)
-
-
-def rank_in_class(labels_N: np.ndarray) -> np.ndarray:
-    """(N,): how many earlier elements have the same label."""
-    by_class = np.argsort(labels_N, kind="stable")
-    first_C = np.searchsorted(labels_N[by_class], np.arange(labels_N.max() + 1))
-    rank_N = np.empty_like(by_class)
-    rank_N[by_class] = np.arange(len(labels_N)) - first_C[labels_N[by_class]]
-    return rank_N
 
 
 def batch_sizes(pictures: int, batch: int) -> list[int]:

@@ -16,6 +16,7 @@ import numpy as np
 from training.data.authors_subsets import authors_meta
 from training.data.datasets import LongTailed, PictureFiles, listed
 from training.data.scan import look_at
+from training.data.splits import rank_in_class
 from training.data.tables import Problem, left_out_in_words, refuse
 from training.errors import DataError
 from zoo import label_names as known
@@ -310,10 +311,7 @@ def _choose(labels: np.ndarray, classes: int, per_class: int, subset: str, seed:
     if subset == "authors":
         return authors_meta(labels, classes, per_class)[0]
     order = np.random.default_rng(seed).permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]  # by class, shuffled within
-    starts = np.searchsorted(labels[order], np.arange(classes))
-    rank = np.arange(len(order)) - starts[labels[order]]
-    return np.sort(order[rank < per_class])
+    return np.sort(order[rank_in_class(labels[order]) < per_class])
 
 
 def _imagenet_root(root: Path) -> Path:

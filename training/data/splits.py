@@ -148,3 +148,12 @@ def first_of_each(names: Sequence[str], labels: np.ndarray, pool: np.ndarray, pe
             count[int(labels[i])] += 1
             chosen[i] = True
     return chosen
+
+
+def rank_in_class(labels_N: np.ndarray) -> np.ndarray:
+    """How many earlier ones have the same label, (N,)."""
+    by_class = np.argsort(labels_N, kind="stable")
+    sorted_N = labels_N[by_class]
+    rank_N = np.empty_like(by_class)
+    rank_N[by_class] = np.arange(len(labels_N)) - np.searchsorted(sorted_N, sorted_N)
+    return rank_N

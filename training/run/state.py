@@ -129,7 +129,7 @@ def start(recipe: Recipe, data: LongTailed, device: torch.device) -> State:
     """The state before the first step. data: of stage 2."""
     torch.manual_seed(recipe.seed)
     num_classes = len(data.label_names)
-    module = create(recipe.architecture, num_classes, recipe.cosine_scale).to(device)
+    module = create(recipe.architecture, num_classes, recipe.cosine_scale)
     if recipe.pretrained is not None:
         fresh = load_pretrained(module, recipe.pretrained)
         if fresh and os.environ.get("RANK", "0") == "0":
