@@ -42,7 +42,7 @@ COMMANDS = {
 
 # The extra that installs each optional library.
 EXTRAS = {"torch": "train", "torchvision": "train", "onnx": "train", "onnxscript": "train", "gradio": "demo",
-          "tensorboard": "tensorboard", "pyarrow": "parquet"}
+          "tensorboard": "tensorboard", "pyarrow": "parquet", "ray": "ray"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,8 +14,9 @@ from PIL import Image
 
 from zoo import label_names
 
-# A shell starts background jobs with SIGINT ignored, and the processes that tests stop by it would inherit that.
+# A shell ignores SIGINT in background jobs, nohup SIGHUP; the processes that tests stop by them would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("METASAUG_DATA", ROOT.parent / "shared" / "data"))

@@ -509,7 +509,7 @@ AT_THE_CAP = {
     "rgba png": lambda: png(4990, 4990, 8, 6, bytes(4990 * (1 + 4 * 4990))),
     "progressive jpeg": lambda: as_bytes(Image.new("RGB", (4990, 4990)), "JPEG", progressive=True, subsampling=0),
     "99 megapixels of jpeg": lambda: as_bytes(Image.new("RGB", (9950, 9950)), "JPEG", subsampling=0),
-    "plain ppm": lambda: b"P3 1800 1800 255\n" + b"7 " * (3 * 1800 * 1800),
+    "plain ppm": lambda: b"P3 865 865 255\n" + b"255 " * (3 * 865 * 865),
     "jpeg 2000": lambda: as_bytes(Image.new("RGB", (3160, 3160)), "JPEG2000"),
 }
 

@@ -17,7 +17,7 @@ from training.errors import Interrupted, TrainingError  # noqa: E402
 from training.network.start_weights import load_backbone  # noqa: E402
 from training.network.starts import STARTS, choose_start, find_start  # noqa: E402
 from training.recipes import Folder  # noqa: E402
-from training.run import loop, own_pictures_run  # noqa: E402
+from training.run import first_answer, loop, own_pictures_run  # noqa: E402
 from training.run.first_answer import fit_last_layer, mean_recall  # noqa: E402
 from zoo.architectures import create  # noqa: E402
 
@@ -130,6 +130,36 @@ def test_a_first_answer_then_fine_tuning_then_the_better_of_both(stripes, tmp_pa
     assert 0.5 <= calibration["measured"]["coverage"]["all"]["coverage"] <= 1
     assert opened.predict(next(stripes.rglob("*.png"))).set(0.9)
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+
+
+@needs_wheel
+def test_of_many_pictures_a_sample_answers_first_and_the_rest_follow(stripes, tmp_path, monkeypatch, capsys):
+    # Given more than twice as many pictures as the first answer sees, when trained,
+    monkeypatch.setattr(first_answer, "SAMPLE", 30)
+    few, rest = [], first_answer.FirstAnswer.see_rest
+
+    def see_rest(self):
+        few.append((zoo.load(tmp_path / "run" / "model", backend="torch"), self.features_NA.clone(), self.seen_N))
+        rest(self)
+        few.append((None, self.features_NA, self.seen_N))
+
+    monkeypatch.setattr(first_answer.FirstAnswer, "see_rest", see_rest)
+    train(job(stripes, tmp_path / "run", epochs=1))
+    # then a complete model came first, which had seen some pictures of each class and all of the rarest,
+    said, ((early, some_NA, some_N), (_, all_NA, all_N)) = capsys.readouterr().out, few
+    assert "pictures; the others follow" in said and "the same from all pictures" in said
+    assert early.folder.results["macro_error"] <= 0.5
+    assert "training pictures" in early.folder.config["metasaug"]["schedule"]
+    assert 30 < len(some_N) < 60 < len(all_N) and (all_N == np.arange(len(all_N))).all()
+    # and the rest joined it in their places.
+    assert torch.equal(all_NA[some_N], some_NA)
+
+
+def test_a_sample_holds_rare_classes_whole_and_equal_shares_of_the_others():
+    labels = np.repeat([0, 1, 2], [500, 40, 3])
+    at = first_answer.some_of_each(labels, 63, seed=0)
+    assert np.bincount(labels[at]).tolist() == [30, 30, 3] and (np.diff(at) > 0).all()
+    assert len(first_answer.some_of_each(labels, 1000, seed=0)) == 543
 
 
 @needs_wheel

@@ -1,5 +1,6 @@
 """Predictions: the same from both backends, in any company, and honest about groups and priors."""
 
+import io
 import json
 import os
 import shutil
@@ -180,6 +181,22 @@ def test_rows_come_as_the_pictures_do(model):
     assert [next(rows).source for _ in range(5)] == [f"picture {i}" for i in range(1, 6)]
     broken = model.predict_each(iter([b"x", b"y"]))
     assert next(broken).error
+
+
+def test_large_jpegs_are_decoded_smaller_on_request(tiny_model_folder):
+    """At least at twice the network's 32 pixels; what is shown then differs by less than two levels on average."""
+    reduced, whole = zoo.load(tiny_model_folder), zoo.load(tiny_model_folder)
+    reduced.reduced = True
+    assert [reduced._shrink(*size) for size in ((127, 500), (128, 500), (4000, 256), (3000, 2000))] == [None, 2, 4, 8]
+    photograph = Image.fromarray(noise(1)[0]).resize((1200, 900), Image.Resampling.BICUBIC)
+    levels = {}
+    for kind, size in (("JPEG", (1200, 900)), ("JPEG", (120, 90)), ("PNG", (1200, 900))):
+        file = io.BytesIO()
+        photograph.resize(size).save(file, kind)
+        shown = [model.preprocess(file.getvalue()) for model in (reduced, whole)]
+        levels[kind, size] = 255 * 0.25 * np.abs(shown[0] - shown[1]).mean()
+    assert 0 < levels.pop(("JPEG", (1200, 900))) < 2
+    assert set(levels.values()) == {0.0}
 
 
 @settings(deadline=None, max_examples=30)

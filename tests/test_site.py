@@ -10,7 +10,8 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from http.server import ThreadingHTTPServer
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,11 @@ def example(name: str):
     return module
 
 
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_) -> None:
+        pass
+
+
 def test_the_example_of_prediction_answers(capsys):
     example("predict_image").main([])
     assert "ship.jpg: ship" in capsys.readouterr().out
@@ -124,6 +130,34 @@ def test_the_example_of_serving_answers_as_the_zoo_does():
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.long
+@pytest.mark.browser
+def test_the_example_in_a_browser_answers_as_the_zoo_does(chromium, tmp_path):
+    """The bundled models in onnxruntime-web, with pictures of several shapes."""
+    npm = shutil.which("npm")
+    if npm is None or subprocess.run([npm, "install", "--silent", "--prefix", tmp_path, "onnxruntime-web"]).returncode:
+        pytest.skip("onnxruntime-web cannot be installed here (npm)")
+    shutil.copy(ROOT / "examples/in_the_browser.html", tmp_path)
+    handler = partial(Quiet, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name in ("metasaug-cifar10-lt", "finetuned-plankton"):
+            model = zoo.load(name)
+            shutil.copytree(model.folder.path, tmp_path / name)
+            tab = chromium.new_page()
+            tab.goto(f"http://127.0.0.1:{server.server_address[1]}/in_the_browser.html?model={name}")
+            for picture in ("ship.jpg", "coffee.jpg", "horse_silhouette.png"):
+                tab.set_input_files("input:enabled", ROOT / "zoo/examples" / picture)
+                tab.get_by_role("status").get_by_text(picture, exact=True).wait_for()
+                lines = tab.get_by_role("listitem").all_inner_texts()
+                labels, _, shown = zip(*(line.removesuffix(" %").rpartition(" ") for line in lines), strict=True)
+                right = model.predict(ROOT / "zoo/examples" / picture).top
+                assert list(labels) == [top.label for top in right]
+                assert list(map(float, shown)) == pytest.approx([100 * top.probability for top in right], abs=1)
+            tab.close()
+        server.shutdown()
 
 
 def test_the_notebook_runs_from_top_to_bottom(monkeypatch, capsys):

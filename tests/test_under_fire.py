@@ -119,8 +119,10 @@ def test_websockets_are_not_spoken(attacked, long):
 
 @pytest.mark.parametrize("long", FORMS)
 def test_answers_that_nobody_fetches_take_little(attacked, long):
-    found = attacked("uncollected", long)
-    assert set(map(int, found["statuses"])) <= {200, 503}
+    # The first minute fills what Gradio keeps of recent answers; after that nothing more is kept.
+    for _ in range(1 + long):
+        found = attacked("uncollected", long)
+        assert set(map(int, found["statuses"])) <= {200, 503}
     assert found["grown_mb"] < 40
 
 

@@ -38,7 +38,8 @@ class NamedPicture(NamedTuple):
     picture: Picture | PictureError
 
 
-JPEG, JPEG_2000 = 4, 0.4  # times the cap of other pictures
+# Times the cap of other pictures. Pillow takes three seconds for a megapixel of numbers in text.
+JPEG, JPEG_2000, PLAIN_PPM = 4, 0.4, 0.03
 WHOLE_PIXELS = 4_000_000  # up to this size: resized before it is cropped, bit for bit as in torchvision
 
 # Formats whose decoders run in this process and withstand hostile input. EPS, for example, would start Ghostscript.
@@ -67,7 +68,7 @@ _INTERPOLATIONS = {
 }  # fmt: skip
 
 
-Shrink = Callable[[int, int], int]
+Shrink = Callable[[int, int], int | None]
 
 
 def decode(
@@ -80,7 +81,7 @@ def decode(
     name    its name in messages; by default a path's own name
     shrink  takes the width and height of a file's upright picture, returns 1, 2, 4 or 8. A JPEG is decoded with sides
             divided by that number, rounded up, in the decoder's fast mode: about one level less exact, with colour
-            edges unsmoothed. Other formats are decoded at full size.
+            edges unsmoothed. Other formats are decoded at full size, and so are JPEGs if it returns None.
     reading   how to read what files leave open, and the caps
     Raises PictureError, and nothing else, for anything that cannot be decoded to a picture.
     """
@@ -271,15 +272,16 @@ def _all_pages(picture: Image.Image, pages: list[int], name: str, reading: Readi
 
 def _decode_smaller(picture: Image.Image, shrink: Shrink | None) -> None:
     """Set the scale at which libjpeg decodes: a quarter for a huge picture, reduced further as `shrink` says."""
-    scale = 4 if picture.width * picture.height > MAX_PIXELS else 1
+    scale, asked = 4 if picture.width * picture.height > MAX_PIXELS else 1, None
     if shrink is not None:
         sides = -(-picture.width // scale), -(-picture.height // scale)
-        scale *= shrink(*(sides[::-1] if _turn(picture) in _ON_ITS_SIDE else sides))
-    if scale == 1 and shrink is None:
+        asked = shrink(*(sides[::-1] if _turn(picture) in _ON_ITS_SIDE else sides))
+        scale *= asked or 1
+    if scale == 1 and asked is None:
         return
     scale = min(scale, 8)  # `draft` takes the wanted sides, and halves as long as the result stays above them
     drafted = picture.draft(None, (max(1, picture.width // scale), max(1, picture.height // scale)))
-    if drafted is not None and shrink is not None:
+    if drafted is not None and asked is not None:
         picture.decoderconfig = (picture.decoderconfig[0], 1)  # type: ignore[attr-defined]  # fast, colours unsmoothed
 
 
@@ -300,6 +302,8 @@ def _check_pixels(width: int, height: int, cap: int, name: str) -> None:
 def _cap(picture: Image.Image, content: bytes, most: int) -> int:
     if picture.format == "JPEG2000":
         return round(JPEG_2000 * most)
+    if content[:2] in (b"P2", b"P3"):
+        return round(PLAIN_PPM * most)
     if picture.format not in ("JPEG", "MPO") or picture.info.get("progressive"):
         return most
     # If the first scan lacks a colour, libjpeg holds the whole picture in memory, as it does a progressive one.

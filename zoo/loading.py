@@ -19,7 +19,7 @@ log = logging.getLogger("zoo")
 
 def load(
     name: str | os.PathLike, backend: Backend = "onnx", device: Device = "auto", precision: Precision = "fp32", *,
-    revision: str | None = None, local_files_only: bool = False, token: str | None = None,
+    revision: str | None = None, local_files_only: bool = False, token: str | None = None, threads: int = 0,
 ) -> Predictor:
     """Load a model of the zoo, from the Hub, or from a model folder.
 
@@ -31,13 +31,14 @@ def load(
     revision          on the Hub: a branch, tag or commit. The registry's models are pinned to a commit
     local_files_only  use only the Hub's cache, make no request
     token             of the Hub, instead of HF_TOKEN or the one of `hf auth login`
+    threads           of ONNX Runtime on the CPU; 0: one per core
     Raises UnknownModelError, UnpublishedModelError, HubError, ModelFolderError or BackendError. Every file is read
     once, and used only if its sha256 is the one in the manifest. Logs one line at level INFO.
     """
     network = WEIGHTS if backend == "torch" else ONNX_INT8 if precision == "int8" else ONNX
     folder = open_folder(name, (CONFIG, network), revision=revision, local_files_only=local_files_only, token=token)
     entry = find(os.fspath(name))
-    predictor = Predictor(folder, backend, device, entry.name if entry else None, precision)
+    predictor = Predictor(folder, backend, device, entry.name if entry else None, precision, threads)
     folder.check()  # the files that were not read yet
     ours = folder.config["metasaug"]
     log.info("%s: %s, trained on %s, %s; from %s", predictor.name, ours["method"], ours["dataset"],

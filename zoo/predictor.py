@@ -160,12 +160,15 @@ class Predictor:
     folder      the ModelFolder, with its config, results and card
     device      "cpu" or "cuda", where it runs in fact
     precision   "fp32", or "int8": the quantised ONNX file, on the CPU
+    threads     of ONNX Runtime on the CPU; 0: one per core
     reading     how picture files are read, as in training; replace it to read them differently, or larger ones
+    reduced     decode JPEGs at a half, quarter or eighth of their size if that is at least twice the network's: several
+                times faster for photographs, with slightly other probabilities
     """
 
     def __init__(
         self, folder: ModelFolder, backend: Backend = "onnx", device: Device = "auto", name: str | None = None,
-        precision: Precision = "fp32",
+        precision: Precision = "fp32", threads: int = 0,
     ):
         if backend not in ("onnx", "torch"):
             raise BackendError(f"Unknown backend {backend!r}: onnx or torch.")
@@ -175,7 +178,7 @@ class Predictor:
             raise BackendError(f"Unknown precision {precision!r}: fp32 or int8.")
         if precision == "int8" and (backend != "onnx" or device == "cuda"):
             raise BackendError("int8 runs in ONNX Runtime on the CPU: leave out backend= and device=, or precision=.")
-        self.folder, self.backend, self.precision = folder, backend, precision
+        self.folder, self.backend, self.precision, self.threads = folder, backend, precision, threads
         config = folder.config
         self.name: str = name or config["metasaug"]["name"]
         self.labels: tuple[str, ...] = tuple(config["label_names"])
@@ -188,6 +191,7 @@ class Predictor:
         prior = config["metasaug"].get("prior")
         self.classes = Classes(self.labels, self.groups, self.class_counts, np.ones(len(self.labels), bool),
                                None if prior is None else self._known_prior(prior), self.calibration)
+        self.reduced = False
         self._module = None
         self._network: _Network = (_TorchNetwork(self.module, device) if backend == "torch"
                                    else self._onnx(ONNX_INT8, "cpu") if precision == "int8"
@@ -203,7 +207,7 @@ class Predictor:
         if not self.folder.known:
             refuse_unsafe(content, name)
             require_harmless(content, self.folder.config, name)
-        return OnnxNetwork(content, self.folder.config, name, device)
+        return OnnxNetwork(content, self.folder.config, name, device, self.threads)
 
     def only(self, labels: Iterable[str]) -> "Predictor":
         """This model restricted to these classes: those that can occur in your pictures.
@@ -248,8 +252,14 @@ class Predictor:
         return self._shown(picture, name)[0]
 
     def _shown(self, picture: Picture, name: str | None = None) -> tuple[np.ndarray, Facts]:
-        decoded, facts = read(picture, name, reading=self.reading)
+        decoded, facts = read(picture, name, self._shrink if self.reduced else None, self.reading)
         return preprocess(decoded, self.folder.config["pretrained_cfg"]), facts
+
+    def _shrink(self, width: int, height: int) -> int | None:
+        """How many times smaller a JPEG is decoded (zoo.images.Shrink), so that it stays twice the network's size."""
+        shown = self.folder.config["pretrained_cfg"]
+        spare = min(width / shown["input_size"][2], height / shown["input_size"][1]) * shown["crop_pct"] / 2
+        return next((times for times in (8, 4, 2) if spare >= times), None)
 
     def predict(self, picture: Picture, top_k: int = 5, prior: Prior | None = None, tau: float = 1.0) -> Prediction:
         """The likeliest classes of one picture. Raises PictureError if it cannot be read.

@@ -25,7 +25,6 @@ import numpy as np
 from zoo.errors import ZooError
 from zoo.files import printable, write_atomically
 from zoo.images import NamedPicture
-from zoo.predictor import Prediction
 from zoo.rows import Layout, as_cells, plain
 
 try:
@@ -51,7 +50,7 @@ class RowsFile:
                  overwrite: bool = False, batch: int = 64):
         self.path, self.batch = path, batch
         self.kind = refuse_out(path, resume, overwrite)
-        self.layout, self.columns, self.settings = layout, layout.columns, {**settings, **asdict(layout)}
+        self.columns, self.settings = layout.columns, {**settings, **asdict(layout)}
         self.about = path.with_name(f"{path.name}.run.json")
         self.rows_path = path.with_name(f"{path.name}.part") if self.kind == ".parquet" else path
         self.rows = self.bad = self.size = 0
@@ -81,16 +80,19 @@ class RowsFile:
                     continue
             yield picture
 
-    def add(self, prediction: Prediction) -> None:
-        """Append one row; it is in the file when this returns. If the disk is full, the file keeps its whole rows."""
+    def add(self, found: dict[str, Any]) -> None:
+        """Append the row of `Layout.values`; it is in the file when this returns.
+
+        If the disk is full, the file keeps its whole rows.
+        """
         try:
-            self._append(self._encoded(self.layout.values(prediction)))
+            self._append(self._encoded(found))
         except OSError as error:
             os.ftruncate(self.file.fileno(), self.size)
             raise ZooError(f"--out {self.path} cannot be written: {error.strerror or error}. It keeps {self.rows:,} "
                            "rows; the same command with --resume continues.") from error
         self.rows += 1
-        self.bad += prediction.error is not None
+        self.bad += "error" in found
 
     def finish(self) -> None:
         """Mark the file as finished; write the Parquet file."""

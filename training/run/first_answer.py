@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from training.data.batches import View, in_order
 from training.data.datasets import LongTailed
+from training.data.splits import rank_in_class
 from training.network.feature_cache import FeatureCache
 from training.recipes import OwnPictures
 from training.run.evaluation import evaluate
@@ -26,6 +27,7 @@ from zoo.labels import assign_groups
 PENALTIES, USUAL_PENALTY = (0.1, 0.03, 0.01, 0.003), 0.03
 FEW = 30
 FIT_STEPS = 60
+SAMPLE = 6_000  # training pictures behind the first answer, if there are more than twice as many
 # Held-out pictures to flip, and the accuracy that a harmless flip may lose. A quarter turn may lose more: pictures on
 # their side can look new to the start even if they have no upright direction.
 TURNED, FLIP_LOSS, QUARTER_LOSS = 400, 0.04, 0.12
@@ -34,11 +36,12 @@ TURNED, FLIP_LOSS, QUARTER_LOSS = 400, 0.04, 0.12
 class FirstAnswer:
     """A last layer on the start's features, before and after training on the held-out pictures too.
 
+    seen_N    places in `joined.train` of the pictures that it knows: at first a sample, after `see_rest` all
     held_NC   logits of the held-out pictures, before          score   their mean recall; None without any
     """
 
     def __init__(self, recipe: OwnPictures, data: LongTailed, folder: Path, device: torch.device, workers: int,
-                 features: Path | None):
+                 features: Path | None, sample: bool):
         self.recipe, self.data, self.folder, self.device = recipe, data, folder, device
         self.state = start(dataclasses.replace(recipe, augment="none"), data, device)
         self.module = self.state.module.eval()
@@ -47,16 +50,36 @@ class FirstAnswer:
         self.cache = FeatureCache(features or folder / "features", 1, self.view, recipe.seed, device, workers)
         # The training pictures first, then those of the meta set that are not among them.
         self.joined = data.with_meta_in_training()
-        self.features_NA = torch.from_numpy(self.cache.of("test", self.joined.train, self.module)[0].copy())
-        self.labels_N = torch.from_numpy(self.joined.train.labels)
+        n = len(data.train)
+        some = np.ones(len(self.joined.train), bool)
+        if sample and n > 2 * SAMPLE:
+            some[:n] = False
+            some[some_of_each(data.train.labels, SAMPLE, recipe.seed)] = True
+        self.seen_N, self.rest = np.flatnonzero(some), np.flatnonzero(~some)
+        self.features_NA = self._features(self.seen_N)
         self.last_layer, self.held_NC, self.score = self._fit()
+
+    def see_rest(self) -> None:
+        """Fit the last layer to all pictures."""
+        both_N, features_NA = np.concatenate([self.seen_N, self.rest]), self._features(self.rest)
+        order = np.argsort(both_N)
+        self.features_NA = torch.cat([self.features_NA, features_NA])[order]
+        self.seen_N, self.rest = both_N[order], self.rest[:0]
+        self.last_layer, self.held_NC, self.score = self._fit()
+
+    def _features(self, at: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.cache.of("test", self.joined.train.at(at), self.module)[0].copy())
+
+    @property
+    def labels_N(self) -> Tensor:
+        return torch.from_numpy(self.joined.train.labels[self.seen_N])
 
     def _fit(self) -> tuple[dict[str, Tensor], np.ndarray, float | None]:
         """The last layer fitted to the training pictures only, with the best of PENALTIES; fine-tuning begins with it.
 
         Also returns its logits of the held-out pictures, and their score.
         """
-        n, C = len(self.data.train), len(self.data.label_names)
+        n, C = int((self.seen_N < len(self.data.train)).sum()), len(self.data.label_names)
         balanced = self.recipe.balances
         held_NA, held_N = self.features_NA[n:], self.labels_N[n:].numpy()
         self.penalty, best, found = USUAL_PENALTY, None, None
@@ -141,6 +164,12 @@ def fit_last_layer(
     with torch.no_grad():
         scaled = weight / std_A
         return scaled, bias - scaled @ mean_A
+
+
+def some_of_each(labels_N: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """Places of at most `most` pictures, sorted: rare classes whole, about as many of each larger one, at random."""
+    order = np.random.default_rng(seed).permutation(len(labels_N))
+    return np.sort(order[np.argsort(rank_in_class(labels_N[order]), kind="stable")[:most]])
 
 
 def mean_recall(logits_NC: np.ndarray, labels_N: np.ndarray) -> float:

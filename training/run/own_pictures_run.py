@@ -1,7 +1,7 @@
 """A run on your own pictures from a pretrained start: a first answer in minutes, fine-tuning, the better of the two.
 
-1. The start is frozen. Features of all pictures are computed once, and a last layer is fitted to them: the first
-   model, with its report.
+1. The start is frozen. Features of the pictures are computed once, and a last layer is fitted to them: the first
+   model, with its report. If there are many pictures, a sample comes before the rest, for an answer in minutes.
 2. training.run.loop fine-tunes the network from there. Each test may leave a better model.
 3. The better model stays, judged on pictures of the meta set that neither was trained on. These pictures are trained
    on last.
@@ -119,24 +119,43 @@ class OwnPicturesRun:
         """Write the complete first model; returns the last layer that fine-tuning begins with."""
         began = time.monotonic()
         first = FirstAnswer(self.recipe, self.data, self.folder, self.device, self.how.get("workers", 0),
-                            self.how.get("features"))
+                            self.how.get("features"), sample=self.fine_tunes and self.recipe.balances)
         self.recipe = first.with_flips()
+        follows = (f" Fine-tuning follows, {self.recipe.epochs} epochs; Ctrl-C keeps the best model so far."
+                   if self.fine_tunes else "")
+        sampled = len(first.rest) > 0
+        results = self.leave_first(first, began)
+        if sampled:
+            report_of_run(self.folder, results)
+            print(f"{self.model}: first answer after {minutes_since(began)}, macro error {results['macro_error']:.1%}, "
+                  f"ready to use. It has seen {len(first.seen_N):,} of {len(first.joined.train):,} pictures; the "
+                  "others follow.")
+            try:
+                first.see_rest()
+                results = self.leave_first(first, began)
+            except KeyboardInterrupt:
+                stopped = Interrupted("Stopped before fine-tuning. The same command with --resume continues.", 130)
+                stopped.model = self.model
+                raise stopped from None
+        write_review(self.folder, review(first.features_NA, first.joined, first.fitted))
+        report_of_run(self.folder, results)
+        print(f"{self.model}: {'the same from all pictures' if sampled else 'first answer'} after "
+              f"{minutes_since(began)}, macro error {results['macro_error']:.1%}, ready to use.{follows}")
+        return first.last_layer
+
+    def leave_first(self, first: FirstAnswer, began: float) -> dict[str, Any]:
+        """Write the model of the first answer as it is now, ONNX included if fine-tuning takes long."""
         results, logits_NC = first.on_all()
         self.scores = Scores(first.score, None, first.score)
         self.scores.save(self.folder)
         first.state.seconds = time.monotonic() - began
         fitted = as_fitted(self.recipe)
+        of = f" of {len(first.seen_N):,} training pictures" if len(first.rest) else ""
         self.leave(fitted, first.joined, first.state, results, logits_NC, self.calibration(fitted, first.held_NC),
-                   f"A last layer on the frozen features of the {self.recipe.start} start")
+                   f"A last layer on the frozen features{of} of the {self.recipe.start} start")
         if self.fine_tunes and self.recipe.epochs * len(self.data.train) > LONG:
             self.export()
-        write_review(self.folder, review(first.features_NA, first.joined, first.fitted))
-        report_of_run(self.folder, results)
-        print(f"{self.model}: first answer after {(time.monotonic() - began) / 60:.1f} minutes, macro error "
-              f"{results['macro_error']:.1%}, ready to use."
-              + (f" Fine-tuning follows, {self.recipe.epochs} epochs; Ctrl-C keeps the best model so far."
-                 if self.fine_tunes else ""))
-        return first.last_layer
+        return results
 
     def on_test(self, state: State, results: dict, logits_NC: np.ndarray) -> None:
         """Keep the model if it is the best so far; once it trains on the meta set, if it was the best before that."""
@@ -188,3 +207,7 @@ class OwnPicturesRun:
             better = "fine-tuned model" if tuned >= frozen else "first answer"
             print(f"Mean accuracy over classes on held-out pictures: first answer {frozen:.1%}, fine-tuned {tuned:.1%} "
                   f"before it trained on them. The {better} is kept.")
+
+
+def minutes_since(began: float) -> str:
+    return f"{(time.monotonic() - began) / 60:.1f} minutes"
