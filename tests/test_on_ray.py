@@ -45,10 +45,10 @@ def workers() -> list[int]:
     return found
 
 
-def test_a_worker_dies_and_no_row_is_lost_or_doubled(capsys, tiny_model_folder, tmp_path):
-    # Given 3,000 pictures, some bad, in a folder and a zip, and their rows from one machine,
+def test_a_worker_dies_and_no_row_is_lost_or_doubled(capsys, tmp_path):
+    # Given 3,000 pictures, some bad, and their rows from one machine,
     pictures, whole, out = paint(tmp_path / "in", 3000, bad=9), tmp_path / "whole.csv", tmp_path / "rows.csv"
-    arguments = [tiny_model_folder, pictures, "--batch", "16", "--exclude", "cat", "--prior", "uniform"]
+    arguments = ["metasaug-cifar10-lt", pictures, "--batch", "16", "--exclude", "cat", "--coverage", "0.9"]
     assert run(capsys, "predict", *arguments, "--out", whole)[0] == 1
     # when two workers compute them, and one is killed half way,
     process = predict(*arguments, "--out", out, "--ray", "--workers", "2")
@@ -64,6 +64,7 @@ def test_a_worker_dies_and_no_row_is_lost_or_doubled(capsys, tiny_model_folder, 
     assert_same_rows(rows(out), rows(whole))
 
 
+@pytest.mark.long
 def test_a_stopped_run_goes_on_with_or_without_ray(capsys, tiny_model_folder, tmp_path):
     pictures, whole, out = paint(tmp_path / "in", 2000), tmp_path / "whole.csv", tmp_path / "rows.csv"
     arguments = [tiny_model_folder, pictures, "--batch", "16"]
@@ -86,4 +87,4 @@ def test_it_needs_a_file_and_the_same_model_everywhere(capsys, tiny_model_folder
     job = on_ray.Job(str(tiny_model_folder), "onnx", "cpu", "fp32", model.reading, False, model.classes,
                      {"config.json": "0" * 64}, Layout(), None, 16)
     with pytest.raises(ZooError, match="another model"):
-        on_ray._Worker(job, 1)
+        on_ray._worker(job, 1)()

@@ -5,8 +5,10 @@ has. Pictures in a zip are sent to them.
 """
 
 import itertools
+import logging
 import os
 import pickle
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -56,6 +58,7 @@ def cluster() -> Iterator[None]:
     import ray
     import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         ray.init(logging_level="ERROR", log_to_driver=False, ignore_reinit_error=True)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -85,10 +88,12 @@ def predict_each(job: Job, pictures: Iterable[Any], workers: int | None = None) 
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     for tables in _listed(pictures, BATCHES * job.batch, pyarrow):
-        rows = ray.data.from_arrow(tables).map_batches(
-            _Worker, fn_constructor_args=(job, cores), batch_size=None, batch_format="pyarrow", num_cpus=cores,
-            num_gpus=min(1, gpus / number) or None, compute=ray.data.ActorPoolStrategy(size=number),
-            max_restarts=-1, max_task_retries=RETRIES)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # max_task_retries will have another place from Ray 2.64 on
+            rows = ray.data.from_arrow(tables).map_batches(
+                _worker(job, cores), batch_size=BATCHES * job.batch, batch_format="pyarrow",
+                num_cpus=cores, num_gpus=min(1, gpus / number) or None,
+                compute=ray.data.ActorPoolStrategy(size=number), max_task_retries=RETRIES)
         try:
             for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
                 yield from (pickle.loads(row.as_py()) for row in table["row"])
@@ -111,12 +116,20 @@ def _listed(pictures: Iterable[Any], rows: int, pyarrow) -> Iterator[list]:
         yield tables
 
 
+def _worker(job: Job, cores: int) -> type["_Worker"]:
+    """A class of its own, since Ray may lose the arguments of a constructor before it starts a worker again."""
+    return type("_Worker", (_Worker,), {"job": job, "cores": cores})
+
+
 class _Worker:
     """A process of the cluster, with the model."""
 
-    def __init__(self, job: Job, cores: int):
-        self.job, self.cores = job, cores
-        self.predictor = zoo.load(job.model, job.backend, job.device, job.precision, threads=cores)
+    job: Job
+    cores: int
+
+    def __init__(self):
+        job = self.job
+        self.predictor = zoo.load(job.model, job.backend, job.device, job.precision, threads=self.cores)
         if model_files(self.predictor) != job.files:
             raise ModelFolderError(f"{job.model} is another model on {os.uname().nodename} than where the run started.")
         self.predictor.reading, self.predictor.reduced = job.reading, job.reduced
