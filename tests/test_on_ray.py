@@ -87,4 +87,4 @@ def test_it_needs_a_file_and_the_same_model_everywhere(capsys, tiny_model_folder
     job = on_ray.Job(str(tiny_model_folder), "onnx", "cpu", "fp32", model.reading, False, model.classes,
                      {"config.json": "0" * 64}, Layout(), None, 16)
     with pytest.raises(ZooError, match="another model"):
-        on_ray._worker(job, 1)()
+        on_ray._Worker(job, 1)

@@ -54,7 +54,8 @@ def model_files(predictor: Predictor) -> dict[str, str]:
 @contextmanager
 def cluster() -> Iterator[None]:
     """Connect to the cluster of RAY_ADDRESS, or start one on this machine. Raises ZooError."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_BACKEND_LOG_LEVEL", "fatal")):
+        os.environ.setdefault(name, value)
     import ray
     import ray.data
 
@@ -91,9 +92,9 @@ def predict_each(job: Job, pictures: Iterable[Any], workers: int | None = None) 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # max_task_retries will have another place from Ray 2.64 on
             rows = ray.data.from_arrow(tables).map_batches(
-                _worker(job, cores), batch_size=BATCHES * job.batch, batch_format="pyarrow",
+                _Worker, fn_constructor_args=(job, cores), batch_size=BATCHES * job.batch, batch_format="pyarrow",
                 num_cpus=cores, num_gpus=min(1, gpus / number) or None,
-                compute=ray.data.ActorPoolStrategy(size=number), max_task_retries=RETRIES)
+                compute=ray.data.ActorPoolStrategy(size=min(number, len(tables))), max_task_retries=RETRIES)
         try:
             for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
                 yield from (pickle.loads(row.as_py()) for row in table["row"])
@@ -116,20 +117,12 @@ def _listed(pictures: Iterable[Any], rows: int, pyarrow) -> Iterator[list]:
         yield tables
 
 
-def _worker(job: Job, cores: int) -> type["_Worker"]:
-    """A class of its own, since Ray may lose the arguments of a constructor before it starts a worker again."""
-    return type("_Worker", (_Worker,), {"job": job, "cores": cores})
-
-
 class _Worker:
     """A process of the cluster, with the model."""
 
-    job: Job
-    cores: int
-
-    def __init__(self):
-        job = self.job
-        self.predictor = zoo.load(job.model, job.backend, job.device, job.precision, threads=self.cores)
+    def __init__(self, job: Job, cores: int):
+        self.job, self.cores = job, cores
+        self.predictor = zoo.load(job.model, job.backend, job.device, job.precision, threads=cores)
         if model_files(self.predictor) != job.files:
             raise ModelFolderError(f"{job.model} is another model on {os.uname().nodename} than where the run started.")
         self.predictor.reading, self.predictor.reduced = job.reading, job.reduced
