@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import logging
 import pickle
 import statistics
 import subprocess
@@ -176,7 +177,7 @@ def on_workers(folder: Path, paths: list[Path], rounds: int) -> list[Row]:
     times = {"ours": side_by_side({"ours": lambda: sum(
         1 for _ in model.predict_each(many, top_k=1, batch_size=BATCH))}, rounds)["ours"]}
     for workers in (1, cores()):
-        ray.init(num_cpus=workers, logging_level="ERROR", log_to_driver=False)
+        ray.init(num_cpus=workers, logging_level=logging.ERROR, log_to_driver=False)
         with on_ray.cluster():
             times |= side_by_side({str(workers): lambda: sum(1 for _ in on_ray.predict_each(job, many))}, rounds)
     note = f"{len(many)} pictures at 128 px, the workers' start included"

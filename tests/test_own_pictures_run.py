@@ -150,7 +150,7 @@ def test_of_many_pictures_a_sample_answers_first_and_the_rest_follow(stripes, tm
     assert "pictures; the others follow" in said and "the same from all pictures" in said
     assert early.folder.results["macro_error"] <= 0.5
     assert "training pictures" in early.folder.config["metasaug"]["schedule"]
-    assert 30 < len(some_N) < 60 < len(all_N) and (all_N == np.arange(len(all_N))).all()
+    assert 30 < len(some_N) <= 60 < len(all_N) and (all_N == np.arange(len(all_N))).all()
     # and the rest joined it in their places.
     assert torch.equal(all_NA[some_N], some_NA)
 

@@ -61,7 +61,7 @@ def cluster() -> Iterator[None]:
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
-        ray.init(logging_level="ERROR", log_to_driver=False, ignore_reinit_error=True)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, ignore_reinit_error=True)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ZooError(f"--ray: no cluster at {os.environ.get('RAY_ADDRESS', 'this machine')}: {error}") from error
     try:
