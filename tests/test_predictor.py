@@ -188,7 +188,7 @@ def test_large_jpegs_are_decoded_smaller_on_request(tiny_model_folder):
     reduced, whole = zoo.load(tiny_model_folder), zoo.load(tiny_model_folder)
     reduced.reduced = True
     assert [reduced._shrink(*size) for size in ((127, 500), (128, 500), (4000, 256), (3000, 2000))] == [None, 2, 4, 8]
-    photograph = Image.fromarray(noise(1, size=150)[0]).resize((1200, 900), Image.Resampling.BICUBIC)
+    photograph = Image.fromarray(noise(2, size=150)[1]).resize((1200, 900), Image.Resampling.BICUBIC)
     levels = {}
     for kind, size in (("JPEG", (1200, 900)), ("JPEG", (120, 90)), ("PNG", (1200, 900))):
         file = io.BytesIO()
