@@ -237,10 +237,23 @@ def resident() -> int:
 
 
 def test_a_harmless_stranger_passes_its_trial_once(tmp_path, monkeypatch):
+    # Given a folder of a stranger that was loaded, when it is loaded again, then there is no second trial in this
+    # process and in later ones;
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = with_onnx(Path(shutil.copytree(BUNDLED, tmp_path / "model")), classifier())
     assert len(zoo.load(folder).predict(np.zeros((9, 9), np.uint8)).top) == 5
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("a second trial"))
     zoo.load(folder)
+    monkeypatch.setattr("zoo.trial._PASSED", set())
+    zoo.load(folder)
+    # with another onnxruntime, or without the mark, there is.
+    with monkeypatch.context() as other, pytest.raises(pytest.fail.Exception):
+        other.setattr("onnxruntime.__version__", "0")
+        zoo.load(folder)
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr("zoo.trial._PASSED", set())
+    with pytest.raises(pytest.fail.Exception):
+        zoo.load(folder)
 
 
 def test_what_goes_wrong_after_the_trial_is_one_error_too():

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ SECONDS = 30.0  # for start, session and four pictures
 MEMORY = 1_500_000_000  # bytes, plus SHARE_OF_FILE times the file and SHARE_OF_PICTURES times the network's input
 SHARE_OF_FILE, SHARE_OF_PICTURES = 5, 300
 _TOO_MUCH = 3  # exit code
-_PASSED: set[tuple[bytes, str]] = set()  # files that passed in this process
+_PASSED: set[str] = set()  # files that passed in this process; a file in the user's cache marks those of earlier ones
 
 
 def require_harmless(content: bytes, config: Mapping[str, Any], name: str) -> None:
@@ -28,13 +29,16 @@ def require_harmless(content: bytes, config: Mapping[str, Any], name: str) -> No
 
     content  bytes that zoo.onnx_file has checked        config  the model folder's        name  for messages
     It passes if it stays within the limits of memory (on Linux) and time, and every output is finite and has the
-    config's shape.
+    config's shape. A file that has passed is not tried out again, until onnxruntime has another version.
     """
     import hashlib
 
+    import onnxruntime
+
     wanted = json.dumps({key: config[key] for key in ("num_classes", "num_features", "pretrained_cfg")})
-    key = (hashlib.sha256(content).digest(), wanted)
-    if key in _PASSED:
+    key = hashlib.sha256(f"{onnxruntime.__version__} {wanted} ".encode() + content).hexdigest()
+    mark = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "metasaug" / "passed" / key
+    if key in _PASSED or os.path.exists(mark):
         return
     root = str(Path(__file__).resolve().parent.parent)
     code = f"import sys; sys.path.insert(0, {root!r}); from zoo.trial import main; sys.exit(main())"
@@ -49,6 +53,9 @@ def require_harmless(content: bytes, config: Mapping[str, Any], name: str) -> No
         raise ModelFolderError(f"{name} could not be tried out in a separate process: {error}.") from error
     if done.returncode == 0:
         _PASSED.add(key)
+        with suppress(OSError):  # where it cannot be written, the next process tries the file out again
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
         return
     why = done.stdout.decode(errors="replace").strip()
     if done.returncode < 0:
