@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from zoo import label_names
@@ -17,6 +18,11 @@ from zoo import label_names
 # A shell ignores SIGINT in background jobs, nohup SIGHUP; the processes that tests stop by them would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# CI tries the same examples each time, so that a failure there is one of the change; by hand, new ones are tried.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("METASAUG_REQUIRE_DATA") == "1":
+    settings.load_profile("ci")
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("METASAUG_DATA", ROOT.parent / "shared" / "data"))

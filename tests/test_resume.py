@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -330,6 +331,33 @@ def test_a_run_killed_while_its_model_is_written_still_ends_in_a_whole_one(tmp_p
     folder.check()
     assert {"README.md", "onnx/model.onnx", "covariance.safetensors"} <= set(folder.files)
     assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+@pytest.mark.promise("checkpoint")
+@pytest.mark.long
+def test_a_run_on_a_disk_that_is_really_full_goes_on_once_there_is_room(tmp_path, class_folders):
+    """A file system of its own, of half a megabyte, which only root can mount."""
+    # Given the real command on a disk that holds less than its files, and afterwards on the same disk with more room,
+    disk, done = tmp_path / "disk", tmp_path / "done"
+    disk.mkdir()
+    train = shlex.join([sys.executable, "-m", "metasaug", "train", *words(class_folders, 2), "--out", f"{disk}/run"])
+    mounted = subprocess.run(["unshare", "-m", "sh", "-ec", f"""
+        mount -t tmpfs -o size=512k none {disk}
+        touch {tmp_path}/mounted
+        {train} 2> {tmp_path}/said && exit 9
+        find {disk} -name '*.tmp' > {tmp_path}/litter
+        mount -o remount,size=100m {disk}
+        {train}
+        cp -r {disk}/run {done}"""], check=False)
+    if not (tmp_path / "mounted").exists():
+        pytest.skip("no file system can be mounted here: it takes root")
+    # then it ended with a sentence, left no half file, and went on to the bits of an undisturbed run.
+    assert mounted.returncode == 0
+    assert "No space left" in (tmp_path / "said").read_text() and "Traceback" not in (tmp_path / "said").read_text()
+    assert not (tmp_path / "litter").read_text()
+    assert subprocess.run([*shlex.split(train)[:-1], tmp_path / "whole"]).returncode == 0
+    ones, others = (ModelFolder(folder / "model").weights() for folder in (tmp_path / "whole", done))
+    assert all(np.array_equal(ones[name], others[name]) for name in ones)
 
 
 # ---- checkpoints within an epoch ----
