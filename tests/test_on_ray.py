@@ -4,6 +4,7 @@ import csv
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,11 +81,27 @@ def test_a_stopped_run_goes_on_with_or_without_ray(capsys, tiny_model_folder, tm
     assert_same_rows(rows(out), rows(whole))
 
 
+class Bomb:
+    """Ends the process that unpacks it."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def job_of(folder: Path) -> on_ray.Job:
+    model = zoo.load(folder)
+    return on_ray.Job(str(folder), "onnx", "cpu", "fp32", model.reading, False, model.classes,
+                      on_ray.model_files(model), Layout(), None, 16)
+
+
+@pytest.mark.long
+def test_pictures_on_which_every_worker_dies_end_the_run(tiny_model_folder):
+    with on_ray.cluster(), pytest.raises(ZooError, match="--ray"):
+        list(on_ray.predict_each(job_of(tiny_model_folder), [Bomb()], workers=1))
+
+
 def test_it_needs_a_file_and_the_same_model_everywhere(capsys, tiny_model_folder, tmp_path):
     code, _, said = run(capsys, "predict", tiny_model_folder, paint(tmp_path / "in", 2), "--ray")
     assert code == 2 and "--out FILE" in said
-    model = zoo.load(tiny_model_folder)
-    job = on_ray.Job(str(tiny_model_folder), "onnx", "cpu", "fp32", model.reading, False, model.classes,
-                     {"config.json": "0" * 64}, Layout(), None, 16)
     with pytest.raises(ZooError, match="another model"):
-        on_ray._Worker(job, 1)
+        on_ray._Worker(replace(job_of(tiny_model_folder), files={"config.json": "0" * 64}), 1)
