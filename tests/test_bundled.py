@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import zoo
 import zoo.registry
@@ -98,6 +99,21 @@ def test_evaluation_on_all_real_pictures_gives_the_cards_numbers_again(entry, pr
     # processors add up differently.
     assert [row["correct"] for row in results["per_class"]] == pytest.approx(
         stated(entry, precision), abs=10 if precision == "int8" else 1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("entry", [entry for entry in BUNDLED if entry.dataset == "plankton"],
+                         ids=lambda entry: entry.name)
+def test_jpegs_decoded_at_a_part_of_their_size_cost_no_accuracy(entry, plankton_test):
+    """At most 0.1 point. Of the bundled models' test pictures, only those of plankton are JPEGs and large enough."""
+    model, right = zoo.load(entry.name), []
+    paths = sorted(plankton_test.glob("*/*"))
+    large = [path for path in paths if model._shrink(*Image.open(path).size)]
+    for model.reduced in (False, True):
+        right.append(sum(row.top[0].label == path.parent.name
+                         for path, row in zip(large, model.predict_each(large), strict=True)))
+    assert len(large) > 100 or model.folder.config["pretrained_cfg"]["input_size"][1] > 32
+    assert abs(right[1] - right[0]) <= 0.001 * len(paths)
 
 
 @pytest.mark.promise("parity")
