@@ -172,7 +172,7 @@ def on_workers(folder: Path, paths: list[Path], rounds: int) -> list[Row]:
     import ray
 
     model, many = zoo.load(folder, device="cpu"), paths * 4
-    job = on_ray.Job(str(folder), "onnx", "cpu", "fp32", model.reading, False, model.classes,
+    job = on_ray.Job(str(ROOT), str(folder), "onnx", "cpu", "fp32", model.reading, False, model.classes,
                      on_ray.model_files(model), Layout(1), None, BATCH // 4)
     times = {"ours": side_by_side({"ours": lambda: sum(
         1 for _ in model.predict_each(many, top_k=1, batch_size=BATCH))}, rounds)["ours"]}

@@ -11,7 +11,7 @@ import pytest
 
 import zoo
 from tests.test_command_line import run
-from tests.test_predict_runs import paint, predict
+from tests.test_predict_runs import ROOT, paint, predict
 from zoo import on_ray
 from zoo.errors import ZooError
 from zoo.rows import Layout
@@ -46,9 +46,11 @@ def workers() -> list[int]:
     return found
 
 
-def test_a_worker_dies_and_no_row_is_lost_or_doubled(capsys, tmp_path):
-    # Given 3,000 pictures, some bad, and their rows from one machine,
-    pictures, whole, out = paint(tmp_path / "in", 3000, bad=9), tmp_path / "whole.csv", tmp_path / "rows.csv"
+def test_a_worker_dies_and_no_row_is_lost_or_doubled(capsys, tmp_path, monkeypatch):
+    # Given 3,000 pictures, some bad, at a relative path, and their rows from one machine,
+    monkeypatch.chdir(ROOT)
+    pictures = os.path.relpath(paint(tmp_path / "in", 3000, bad=9), ROOT)
+    whole, out = tmp_path / "whole.csv", tmp_path / "rows.csv"
     arguments = ["metasaug-cifar10-lt", pictures, "--batch", "16", "--exclude", "cat", "--coverage", "0.9"]
     assert run(capsys, "predict", *arguments, "--out", whole)[0] == 1
     # when two workers compute them, and one is killed half way,
@@ -90,7 +92,7 @@ class Bomb:
 
 def job_of(folder: Path) -> on_ray.Job:
     model = zoo.load(folder)
-    return on_ray.Job(str(folder), "onnx", "cpu", "fp32", model.reading, False, model.classes,
+    return on_ray.Job(os.getcwd(), str(folder), "onnx", "cpu", "fp32", model.reading, False, model.classes,
                       on_ray.model_files(model), Layout(), None, 16)
 
 

@@ -28,11 +28,13 @@ RETRIES = 3  # of the pictures on which a worker died
 
 @dataclass(frozen=True)
 class Job:
-    """What makes the rows, the same on every machine. All but `files` are arguments of `zoo.load` and `predict_each`.
+    """What makes the rows, the same on every machine: mostly the arguments of `zoo.load` and `predict_each`.
 
-    reading, reduced, classes   of the predictor, as the flags changed them     files   sha256 of the model's files
+    folder   that relative paths start from     files   sha256 of the model's files
+    reading, reduced, classes   of the predictor, as the flags changed them
     """
 
+    folder: str
     model: str
     backend: Backend
     device: Device
@@ -122,6 +124,11 @@ class _Worker:
 
     def __init__(self, job: Job, cores: int):
         self.job, self.cores = job, cores
+        try:
+            os.chdir(job.folder)
+        except OSError as error:
+            raise ZooError(f"{os.uname().nodename} has no folder {job.folder}, which paths start from: {error.strerror}."
+                           ) from error
         self.predictor = zoo.load(job.model, job.backend, job.device, job.precision, threads=cores)
         if model_files(self.predictor) != job.files:
             raise ModelFolderError(f"{job.model} is another model on {os.uname().nodename} than where the run started.")

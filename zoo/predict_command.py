@@ -165,7 +165,7 @@ def predict(
         if review is not None:
             pictures, again = itertools.tee(pictures)
         if ray:
-            job = on_ray.Job(model, backend, device, precision, predictor.reading, reduced,
+            job = on_ray.Job(os.getcwd(), model, backend, device, precision, predictor.reading, reduced,
                              predictor.classes, on_ray.model_files(predictor), layout, frequencies, batch)
             rows = on_ray.predict_each(job, pictures, workers)
         else:
