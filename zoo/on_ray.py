@@ -127,7 +127,7 @@ class _Worker:
         try:
             os.chdir(job.folder)
         except OSError as error:
-            raise ZooError(f"{os.uname().nodename} has no folder {job.folder}, which paths start from: {error.strerror}."
+            raise ZooError(f"{os.uname().nodename} has no folder {job.folder}, where the run started: {error.strerror}."
                            ) from error
         self.predictor = zoo.load(job.model, job.backend, job.device, job.precision, threads=cores)
         if model_files(self.predictor) != job.files:
