@@ -230,7 +230,7 @@ def test_a_plain_layer_without_bias_is_one_of_zeros():
     pictures = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         _, logits = twins.cifar_resnet32({**state, "linear.bias": None}, pictures)
-        torch.testing.assert_close(module_of(checkpoint)(pictures), logits)
+        torch.testing.assert_close(module_of(checkpoint)(pictures), logits, rtol=1e-5, atol=1e-4)
 
 
 WRAPPINGS = {

@@ -10,7 +10,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,8 +98,10 @@ def predict_each(job: Job, pictures: Iterable[Any], workers: int | None = None) 
                 num_cpus=cores, num_gpus=min(1, gpus / number) or None,
                 compute=ray.data.ActorPoolStrategy(size=min(number, len(tables))), max_task_retries=RETRIES)
         try:
-            for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
-                yield from (pickle.loads(row.as_py()) for row in table["row"])
+            # Closed before the cluster is, if the caller stops early.
+            with closing(iter(rows.iter_batches(batch_size=None, batch_format="pyarrow"))) as computed:
+                for table in computed:
+                    yield from (pickle.loads(row.as_py()) for row in table["row"])
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None)
             raise ZooError(f"--ray: {cause or str(error).splitlines()[0]}") from error

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -170,7 +170,7 @@ def predict(
             rows = on_ray.predict_each(job, pictures, workers)
         else:
             rows = ((row, layout.values(row)) for row in predicted(pictures, frequencies))
-        for (row, found), picture in zip(rows, again, strict=False):
+        for (row, found), picture in zip(stack.enter_context(closing(rows)), again, strict=False):
             remarks.add(row.facts)
             if review is not None:
                 review.add(row, picture, layout.threshold)

@@ -51,13 +51,15 @@ LONG = 10_000
 class Scores:
     """Mean accuracy over classes on held-out pictures, kept in the run folder.
 
-    frozen       of the first answer; fine_tuned: at the last test before these pictures are trained on; best: of both
+    frozen       of the first answer; fine_tuned: at the last test before these pictures are trained on
+    best, kept   the best of all tests, and the epoch of the model that is kept; None: the first answer
     calibration  of the fine-tuned model, fitted to these pictures at the same test
     """
 
     frozen: float | None = None
     fine_tuned: float | None = None
     best: float | None = None
+    kept: int | None = None
     calibration: dict[str, Any] | None = None
 
     @classmethod
@@ -168,6 +170,7 @@ class OwnPicturesRun:
             scores.best = score if ahead else scores.best
         else:
             ahead = scores.fine_tuned is None or scores.frozen is None or scores.fine_tuned >= scores.frozen
+        scores.kept = state.epoch + 1 if ahead else scores.kept
         scores.save(self.folder)
         if ahead:
             self.leave(self.recipe, self.final, state, {"split": "test", "epoch": state.epoch + 1, **results},
@@ -204,9 +207,9 @@ class OwnPicturesRun:
     def say_which(self) -> None:
         frozen, tuned = self.scores.frozen, self.scores.fine_tuned
         if frozen is not None and tuned is not None:
-            better = "fine-tuned model" if tuned >= frozen else "first answer"
+            kept = "first answer" if self.scores.kept is None else f"fine-tuned model of epoch {self.scores.kept}"
             print(f"Mean accuracy over classes on held-out pictures: first answer {frozen:.1%}, fine-tuned {tuned:.1%} "
-                  f"before it trained on them. The {better} is kept.")
+                  f"before it trained on them. The {kept} is kept.")
 
 
 def minutes_since(began: float) -> str:
