@@ -336,17 +336,21 @@ def test_a_run_killed_while_its_model_is_written_still_ends_in_a_whole_one(tmp_p
 @pytest.mark.promise("checkpoint")
 @pytest.mark.long
 def test_a_run_on_a_disk_that_is_really_full_goes_on_once_there_is_room(tmp_path, class_folders):
-    """A file system of its own, of half a megabyte, which only root can mount."""
-    # Given the real command on a disk that holds less than its files, and afterwards on the same disk with more room,
+    """A file system of its own, which only root can mount."""
+    # Given the real command on a disk that something else fills, and again once that is gone,
     disk, done = tmp_path / "disk", tmp_path / "done"
     disk.mkdir()
-    train = shlex.join([sys.executable, "-m", "metasaug", "train", *words(class_folders, 2), "--out", f"{disk}/run"])
+    train = shlex.join([sys.executable, "-m", "metasaug", "train", *words(class_folders, 20), "--save-minutes", "1e-9", "--out",
+                        f"{disk}/run"])
     mounted = subprocess.run(["unshare", "-m", "sh", "-ec", f"""
-        mount -t tmpfs -o size=512k none {disk}
+        mount -t tmpfs -o size=8m none {disk}
         touch {tmp_path}/mounted
-        {train} 2> {tmp_path}/said && exit 9
+        {train} 2> {tmp_path}/said &
+        until [ -n "$(ls {disk}/run/checkpoints 2> {tmp_path}/none)" ]; do sleep 0.05; done
+        dd if=/dev/zero of={disk}/filler bs=4k || true
+        wait $! && exit 9
         find {disk} -name '*.tmp' > {tmp_path}/litter
-        mount -o remount,size=100m {disk}
+        rm {disk}/filler
         {train}
         cp -r {disk}/run {done}"""], check=False)
     if not (tmp_path / "mounted").exists():
