@@ -31,6 +31,12 @@ def test_the_docs_state_what_the_benchmarks_wrote(name):
         assert row["holds"] in (True, None), row
 
 
+def test_the_docs_state_what_another_machine_took():
+    docs = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    lines = (ROOT / "benchmarks/results/meta_step_other.jsonl").read_text().splitlines()
+    assert lines and all(docs_row(json.loads(line), on_gpu=True) in docs for line in lines)
+
+
 def test_the_docs_state_what_a_gpu_took():
     docs = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in (ROOT / "benchmarks/results/meta_step_gpu.jsonl").read_text().splitlines()]
