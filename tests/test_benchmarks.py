@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import large, measuring, robustness  # noqa: E402
+from benchmarks import large, measuring, prior, robustness  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,6 +35,26 @@ def test_the_docs_state_what_another_machine_took():
     docs = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     lines = (ROOT / "benchmarks/results/meta_step_other.jsonl").read_text().splitlines()
     assert lines and all(docs_row(json.loads(line), on_gpu=True) in docs for line in lines)
+
+
+def test_the_docs_state_what_an_estimated_prior_gains():
+    docs = (ROOT / "docs" / "predict.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "benchmarks/results/prior.json").read_text())
+    for row in rows:
+        assert (f"| `{row['model']}` | {row['frequencies']} | {row['pictures']:,} | {row['own']:.1%} | "
+                f"{row['estimated']:.1%} | {row['true']:.1%} |") in docs
+    # The page's advice: it helps wherever the frequencies are not what the model assumes.
+    gains = {(row["model"], row["frequencies"]): row["own"] - row["estimated"] for row in rows}
+    assert all(gain > 0.01 for (_, name), gain in gains.items() if name in ("the reverse of training",
+                                                                            "three classes only"))
+
+
+def test_prior_draws_test_sets_of_the_stated_frequencies():
+    labels = np.repeat(np.arange(4), [50, 40, 30, 20])
+    for p in prior.frequencies(4).values():
+        at = prior.drawn(labels, p / p.sum(), np.random.default_rng(0))
+        have = np.bincount(labels[at], minlength=4)
+        assert len(set(at.tolist())) == len(at) and np.allclose(have / have.sum(), p / p.sum(), atol=0.02)
 
 
 def test_the_docs_state_what_a_gpu_took():
