@@ -340,8 +340,8 @@ def test_a_run_on_a_disk_that_is_really_full_goes_on_once_there_is_room(tmp_path
     # Given the real command on a disk that something else fills, and again once that is gone,
     disk, done = tmp_path / "disk", tmp_path / "done"
     disk.mkdir()
-    train = shlex.join([sys.executable, "-m", "metasaug", "train", *words(class_folders, 20), "--save-minutes", "1e-9", "--out",
-                        f"{disk}/run"])
+    train = shlex.join([sys.executable, "-m", "metasaug", "train", *words(class_folders, 20), "--save-minutes", "1e-9",
+                        "--out", f"{disk}/run"])
     mounted = subprocess.run(["unshare", "-m", "sh", "-ec", f"""
         mount -t tmpfs -o size=8m none {disk}
         touch {tmp_path}/mounted
