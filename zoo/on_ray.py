@@ -9,7 +9,7 @@ import logging
 import os
 import pickle
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +24,8 @@ from zoo.rows import Layout
 BATCHES = 16  # a worker is given so many at once: it decodes one while it computes another
 PICTURES, BYTES = 200_000, 2**28  # listed at once, so that memory does not grow with the number of pictures
 RETRIES = 3  # of the pictures on which a worker died
+
+Rows = Generator[tuple[Prediction, dict[str, Any]], None, None]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-def predict_each(job: Job, pictures: Iterable[Any], workers: int | None = None) -> Iterator[tuple[Prediction, dict]]:
+def predict_each(job: Job, pictures: Iterable[Any], workers: int | None = None) -> Rows:
     """Each picture's prediction, without its arrays, and its row (`Layout.values`), in the order of the pictures.
 
     workers   processes, each with the model; by default one per GPU of the cluster, or one per core if it has none
@@ -98,8 +100,8 @@ def predict_each(job: Job, pictures: Iterable[Any], workers: int | None = None) 
                 num_cpus=cores, num_gpus=min(1, gpus / number) or None,
                 compute=ray.data.ActorPoolStrategy(size=min(number, len(tables))), max_task_retries=RETRIES)
         try:
-            # Closed before the cluster is, if the caller stops early.
-            with closing(iter(rows.iter_batches(batch_size=None, batch_format="pyarrow"))) as computed:
+            computed: Any = iter(rows.iter_batches(batch_size=None, batch_format="pyarrow"))
+            with closing(computed):  # before the cluster is, if the caller stops early
                 for table in computed:
                     yield from (pickle.loads(row.as_py()) for row in table["row"])
         except ray.exceptions.RayError as error:
