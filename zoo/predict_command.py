@@ -96,8 +96,8 @@ def predict(
         backend: ONNX Runtime, or torch.
         device: auto uses CUDA if available.
         precision: int8 uses the quantised ONNX file, if the model has one; on the CPU.
-        reduced: Decode large JPEGs at a half, quarter or eighth of their size, at least twice the network's: several
-            times faster, with slightly other probabilities.
+        reduced: Decode large JPEGs at a half, quarter or eighth of their size, at least twice the network's: faster,
+            with slightly other probabilities.
         table: A table. PATH is then the one folder that its paths start from.
     """
     special = out is not None and os.path.exists(out) and not os.path.isfile(out) and not os.path.isdir(out)

@@ -162,8 +162,8 @@ class Predictor:
     precision   "fp32", or "int8": the quantised ONNX file, on the CPU
     threads     of ONNX Runtime on the CPU; 0: one per core
     reading     how picture files are read, as in training; replace it to read them differently, or larger ones
-    reduced     decode JPEGs at a half, quarter or eighth of their size if that is at least twice the network's: several
-                times faster for photographs, with slightly other probabilities
+    reduced     decode JPEGs at a half, quarter or eighth of their size if that is at least twice the network's: faster
+                for photographs, with slightly other probabilities
     """
 
     def __init__(
